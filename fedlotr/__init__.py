@@ -1,0 +1,51 @@
+"""Federated low-rank fine-tuning with small cores: simulate it, and take the adapter home.
+
+The names below are loaded when they are first used, so that `from fedlotr import CoreConfig` needs neither
+Flower nor Ray.
+"""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+# Flower reads these as it is imported: quiet, and off the network. Here, because this runs before any other module of
+# ours can import it. A user's own choice wins.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
+
+if TYPE_CHECKING:
+    from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis
+    from fedlotr.configuration import SimulationConfig
+    from fedlotr.simulation import SimulationResult, run_simulation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoreConfig",
+    "CoreModel",
+    "SimulationConfig",
+    "SimulationResult",
+    "__version__",
+    "initialize_basis",
+    "run_simulation",
+]
+
+_HOMES = {
+    "CoreConfig": "fedlotr.adapters",
+    "CoreModel": "fedlotr.adapters",
+    "initialize_basis": "fedlotr.adapters",
+    "SimulationConfig": "fedlotr.configuration",
+    "SimulationResult": "fedlotr.simulation",
+    "run_simulation": "fedlotr.simulation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedlotr' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
