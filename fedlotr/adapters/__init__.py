@@ -1,0 +1,44 @@
+"""The factored layer, its bases and methods, as a guest in PEFT. Loads torch only when a name that needs it is used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fedlotr.adapters.methods import BASES, METHODS, TIES, Method
+
+if TYPE_CHECKING:
+    from fedlotr.adapters.bases import initialize_basis
+    from fedlotr.adapters.config import CoreConfig
+    from fedlotr.adapters.layer import CopiesLinear, FactoredLayer, copies
+    from fedlotr.adapters.tuner import CoreModel, bases_of, bases_sha256
+
+__all__ = [
+    "BASES",
+    "METHODS",
+    "TIES",
+    "CopiesLinear",
+    "CoreConfig",
+    "CoreModel",
+    "FactoredLayer",
+    "Method",
+    "bases_of",
+    "bases_sha256",
+    "copies",
+    "initialize_basis",
+]
+
+_HOMES = {
+    "CopiesLinear": "layer",
+    "CoreConfig": "tuner",
+    "CoreModel": "tuner",
+    "FactoredLayer": "layer",
+    "bases_of": "tuner",
+    "bases_sha256": "tuner",
+    "copies": "layer",
+    "initialize_basis": "tuner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

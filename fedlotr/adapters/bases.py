@@ -1,0 +1,147 @@
+"""Where the frozen factors come from: plain functions (matrices, shape, rank, seed) -> (A, B), in float64 on one thread.
+
+A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`. Several matrices mean a tie:
+one pair for all of them. On one thread, because float32 decompositions differ between one and two threads.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from fedlotr.streams import stream_key
+
+EXACT_SVD_WIDTH = 1024
+"""Matrices whose smaller side is wider than this are decomposed by randomised range finding: exact float64 SVD of a
+4096² matrix takes over a minute on one thread, and a model has hundreds."""
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+
+
+class Factors(NamedTuple):
+    """A (r, d_in) and B (d_out, r), float32, contiguous."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+
+class Request(NamedTuple):
+    """What a basis is made from: the tie's name and shape, and its members' matrices (d_out, d_in), float32 or wider.
+
+    matrices yields nothing for bases that need none; for `svd` the frozen weights, for `update` the first steps.
+    """
+
+    tag: str
+    d_in: int
+    d_out: int
+    r: int
+    seed: int
+    matrices: Callable[[], Iterator[torch.Tensor]]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, so that a decomposition has the same bits whatever the process is set to."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _normal(rows: int, columns: int, seed: int, tag: str) -> torch.Tensor:
+    stream = torch.Generator().manual_seed(stream_key(seed, "basis", tag))
+    return torch.randn(rows, columns, generator=stream, dtype=torch.float64)
+
+
+def _orthonormal(rows: int, columns: int, seed: int, tag: str) -> torch.Tensor:
+    """(rows, columns) with orthonormal columns, Haar-distributed: the sign of R's diagonal is made positive."""
+    q, upper = torch.linalg.qr(_normal(rows, columns, seed, tag))
+    return q * torch.sign(torch.diagonal(upper))
+
+
+def random_basis(request: Request) -> Factors:
+    """Orthonormal factors from the seed and the tie's name; costs eight bytes to communicate."""
+    a = _orthonormal(request.d_in, request.r, request.seed, f"{request.tag}.A").T
+    b = _orthonormal(request.d_out, request.r, request.seed, f"{request.tag}.B")
+    return _factors(a, b)
+
+
+def spectral_basis(request: Request) -> Factors:
+    """Leading left and right singular vectors of the matrices (LoRA-XS; LoRA-SB when they are first updates).
+
+    For several matrices M_l, the leading eigenvectors of Σ M_l M_lᵀ and Σ M_lᵀ M_l: the higher-order SVD of the
+    matrices stacked (Tucker-2, as LoTR initialises from W), which for one matrix is its own SVD.
+    """
+    matrices = request.matrices()
+    first = next(matrices).double()
+    second = next(matrices, None)
+    if second is None:
+        left, right = leading_singular_vectors(first, request.r, request.seed)
+    else:
+        rows, columns = first @ first.T, first.T @ first
+        while second is not None:
+            member = second.double()
+            rows, columns = rows + member @ member.T, columns + member.T @ member
+            second = next(matrices, None)
+        left = _fix_signs(torch.linalg.eigh(rows).eigenvectors.flip(1)[:, : request.r])[0]
+        right = _fix_signs(torch.linalg.eigh(columns).eigenvectors.flip(1)[:, : request.r])[0]
+    return _factors(right.T, left)
+
+
+def lora_basis(request: Request) -> Factors:
+    """LoRA's start: A Kaiming-uniform with a = √5, that is U(-1/√d_in, 1/√d_in); B zero (PEFT's `LoraLayer`)."""
+    stream = torch.Generator().manual_seed(stream_key(request.seed, "basis", f"{request.tag}.A"))
+    uniform = torch.rand(request.r, request.d_in, generator=stream, dtype=torch.float64)
+    return _factors((2 * uniform - 1) / request.d_in**0.5, torch.zeros(request.d_out, request.r))
+
+
+MAKERS: dict[str, Callable[[Request], Factors]] = {
+    "random": random_basis,
+    "svd": spectral_basis,
+    "update": spectral_basis,
+    "lora": lora_basis,
+}
+"""How each basis of `methods.BASES` is made."""
+
+
+def leading_singular_vectors(matrix: torch.Tensor, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """U (d_out, r) and V (d_in, r) of a float64 matrix (d_out, d_in), signs fixed.
+
+    Wide matrices by Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), algorithm 4.4 with a seeded sketch.
+    """
+    if min(matrix.shape) <= EXACT_SVD_WIDTH or r + OVERSAMPLING >= min(matrix.shape):
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        sketch = _normal(matrix.shape[1], r + OVERSAMPLING, seed, f"sketch{tuple(matrix.shape)}")
+        q = torch.linalg.qr(matrix @ sketch).Q
+        for _ in range(POWER_ITERATIONS):
+            q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
+        small, _, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+        u = q @ small
+    v, signs = _fix_signs(vh[:r].T)
+    return u[:, :r] * signs, v
+
+
+def sha256(bases: Sequence[tuple[str, Factors]]) -> str:
+    """Fingerprint of named bases, hexadecimal; the names' order does not matter."""
+    digest = hashlib.sha256()
+    for name, pair in sorted(bases, key=lambda item: item[0]):
+        for side, factor in zip("AB", pair, strict=True):
+            digest.update(f"{name}.{side}{tuple(factor.shape)}".encode())
+            digest.update(factor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fix_signs(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns flipped so that each one's largest entry is positive, and the signs applied: an SVD leaves them free."""
+    largest = vectors.abs().argmax(dim=0)
+    signs = torch.sign(vectors[largest, torch.arange(vectors.shape[1])])
+    return vectors * signs, signs
+
+
+def _factors(a: torch.Tensor, b: torch.Tensor) -> Factors:
+    return Factors(a.float().contiguous(), b.float().contiguous())

@@ -1,0 +1,71 @@
+"""A plain PEFT LoRA adapter out of trained factors: it needs nothing of ours to be used.
+
+`s·B C A` becomes `lora_B · lora_A` with lora_A = A, lora_B = s·B·C (multiplied in float64) and alpha = r.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from fedlotr.adapters.layer import FactoredLayer
+
+PREFIX = "base_model.model."
+
+
+def export_lora(
+    folder: Path,
+    layers: Mapping[str, FactoredLayer],
+    *,
+    base: str,
+    task: TaskType | None = None,
+    head: Mapping[str, torch.Tensor] | None = None,
+    placeholder: tuple[str, int, int, bool] | None = None,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+    layers: by name within the base model. base: what the base model is called, for PEFT's records. head: tensors of a
+    classification head inside the model by name, saved whole (PEFT's `modules_to_save`).
+    placeholder: name, d_in, d_out and whether it is a Conv1D of a layer to adapt by zero where no layer is adapted,
+    since PEFT has no adapter without a target.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    conv = False
+    for name, layer in layers.items():
+        a, b, c = (layer.factor(factor, "default") for factor in "ABC")
+        assert a is not None and b is not None
+        left = b.double() if c is None else b.double() @ c.double()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().float().clone().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (layer.scaling["default"] * left).detach().float().contiguous()
+        ranks[name] = layer.r["default"]
+        conv = conv or isinstance(layer.get_base_layer(), Conv1D)
+    if not layers and placeholder is not None:
+        name, d_in, d_out, conv = placeholder
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.zeros(1, d_in)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(d_out, 1)
+        ranks[name] = 1
+    tensors |= {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in (head or {}).items()}
+    r = next(iter(ranks.values()))
+    with warnings.catch_warnings():
+        # PEFT warns that it sets fan_in_fan_out by itself for a base that it has not seen.
+        warnings.simplefilter("ignore")
+        config = LoraConfig(
+            task_type=task,
+            base_model_name_or_path=base,
+            r=r,
+            lora_alpha=r,
+            lora_dropout=0.0,
+            fan_in_fan_out=conv,
+            target_modules=sorted(ranks),
+            modules_to_save=sorted({name.split(".")[0] for name in head}) if head else None,
+            inference_mode=True,
+        )
+    config.target_modules = sorted(ranks)  # type: ignore[assignment]  # a set is written in hash order
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,211 @@
+"""The factored layer `y = W x + s·B C A x`, with copies of its trained factors for clients and examples.
+
+While training, a trained factor may carry leading axes, (K,) for K clients or (K, b) for b examples of each: the rows
+of the input are then K (or K·b) equal groups in that order, and each group meets its own copy. The frozen base is
+shared by all of them, so K clients train in one forward and one backward.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+FACTORS = ("A", "C", "B")
+"""In the order in which they meet the input."""
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x Wᵀ + b` with one weight, or one for each equal group of rows.
+
+    x: (rows, ..., d_in). weight: (d_out, d_in) or (*groups, d_out, d_in); bias: (d_out,) or (*groups, d_out).
+    Raises ValueError where the groups do not divide the rows.
+    """
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    d_out, d_in = weight.shape[-2:]
+    stacked = weight.reshape(-1, d_out, d_in)
+    if x.shape[0] % stacked.shape[0]:
+        raise ValueError(f"{x.shape[0]} rows cannot be shared out evenly among {stacked.shape[0]} copies")
+    grouped = x.reshape(stacked.shape[0], -1, d_in)
+    y = torch.bmm(grouped, stacked.transpose(1, 2))
+    if bias is not None:
+        y = y + bias.reshape(-1, 1, d_out)
+    return y.reshape(*x.shape[:-1], d_out)
+
+
+class CopiesLinear(nn.Linear):
+    """A linear layer (of a classification head) whose weight and bias may carry the copies axes."""
+
+    copies: Mapping[str, torch.Tensor] | None = None
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> "CopiesLinear":
+        """The same parameters, in a layer that takes copies."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(rows, ..., d_in) -> (rows, ..., d_out)."""
+        if self.copies is None:
+            return super().forward(input)
+        return grouped_linear(input, self.copies["weight"], self.copies.get("bias"))
+
+
+class Basis(nn.Module):
+    """A pair of frozen factors; one object for all layers of a tie, so that casting or copying never unties them."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def __init__(self, d_in: int, d_out: int, r: int, *, persistent: bool) -> None:
+        super().__init__()
+        # NaN until filled or loaded: a basis that was forgotten shows in the first output.
+        self.register_buffer("A", torch.full((r, d_in), torch.nan), persistent=persistent)
+        self.register_buffer("B", torch.full((d_out, r), torch.nan), persistent=persistent)
+
+
+class FactoredLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer (`nn.Linear`, `Conv1D`, quantised) with `s·B C A` beside it.
+
+    Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters, `core_basis` the frozen ones.
+    The base layer is called, never read, except to merge.
+    """
+
+    adapter_layer_names = ("core_A", "core_B", "core_C")
+    other_param_names = ("core_basis", "scaling", "r")
+
+    copies: Mapping[str, torch.Tensor] | None = None
+    """Copies of the active adapter's trained factors, by name "A", "B" or "C"; see `copies`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.core_A = nn.ParameterDict()
+        self.core_B = nn.ParameterDict()
+        self.core_C = nn.ParameterDict()
+        self.core_basis = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = widths(base_layer)
+
+    def add(
+        self, adapter: str, *, r: int, scaling: float, basis: Basis | None, parameters: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Put an adapter beside the base: its frozen pair (or None) and its trained factors by name."""
+        self.r[adapter], self.scaling[adapter] = r, scaling
+        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        if basis is not None:
+            self.core_basis[adapter] = basis.to(device)
+        for name, value in parameters.items():
+            # Only the device follows the base: cast to its dtype, orthonormal factors would be rounded.
+            self._parameters_of(name)[adapter] = nn.Parameter(value.to(device))
+
+    def factor(self, name: str, adapter: str) -> torch.Tensor | None:
+        """The factor "A", "B" or "C" of an adapter, trained or frozen; None for a core that is the identity."""
+        trained = self._parameters_of(name)
+        if adapter in trained:
+            tensor: torch.Tensor = trained[adapter]
+            return tensor
+        if adapter in self.core_basis and name != "C":
+            frozen: torch.Tensor = getattr(self.core_basis[adapter], name)
+            return frozen
+        return None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(rows, ..., d_in) -> (rows, ..., d_out)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                y = y + self._update(x, adapter).to(y.dtype)
+        return y
+
+    def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """`s·B C A x` in the factors' dtype."""
+        copied = self.copies or {}
+        h = x
+        for name in FACTORS:
+            weight = copied[name] if name in copied else self.factor(name, adapter)
+            if weight is not None:
+                h = grouped_linear(h.to(weight.dtype), weight)
+        scale = self.scaling[adapter]
+        return h if scale == 1 else h * scale
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """s·B C A (d_out, d_in), multiplied in float64, in the factors' dtype."""
+        a, b, c = (self.factor(name, adapter) for name in "ABC")
+        assert a is not None and b is not None
+        left = b.double() if c is None else b.double() @ c.double()
+        return (self.scaling[adapter] * (left @ a.double())).to(a.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active adapters' updates to the base weight; `safe_merge` refuses a result that is not finite."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter in self.scaling:
+                self._add_to_base(self.get_delta_weight(adapter), safe=safe_merge)
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take the merged updates out again (up to rounding)."""
+        while self.merged_adapters:
+            self._add_to_base(-self.get_delta_weight(self.merged_adapters.pop()))
+
+    def _add_to_base(self, delta: torch.Tensor, *, safe: bool = False) -> None:
+        base = self.get_base_layer()
+        delta = delta.T if isinstance(base, Conv1D) else delta
+        merged = (base.weight.data.to(delta.dtype) + delta).to(base.weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError("merging would put values into the base weight that are not finite")
+        base.weight.data = merged
+
+    def _parameters_of(self, name: str) -> nn.ParameterDict:
+        parameters: nn.ParameterDict = getattr(self, f"core_{name}")
+        return parameters
+
+
+@contextmanager
+def copies(model: nn.Module, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterator[None]:
+    """Let layers compute with copies of their trained tensors: {module name: {"C" (or "weight", ...): copies}}.
+
+    Backward belongs inside the context too: gradient checkpointing runs forward again there.
+    """
+    modules = dict(model.named_modules())
+    try:
+        for name, copied in tensors.items():
+            modules[name].copies = copied  # type: ignore[assignment]
+        yield
+    finally:
+        for name in tensors:
+            modules[name].copies = None  # type: ignore[assignment]
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a supported linear layer. Raises TypeError for others."""
+    if isinstance(layer, BaseTunerLayer):
+        return widths(layer.get_base_layer())
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    if isinstance(layer, nn.Linear):  # bitsandbytes' 4- and 8-bit layers are subclasses
+        return layer.in_features, layer.out_features
+    raise TypeError(f"a {type(layer).__name__} cannot be adapted; adapt nn.Linear or Conv1D layers")
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """The frozen weight as (d_out, d_in), dequantised, in float32 or wider."""
+    if isinstance(layer, BaseTunerLayer):
+        return weight_of(layer.get_base_layer())
+    weight: torch.Tensor = dequantize_module_weight(layer)
+    weight = weight.detach()
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    return weight if weight.dtype == torch.float64 else weight.float()

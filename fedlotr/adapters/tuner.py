@@ -1,0 +1,331 @@
+"""The factored layer as a PEFT method: `get_peft_model`, `save_pretrained` and `merge_and_unload` work on ours.
+
+PEFT has no public way to register a method from outside its package; the three dictionary entries below are what
+its own `register_peft_method` writes, which is why PEFT is pinned to a minor version.
+"""
+
+import enum
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft import mapping as peft_mapping
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlotr.adapters import bases as basis_makers
+from fedlotr.adapters.bases import Factors, Request
+from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of, widths
+from fedlotr.adapters.methods import BASES, METHODS, TIES, Method
+from fedlotr.errors import nearest
+
+GRADIENT_MEMORY = 2 * 1024**3
+"""Bytes of full-size gradients that `initialize_basis` holds at once."""
+
+
+class CoreType(str, enum.Enum):
+    """Our entry among PEFT's types; name and value agree because PEFT looks it up by either."""
+
+    FEDLOTR_CORE = "FEDLOTR_CORE"
+
+
+@dataclass
+class CoreConfig(PeftConfig):
+    """Configuration of the factored layer; what is None is taken from the method's row."""
+
+    method: str = field(default="fed-sb", metadata={"help": f"A row of the table of methods: {', '.join(METHODS)}."})
+    r: int = field(default=16, metadata={"help": "Rank: the core is r × r."})
+    alpha: float | None = field(default=None, metadata={"help": "The update is scaled by alpha / r; None means 1."})
+    basis: str | None = field(default=None, metadata={"help": f"Where B and A come from: {', '.join(BASES)}."})
+    tie: str | None = field(default=None, metadata={"help": f"Who shares B and A: {', '.join(TIES)}."})
+    seed: int = field(default=0, metadata={"help": "Seed of random bases."})
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Module names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved as a whole."})
+    bias: str = field(default="none", metadata={"help": "Biases are not trained; kept for PEFT's own code."})
+    bases_sha256: str | None = field(default=None, metadata={"help": "Fingerprint of the frozen factors."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = CoreType.FEDLOTR_CORE  # type: ignore[assignment]
+        # Pairs made beforehand, by the name of the tie's first layer; not part of the saved configuration.
+        self.bases: dict[str, Factors] = {}
+        for name, value, choices in (
+            ("method", self.method, METHODS),
+            ("basis", self.basis, BASES),
+            ("tie", self.tie, TIES),
+        ):
+            if value is not None and value not in choices:
+                raise ValueError(f"{name} {value!r} is not known{nearest(value, choices)}")
+        row = self.row
+        if not row.adapts:
+            raise ValueError(
+                f"method {self.method!r} adapts no layer: train the classification head without an adapter"
+            )
+        self.basis, self.tie = self.basis or row.basis, self.tie or row.tie
+        if self.r < 1:
+            raise ValueError(f"r is {self.r}; a rank is at least 1")
+        if row.has_core and self.basis == "lora":
+            raise ValueError(
+                f"basis 'lora' has B = 0, so the core of {self.method!r} would never learn; take another basis"
+            )
+        if not row.has_core and self.tie != "layer":
+            raise ValueError(f"method {self.method!r} trains B and A in every layer, so tie {self.tie!r} cannot hold")
+        if isinstance(self.target_modules, list | set | tuple):
+            self.target_modules = sorted(self.target_modules)
+
+    @property
+    def row(self) -> Method:
+        """The method's row of the table."""
+        return METHODS[self.method]
+
+    @property
+    def scaling(self) -> float:
+        """s in `W x + s·B C A x`."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+    def tag(self, key: str, layer: nn.Module) -> str:
+        """The name of the tie that a module belongs to: its own, or its projection type's with the widths."""
+        if self.tie == "layer":
+            return key
+        return re.sub(r"(?<=\.)\d+(?=\.)", "*", key) + "@{}x{}".format(*widths(layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT writes it, with sets sorted: files are equal byte for byte from run to run."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+
+class CoreModel(BaseTuner):
+    """Puts a `FactoredLayer` around every target; bases are made, or checked, once all targets are known."""
+
+    prefix = "core_"
+    tuner_layer_cls = FactoredLayer
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 (PEFT reads it from the class)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._members: dict[str, list[tuple[str, FactoredLayer]]] = {}
+        super().__init__(*args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject, then fill the bases: a tie's pair needs all of its members."""
+        self._members = defaultdict(list)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._fill(self.peft_config[adapter_name], adapter_name)
+
+    def _create_and_replace(
+        self,
+        peft_config: CoreConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        layer = target if isinstance(target, FactoredLayer) else FactoredLayer(target)
+        d_in, d_out, r, row = layer.in_features, layer.out_features, peft_config.r, peft_config.row
+        if r > min(d_in, d_out):
+            raise ValueError(f"rank {r} is above the width of {current_key} ({d_in} in, {d_out} out)")
+        shapes = {"A": (r, d_in), "B": (d_out, r), "C": (r, r)}
+        members = self._members[peft_config.tag(current_key, layer)]
+        if not row.has_core:
+            basis = None
+        elif members:
+            basis = members[0][1].core_basis[adapter_name]
+        else:
+            basis = Basis(d_in, d_out, r, persistent=peft_config.basis == "update")
+        members.append((current_key, layer))
+        layer.add(
+            adapter_name,
+            r=r,
+            scaling=peft_config.scaling,
+            basis=basis,
+            parameters={name: torch.zeros(shapes[name]) for name in row.train},
+        )
+        layer.set_adapter(self.active_adapters)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad([adapter_name], requires_grad=False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _fill(self, config: CoreConfig, adapter: str) -> None:
+        """Give every tie its pair; where the method has no core, A starts from the basis and B at zero."""
+        if config.basis == "update" and not config.bases:
+            if config.bases_sha256 is None:
+                raise ValueError(
+                    "basis 'update' needs gradients: config = initialize_basis(model, batches, loss, config) first, "
+                    "then get_peft_model(model, config)"
+                )
+            return  # a saved adapter: its bases come with its state
+        with basis_makers.one_thread(), torch.no_grad():
+            for tag, members in self._members.items():
+                layers = [layer for _, layer in members]
+                pair = config.bases.get(members[0][0]) or make_basis(config, tag, layers)
+                if config.row.has_core:
+                    basis = layers[0].core_basis[adapter]
+                    basis.A.copy_(pair.A)
+                    basis.B.copy_(pair.B)
+                elif layers[0].core_A[adapter].device.type != "meta":
+                    layers[0].core_A[adapter].copy_(pair.A)
+        found = bases_sha256(self.model, adapter)
+        if config.bases_sha256 not in (None, found):
+            raise ValueError(
+                f"the bases made here (SHA-256 {found[:12]}…) are not those the adapter was trained with "
+                f"({str(config.bases_sha256)[:12]}…): another base model, or another processor's decomposition"
+            )
+        config.bases_sha256 = found
+
+
+def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Factors:
+    """The pair of one tie, from its seed or its members' frozen weights."""
+    d_in, d_out = widths(layers[0])
+    matrices = lambda: iter([weight_of(layer) for layer in layers])  # noqa: E731
+    return basis_makers.MAKERS[str(config.basis)](Request(tag, d_in, d_out, config.r, config.seed, matrices))
+
+
+def target_layers(model: nn.Module, config: CoreConfig) -> dict[str, nn.Module]:
+    """The layers that `get_peft_model(model, config)` would adapt, by name. Raises ValueError where there is none."""
+    resolved = _maybe_include_all_linear_layers(copy(config), model)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and check_target_module_exists(resolved, name)
+    }
+    if not found:
+        raise ValueError(f"no linear layer of this model matches target_modules {config.target_modules!r}")
+    return found
+
+
+def initialize_basis(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    config: CoreConfig | None = None,
+    *,
+    memory: int = GRADIENT_MEMORY,
+) -> CoreConfig:
+    """Make `update` bases and return the configuration that carries them, ready for `get_peft_model`.
+
+    The first step of AdamW on the full weights is -η·sign(ḡ), ḡ the gradient averaged over all batches; its leading
+    singular vectors are the bases (Ponkshe et al. 2025, LoRA-SB; the size of the step does not matter). Several
+    tied layers: the higher-order SVD of their steps stacked.
+
+    batches: read once for every `memory` bytes of gradients, so a list, not an iterator.
+    loss(model, batch): the SUM of the batch's example losses, so that batches of any size average rightly.
+    Raises ValueError where a gradient is zero or not finite: the subspace would be arbitrary.
+    """
+    config = copy(config or CoreConfig())
+    ties: dict[str, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, layer in target_layers(model, config).items():
+        ties[config.tag(name, layer)].append((name, layer))
+    steps = _first_steps(model, [member for members in ties.values() for member in members], batches, loss, memory)
+    config.bases = {}
+    with basis_makers.one_thread():
+        for tag, members in ties.items():
+            d_in, d_out = widths(members[0][1])
+            request = Request(
+                tag,
+                d_in,
+                d_out,
+                config.r,
+                config.seed,
+                lambda count=len(members): islice(steps, count),  # type: ignore[misc]
+            )
+            config.bases[members[0][0]] = basis_makers.spectral_basis(request)
+    return config
+
+
+def _first_steps(
+    model: nn.Module,
+    layers: list[tuple[str, nn.Module]],
+    batches: Sequence[Any],
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    memory: int,
+) -> Iterator[torch.Tensor]:
+    """-sign(ḡ) (d_out, d_in) of each layer in order, gradients of as many layers at once as `memory` holds."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    position = 0
+    while position < len(layers):
+        chunk, held = [], 0
+        while position < len(layers) and (not chunk or held + _bytes(layers[position][1]) <= memory):
+            chunk.append(layers[position])
+            held += _bytes(layers[position][1])
+            position += 1
+        gradients = _mean_gradients(model, chunk, batches, loss)
+        for parameter, was in required.items():
+            parameter.requires_grad_(was)
+        for (name, layer), gradient in zip(chunk, gradients, strict=True):
+            if not torch.isfinite(gradient).all() or not gradient.any():
+                raise ValueError(
+                    f"the gradient of {name} is {'zero' if torch.isfinite(gradient).all() else 'not finite'}: "
+                    "fit the head first (a head of zeros passes no gradient on), or take another basis"
+                )
+            step = -torch.sign(gradient)
+            yield step.T if isinstance(layer, Conv1D) else step
+
+
+def _mean_gradients(
+    model: nn.Module,
+    layers: Iterable[tuple[str, nn.Module]],
+    batches: Sequence[Any],
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
+    model.requires_grad_(False)
+    weights = [layer.weight.requires_grad_(True) for _, layer in layers]
+    total: tuple[torch.Tensor, ...] | None = None
+    with torch.enable_grad():
+        for batch in batches:
+            part = torch.autograd.grad(loss(model, batch), weights)
+            total = (
+                tuple(g.float() for g in part)
+                if total is None
+                else tuple(t + g for t, g in zip(total, part, strict=True))
+            )
+    if total is None:
+        raise ValueError("no batches were given to take the gradient of")
+    return total
+
+
+def _bytes(layer: nn.Module) -> int:
+    d_in, d_out = widths(layer)
+    return 4 * d_in * d_out
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
+    """The adapted layers of a model by name, without the prefix of PEFT's own wrappers."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, FactoredLayer)
+    }
+
+
+def bases_of(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
+    """The frozen pairs by the name of the first layer that holds each; a tie's pair appears once."""
+    found: dict[int, tuple[str, Factors]] = {}
+    for name, layer in factored_layers(model).items():
+        if adapter in layer.core_basis:
+            basis = layer.core_basis[adapter]
+            found.setdefault(id(basis), (name, Factors(basis.A, basis.B)))
+    return dict(found.values())
+
+
+def bases_sha256(model: nn.Module, adapter: str = "default") -> str:
+    """Fingerprint of a model's frozen factors, hexadecimal."""
+    return basis_makers.sha256(list(bases_of(model, adapter).items()))
+
+
+peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[CoreType.FEDLOTR_CORE] = CoreModel.prefix
+peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[CoreType.FEDLOTR_CORE] = CoreConfig
+peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[CoreType.FEDLOTR_CORE] = CoreModel
