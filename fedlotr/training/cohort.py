@@ -1,0 +1,190 @@
+"""Training K clients in one forward and one backward over the shared frozen base.
+
+Every trained tensor is stacked K times; each row of a pass meets its own client's copy, so the gradient of the sum of
+all clients' losses holds every client's own gradient. At each step the rows of all active clients are sorted by
+length and cut into passes with little padding; passes add up, so their cut changes nothing but rounding.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlotr.adapters.layer import copies
+from fedlotr.training.examples import Examples
+from fedlotr.training.models import Tensors, TrainableModel
+from fedlotr.training.optimizers import OPTIMIZERS, clip_by_norm
+
+Rows = npt.NDArray[np.int64]
+GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""(gradients, current values), both by name and (active, ...) -> gradients: what a strategy or a privacy mechanism
+puts between backward and optimizer."""
+
+PASS_TOKENS = 2048
+"""Padded tokens in one forward and backward: bounds the activations held, and is large enough for full speed."""
+PASS_OVERHEAD = 64
+"""What one more pass costs, in tokens: launching its operations takes as long as computing about this many."""
+COHORT_TOKENS = 1024
+"""Tokens a step of one cohort (`cut_cohorts`): large enough for efficient products, small enough that the ten
+clients of a default round make cohorts for several workers."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What every client does in a round.
+
+    epochs: passes over its examples, or steps: a number of optimizer steps instead. lr, head_lr: learning rates of
+    the factors and of the head (already scaled for the round). clip_norm: joint norm of a client's gradient, or None.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 8
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """One client's examples (row numbers) and the generator that shuffles them."""
+
+    rows: Rows
+    shuffle: np.random.Generator
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What one client has after its local training; loss is the mean over the examples it saw, when it saw them."""
+
+    tensors: Tensors
+    examples: int
+    steps: int
+    loss: float
+
+
+def client_batches(work: ClientWork, training: LocalTraining) -> list[Rows]:
+    """The rows of each optimizer step: a fresh shuffle an epoch, cut into batches, the last one as it falls."""
+    batches: list[Rows] = []
+    epochs = 0
+    while len(batches) < training.steps if training.steps is not None else epochs < training.epochs:
+        order = work.shuffle.permutation(work.rows)
+        batches += [order[at : at + training.batch_size] for at in range(0, len(order), training.batch_size)]
+        epochs += 1
+    return batches[: training.steps]
+
+
+def train_cohort(
+    model: TrainableModel,
+    start: Mapping[str, torch.Tensor],
+    examples: Examples,
+    cohort: Sequence[ClientWork],
+    training: LocalTraining,
+    transform: GradientTransform | None = None,
+) -> list[ClientResult]:
+    """Train every client of the cohort from the same start; results in the cohort's order.
+
+    start: the trained tensors by name. Equal to training the clients one after another, up to rounding.
+    """
+    plans = [client_batches(work, training) for work in cohort]
+    # Longest first: the clients still active at any step are then a prefix, and stopping is slicing.
+    order = sorted(range(len(cohort)), key=lambda k: -len(plans[k]))
+    stacks = {
+        name: start[name].detach().float().expand(len(cohort), *start[name].shape).clone().requires_grad_()
+        for name in model.trained
+    }
+    optimizer = OPTIMIZERS[training.optimizer](
+        weight_decay=training.weight_decay, **({"momentum": training.momentum} if training.optimizer == "sgd" else {})
+    )
+    rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
+    losses = np.zeros(len(cohort))
+    for step in range(len(plans[order[0]])):
+        active = [k for k in order if len(plans[k]) > step]
+        batches = [plans[k][step] for k in active]
+        step_losses = _backward(model, stacks, examples, batches)
+        gradients = {name: _gradient(stack)[: len(active)] for name, stack in stacks.items()}
+        with torch.no_grad():
+            if training.clip_norm is not None:
+                gradients = clip_by_norm(gradients, training.clip_norm)
+            if transform is not None:
+                gradients = transform(gradients, {name: stack[: len(active)] for name, stack in stacks.items()})
+            optimizer.step(stacks, gradients, rates, len(active))
+        for stack in stacks.values():
+            stack.grad = None
+        losses[active] += step_losses
+    seen = [sum(len(batch) for batch in plan) for plan in plans]
+    results: list[ClientResult | None] = [None] * len(cohort)
+    for position, k in enumerate(order):
+        tensors = {name: stack.detach()[position].clone() for name, stack in stacks.items()}
+        results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), float(losses[k]) / max(seen[k], 1))
+    return [result for result in results if result is not None]
+
+
+def _gradient(stack: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(stack) if stack.grad is None else stack.grad
+
+
+def _backward(
+    model: TrainableModel, stacks: Mapping[str, torch.Tensor], examples: Examples, batches: Sequence[Rows]
+) -> npt.NDArray[np.float64]:
+    """Put the gradient of each client's mean loss into its slice of `stacks`; the sum of each client's losses."""
+    owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
+    weights = np.repeat([1 / len(batch) for batch in batches], [len(batch) for batch in batches])
+    rows = np.concatenate(batches)
+    totals = np.zeros(len(batches))
+    for chosen in pack(examples.lengths[rows]):
+        owner = torch.from_numpy(owners[chosen])
+        batch = examples.batch(rows[chosen], model.spec.pad_id)
+        copied = {name: stack.index_select(0, owner) for name, stack in stacks.items()}
+        with copies(model.module, model.as_copies(copied)):
+            losses = model.losses(batch)
+            torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses.dtype)).backward()  # type: ignore[no-untyped-call]
+        np.add.at(totals, owners[chosen], losses.detach().double().numpy())
+    return totals
+
+
+def pack(lengths: Rows, tokens: int = PASS_TOKENS, overhead: int = PASS_OVERHEAD) -> list[Rows]:
+    """Cut rows into passes: positions, longest rows first, with the least padded tokens plus `overhead` a pass.
+
+    A pass holds at most `tokens` padded tokens (or one row). Exact, by dynamic programming over the sorted lengths.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    widths = lengths[order]
+    n = len(order)
+    best = np.zeros(n + 1)
+    stop_at = np.zeros(n, np.int64)
+    for start in range(n - 1, -1, -1):
+        most = max(1, min(n - start, tokens // max(int(widths[start]), 1)))
+        counts = np.arange(1, most + 1)
+        costs = counts * widths[start] + overhead + best[start + 1 : start + 1 + most]
+        choice = int(costs.argmin())
+        best[start], stop_at[start] = costs[choice], start + 1 + choice
+    passes, start = [], 0
+    while start < n:
+        passes.append(order[start : stop_at[start]])
+        start = int(stop_at[start])
+    return passes
+
+
+def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int = COHORT_TOKENS) -> list[slice]:
+    """Cut a round's clients, in their order, into cohorts: `size` clients each, or about `budget` tokens a step.
+
+    step_tokens: tokens of one optimizer step of each client. A rule of data and configuration alone, never of the
+    number of workers, so that results have the same bits on any number. The cohorts are evenly filled.
+    """
+    n = len(step_tokens)
+    if size is not None:
+        return [slice(at, min(at + size, n)) for at in range(0, n, size)]
+    ends = np.cumsum(step_tokens)
+    count = max(1, min(n, round(float(ends[-1]) / budget))) if n else 0
+    # A client belongs to the cohort in whose share of all tokens its middle falls.
+    middles = ends - np.asarray(step_tokens) / 2
+    group = np.minimum((middles * count / ends[-1]).astype(np.int64), count - 1) if n else np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.diff(group, prepend=-1)).tolist()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], n], strict=True)]

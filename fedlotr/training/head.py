@@ -1,0 +1,63 @@
+"""Fitting the classification head on the public examples, so that every method starts from the same, sensible head."""
+
+from typing import Any
+
+import torch
+
+from fedlotr.training.cohort import Rows, pack
+from fedlotr.training.evaluation import EVALUATION_TOKENS
+from fedlotr.training.examples import Examples
+from fedlotr.training.models import TrainableModel, example_losses
+
+RIDGE = 1e-2
+"""Weight of half the squared norm of the head's weights beside the mean loss."""
+ITERATIONS = 100
+HEAD_DEVIATION = 0.02
+"""Standard deviation of the first layer of a head that has two, as transformers initialises it."""
+
+
+def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
+    """Fit the head in place by L-BFGS on the mean cross-entropy, the base frozen; its features are computed once.
+
+    For a head of one linear layer this is ridge-regularised logistic regression: convex, so the result does not
+    depend on where it starts. Does nothing without a head or without rows.
+    """
+    if not model.heads or not len(rows):
+        return
+    root = model.module.get_submodule(model.heads[0].split(".")[0])
+    features: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    labels = []
+    seen: dict[str, torch.Tensor] = {}
+    hook = root.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
+    try:
+        with torch.no_grad():
+            for chosen in pack(examples.lengths[rows], EVALUATION_TOKENS):
+                batch = examples.batch(rows[chosen], model.spec.pad_id)
+                model.logits(batch)
+                features.append((seen["features"].float(), batch.attention_mask.sum(1) - 1, batch.labels))
+                labels.append(batch.labels)
+    finally:
+        hook.remove()
+    count = sum(len(part) for part in labels)
+    parameters = [p for name in model.heads for p in model.module.get_submodule(name).parameters()]
+    weights = [p for p in parameters if p.dim() == 2]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.LBFGS(parameters, max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = sum((0.5 * RIDGE * w.square().sum() for w in weights), torch.zeros(()))
+        for hidden, last, target in features:
+            logits = root(hidden)
+            if logits.dim() == 3:  # one row of logits a token: decoders are read out at the last one
+                logits = logits[torch.arange(len(last)), last]
+            loss = loss + example_losses(logits, target).sum() / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
