@@ -1,0 +1,217 @@
+"""What is learnt from the rows of a data set, and the rows as token sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlotr.data.sources import Source
+from fedlotr.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from fedlotr.training.examples import Examples
+
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "classification": (("text",), ("text_a", "text_b")),
+    "causal-lm": (("prompt", "answer"), ("text",)),
+}
+"""Task -> the text columns it can read, the preferred ones first."""
+
+MAX_CLASSES = 10_000
+"""A larger label is an identifier rather than a class index."""
+
+ROWS_SHOWN = 3
+"""Bad rows named one by one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt from which columns.
+
+    columns: the text columns it reads. label_names: the classes in the order of their indices; empty for a causal
+    language model.
+    """
+
+    kind: Literal["classification", "causal-lm"]
+    columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+
+    def labels(self, rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+        """(rows,) class indices; zeros for a causal language model.
+
+        Raises InputError that names the rows whose label is missing or no class of this task.
+        """
+        if self.kind == "causal-lm":
+            return np.zeros(len(rows), np.int64)
+        indices, problems = _class_indices("--data", rows["label"][:], self.label_names)
+        if problems:
+            raise InputError(problems)
+        return indices
+
+
+def resolve_task(kind: str, source: Source) -> Task:
+    """The task that `kind` ("auto", "classification" or "causal-lm") is on this source, every row checked.
+
+    "auto" is classification where train has a column `label`. Numbers as labels are class indices from 0 to the largest
+    in train or test, named by the source or by their number; names as labels are classes in sorted order.
+    Raises InputError for an unknown kind, missing columns, rows without text and rows without a valid label.
+    """
+    if kind not in ("auto", *COLUMNS):
+        raise InputError(f"--task {kind}: no such task{nearest(kind, ['auto', *COLUMNS])}")
+    if kind == "causal-lm" or (kind == "auto" and "label" not in source.train.column_names):
+        return Task("causal-lm", _text_columns("causal-lm", (), source), ())
+    columns = _text_columns("classification", ("label",), source)
+    return Task("classification", columns, _label_names(source))
+
+
+def _splits(source: Source) -> list[tuple[str, datasets.Dataset]]:
+    """How messages name each split, and its rows."""
+    return [(f"--data {source.name}, train", source.train), (f"--data {source.name}, {source.test_split}", source.test)]
+
+
+def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[str, ...]:
+    """The text columns of this kind of task: in both splits, with text in every row."""
+    present = source.train.column_names
+    usable = [columns for columns in COLUMNS[kind] if {*columns, *others} <= set(present)]
+    if not usable:
+        expected = " or ".join(" + ".join([*columns, *others]) for columns in COLUMNS[kind])
+        raise InputError(
+            f"--data {source.name}: --task {kind} needs the columns {expected}; train has {', '.join(present)}"
+        )
+    problems: list[str] = []
+    for where, rows in _splits(source):
+        missing = [column for column in (*usable[0], *others) if column not in rows.column_names]
+        if missing:
+            problems.append(f"{where}: no column {' or '.join(missing)}, unlike train; choose another --eval-split")
+        for column in (column for column in usable[0] if column not in missing):
+            bad = {row: text for row, text in enumerate(rows[column][:]) if not isinstance(text, str)}
+            problems += _row_problems(where, column, bad, "text")
+    if problems:
+        raise InputError(problems)
+    return usable[0]
+
+
+def _label_names(source: Source) -> tuple[str, ...]:
+    """The classes, once every row of both splits has one."""
+    splits = [(where, rows["label"][:]) for where, rows in _splits(source)]
+    values = {value for _, column in splits for value in column if value is not None}
+    names = tuple(sorted(value for value in values if isinstance(value, str)))
+    numbers = [int(value) for value in values if not isinstance(value, str) and value % 1 == 0]
+    if names and numbers:
+        raise InputError(f"--data {source.name}: labels are names in one split and numbers in the other")
+    classes = max(numbers) + 1 if numbers else len(names)
+    if classes > MAX_CLASSES:
+        raise InputError(f"--data {source.name}: 'label' implies {classes} classes; expected {MAX_CLASSES} or fewer")
+    if numbers:
+        names = source.label_names or tuple(str(index) for index in range(classes))
+    problems = [problem for where, column in splits for problem in _class_indices(where, column, names)[1]]
+    if len(names) == 1 and not problems:
+        problems = [f"--data {source.name}: every label is {names[0]}; --task classification needs two classes or more"]
+    if problems:
+        raise InputError(problems)
+    return names
+
+
+def _class_indices(where: str, values: list[Any], names: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """(values,) class indices, and what is wrong with the values that are no class."""
+    classes: dict[str | float | None, int] = {name: index for index, name in enumerate(names)}
+    classes |= {index: index for index in range(len(names))}
+    bad = {row: value for row, value in enumerate(values) if value not in classes}
+    expected = f"one of the classes {names[0]} to {names[-1]}" if names else "a class index from 0, or a name"
+    indices = np.array([classes.get(value, -1) for value in values], np.int64)
+    return indices, _row_problems(where, "label", bad, expected)
+
+
+def _row_problems(where: str, column: str, bad: dict[int, Any], expected: str) -> list[str]:
+    """A line for each of the first bad rows, counted from 1, and one for the rest."""
+    problems = [
+        f"{where}, row {row + 1}: '{column}' is {repr(value)[:50]}; expected {expected}"
+        for row, value in list(bad.items())[:ROWS_SHOWN]
+    ]
+    return problems + ([f"{where}: {len(bad) - ROWS_SHOWN} more rows like these"] if len(bad) > ROWS_SHOWN else [])
+
+
+def encode(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
+    """The rows as token sequences, in the same order, each of 1 to `max_length` tokens.
+
+    Classification: the tokenizer's own form with its special tokens; `segments` where it tells the sentences of a pair
+    apart. A text of no tokens becomes one EOS.
+
+    Language model, plain text: BOS (where the tokenizer has one) and the text, without EOS; every token after the first
+    is a target. Prompt and answer: BOS, the prompt, a line break unless the prompt ends in white space, the answer,
+    EOS; the answer and EOS are targets. Too long a prompt loses its beginning; too long an answer its end, and one
+    token stays before it. An example always has a target, so that no mean over targets divides by zero: an empty text
+    is BOS, EOS. Where a tokenizer has no EOS, another special token fills these corners.
+
+    Raises InputError for a `max_length` without room for text, and for invalid labels.
+    """
+    from fedlotr.training.examples import Examples
+
+    # The shortest example of a language model is a token and its target; of a classifier, a token a sentence.
+    least = 2 if task.kind == "causal-lm" else len(task.columns)
+    if task.kind == "classification":
+        least += tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
+    if max_length < least:
+        raise InputError(f"--max-length {max_length}: no room for text; this task and tokenizer need {least} or more")
+    texts = [rows[column][:] for column in task.columns]
+    labels = task.labels(rows)
+    segments: list[list[int]] | None = None
+    if not len(rows):  # tokenizers fail on an empty batch
+        tokens: list[list[int]] = []
+    elif task.kind == "classification":
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        tokens = [ids or [_filler(tokenizer)] for ids in encoded["input_ids"]]
+        if len(texts) == 2:
+            segments = encoded.get("token_type_ids")
+    elif len(texts) == 2:
+        tokens, labels = _prompted(texts[0], texts[1], tokenizer, max_length)
+    else:
+        begin = _token(tokenizer.bos_token_id)
+        tokens = [(begin + ids)[:max_length] for ids in _plain(texts[0], tokenizer)]
+        tokens = [ids + [_filler(tokenizer)] * (2 - len(ids)) for ids in tokens]
+        labels = np.ones(len(tokens), np.int64)
+    return Examples(
+        tokens=np.fromiter(chain.from_iterable(tokens), np.int32),
+        offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        labels=labels,
+        segments=None if segments is None else np.fromiter(chain.from_iterable(segments), np.int8),
+        causal=task.kind == "causal-lm",
+    )
+
+
+def _prompted(
+    prompts: list[str], answers: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
+    """Prompt and answer as one sequence, and where the answer begins in it."""
+    begin, end = _token(tokenizer.bos_token_id), _token(tokenizer.eos_token_id)
+    lines = [prompt if not prompt or prompt[-1].isspace() else f"{prompt}\n" for prompt in prompts]
+    tokens, starts = [], []
+    for prompt, answer in zip(_plain(lines, tokenizer), _plain(answers, tokenizer), strict=True):
+        answer = ((answer + end) or [_filler(tokenizer)])[: max_length - 1]
+        room = max_length - len(answer) - len(begin)
+        context = begin + prompt[max(len(prompt) - room, 0) :] or [_filler(tokenizer)]
+        tokens.append(context + answer)
+        starts.append(len(context))
+    return tokens, np.array(starts, np.int64)
+
+
+def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Without special tokens, whole: `verbose` would warn of texts longer than the model takes, which are cut later."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _token(token: Any) -> list[int]:
+    return [token] if isinstance(token, int) else []
+
+
+def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    special = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    return next((token for token in special if isinstance(token, int)), 0)
