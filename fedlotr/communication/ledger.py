@@ -1,0 +1,116 @@
+"""The byte ledger: one row for every record of every message between the server and a client, measured on the record."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+
+Direction = Literal["up", "down"]
+Kind = Literal["broadcast", "update", "basis", "control"]
+Record = ArrayRecord | ConfigRecord | MetricRecord
+
+SCHEMA = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("client", pa.int32()),
+        ("direction", pa.string()),
+        ("kind", pa.string()),
+        ("payload_bytes", pa.int64()),
+        ("wire_bytes", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record of one message. client is its partition id.
+
+    payload_bytes: numbers times their width. wire_bytes: what Flower counts for the serialised record.
+    """
+
+    round: int
+    client: int
+    direction: Direction
+    kind: Kind
+    payload_bytes: int
+    wire_bytes: int
+
+
+def payload_bytes(record: Record) -> int:
+    """Numbers times their width (8 for a Python number; strings and bytes by their length)."""
+    if isinstance(record, ArrayRecord):
+        return sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in record.values())
+    values = [item for value in record.values() for item in (value if isinstance(value, list) else [value])]
+    return sum(len(v.encode()) if isinstance(v, str) else len(v) if isinstance(v, bytes) else 8 for v in values)
+
+
+def entry(server_round: int, client: int, direction: Direction, name: str, record: Record) -> Entry:
+    """The ledger's row for a record; its kind follows from its name, its type and its direction."""
+    kind: Kind = "control"
+    if name == "basis":
+        kind = "basis"
+    elif isinstance(record, ArrayRecord):
+        kind = "broadcast" if direction == "down" else "update"
+    return Entry(server_round, client, direction, kind, payload_bytes(record), record.count_bytes())
+
+
+def write_part(folder: Path, server_round: int, entries: Sequence[Entry]) -> None:
+    """Write one round's rows as `round-00001.parquet`, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"round-{server_round:05d}.parquet"
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in entries], schema=SCHEMA), partial)
+    partial.replace(path)
+
+
+def read_ledger(folder: Path) -> list[Entry]:
+    """All rows of a run, round by round."""
+    return [Entry(**row) for path in sorted(folder.glob("round-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def total(
+    entries: Iterable[Entry],
+    column: Literal["payload_bytes", "wire_bytes"],
+    *,
+    direction: Direction | None = None,
+    kind: Kind | None = None,
+) -> int:
+    """The sum of one column over the rows of a direction and a kind."""
+    return sum(
+        getattr(row, column)
+        for row in entries
+        if (direction is None or row.direction == direction) and (kind is None or row.kind == kind)
+    )
+
+
+def communication_summary(entries: Sequence[Entry]) -> dict[str, float | int]:
+    """What a run cost, as in summary.json; means are over (client, round) pairs in which a client was spoken to.
+
+    `*_payload_bytes_per_client_round` count the trained tensors alone (the update, the broadcast); `*_wire_bytes_*`
+    count all that crosses the wire in that direction each round (control records too, bases apart).
+    `one_off_bytes_per_client` is the payload of the bases that a client receives, summed over the run.
+    """
+    down = {(row.client, row.round) for row in entries if row.direction == "down"}
+    up = {(row.client, row.round) for row in entries if row.direction == "up"}
+    clients = {row.client for row in entries}
+    bases = [row for row in entries if row.kind == "basis"]
+
+    def mean(amount: int, pairs: int) -> float | int:
+        return 0 if not pairs else amount // pairs if amount % pairs == 0 else amount / pairs
+
+    return {
+        "upload_payload_bytes_per_client_round": mean(total(entries, "payload_bytes", kind="update"), len(up)),
+        "download_payload_bytes_per_client_round": mean(total(entries, "payload_bytes", kind="broadcast"), len(down)),
+        "upload_wire_bytes_per_client_round": mean(total(entries, "wire_bytes", direction="up"), len(up)),
+        "download_wire_bytes_per_client_round": mean(
+            total(entries, "wire_bytes", direction="down") - total(bases, "wire_bytes"), len(down)
+        ),
+        "one_off_bytes_per_client": mean(total(bases, "payload_bytes"), len(clients)),
+        "total_payload_bytes": total(entries, "payload_bytes"),
+        "total_wire_bytes": total(entries, "wire_bytes"),
+    }
