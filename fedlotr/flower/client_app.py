@@ -1,0 +1,120 @@
+"""The ClientApp: what a client does with a train or evaluate message, alone or in a cohort.
+
+It needs the message's content and its own `node_config`, and finds its data in the folder that `run_config` names.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedlotr.adapters.bases import sha256
+from fedlotr.adapters.tuner import bases_sha256
+from fedlotr.flower.records import bases_from_record, to_record, to_tensors
+from fedlotr.flower.workplace import Workplace, install_bases
+from fedlotr.streams import generator
+from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
+from fedlotr.training.evaluation import evaluate
+
+WORK = "fedlotr.work"
+"""Key of `run_config` that holds the absolute path of the workplace."""
+
+
+class Worker:
+    """What one process keeps for the whole run: the frozen base, loaded once, and its data, memory-mapped."""
+
+    def __init__(self, workplace: Workplace) -> None:
+        self.workplace = workplace
+        self.model = workplace.build_model()
+        self.bases_sha256 = bases_sha256(self.model.module)
+
+    def adopt(self, record: Any) -> None:
+        """Use the bases a message brings, if they are not those in use; a re-derivable one brings its hash alone."""
+        if not isinstance(record, ArrayRecord):
+            return
+        brought = bases_from_record(record)
+        if sha256(list(brought.items())) != self.bases_sha256:  # type: ignore[arg-type]
+            install_bases(self.model, brought)
+            self.bases_sha256 = bases_sha256(self.model.module)
+
+    def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
+        """Train one round's clients together, each from what its message says."""
+        contents: list[Any] = [message.content for message in messages]
+        for content in contents:
+            if "basis" in content:
+                self.adopt(content["basis"])
+        recipe, config = self.workplace.recipe, contents[0]["config"]
+        factor = float(config.get("lr-factor", 1.0))
+        training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
+        work = [
+            ClientWork(
+                self.workplace.rows(client), generator(recipe.seed, "shuffle", int(config["server-round"]), client)
+            )
+            for client in clients
+        ]
+        return train_cohort(self.model, to_tensors(contents[0]["arrays"]), self.workplace.train, work, training)
+
+
+@functools.lru_cache(maxsize=1)
+def worker(folder: str) -> Worker:
+    """This process' worker. Always called with the folder as its only positional argument, which is the cache's key."""
+    return Worker(Workplace(Path(folder)))
+
+
+class CohortClientApp(ClientApp):
+    """A ClientApp that can also train several clients in one call, where an engine offers them together."""
+
+    def run_cohort(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
+        """One reply a message, in order. All messages carry the same broadcast."""
+        clients = [int(context.node_config["partition-id"]) for context in contexts]
+        here = worker(str(contexts[0].run_config[WORK]))
+        results = here.train(messages, clients)
+        weighs_examples = here.workplace.recipe.weights == "examples"
+        return [
+            Message(
+                RecordDict(
+                    {
+                        "arrays": to_record(result.tensors),
+                        "metrics": MetricRecord(
+                            {
+                                "num-examples": result.examples,
+                                "weight": float(result.examples) if weighs_examples else 1.0,
+                                "loss": result.loss,
+                            }
+                        ),
+                        "client": ConfigRecord({"client": client, "bases-sha256": here.bases_sha256}),
+                    }
+                ),
+                reply_to=message,
+            )
+            for message, client, result in zip(messages, clients, results, strict=True)
+        ]
+
+
+app = CohortClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """A cohort of one."""
+    return app.run_cohort([message], [context])[0]
+
+
+@app.evaluate()
+def evaluate_shard(message: Message, context: Context) -> Message:
+    """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards."""
+    here = worker(str(context.run_config[WORK]))
+    content: Any = message.content
+    config = content["config"]
+    here.model.assign(to_tensors(content["arrays"]))
+    rows = np.arange(int(config["start"]), int(config["stop"]))
+    scores = evaluate(here.model, here.workplace.test, rows)
+    metrics = MetricRecord(
+        {"loss": scores.loss, "units": scores.units, "correct": scores.correct, "num-examples": len(rows)}
+    )
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -1,0 +1,307 @@
+"""The round loop: what holds for every strategy, ours, a user's or Flower's, is done here and not in the strategy.
+
+A round samples clients, lets the strategy make the messages, sends them, checks and sorts the replies, lets the
+strategy aggregate, certifies the result, casts it to the wire's numbers, and hands the finished round on.
+"""
+
+import copy
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlotr.communication.ledger import Entry, total
+from fedlotr.errors import FedlotrError
+from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.records import to_arrays, to_record
+from fedlotr.flower.round_grid import RoundGrid
+from fedlotr.streams import generator, stream_key
+from fedlotr.training.evaluation import Scores, shards, sum_scores
+
+log = logging.getLogger("fedlotr")
+
+EVALUATION_SHARD = 128
+"""Held-out examples in one evaluate message: small enough to keep several workers busy to the end."""
+
+
+class StrategyError(FedlotrError):
+    """A strategy raised, or gave back something that cannot be a model; the message names it, the round and the method."""
+
+
+class TooManyFailures(FedlotrError):
+    """More of a round's clients failed than the run allows; the last good state is on disk."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What the loop needs to know of a run; all else is the strategy's or the engine's affair.
+
+    sampled: clients in a round. lr_factor: round -> what the clients' learning rates are multiplied by.
+    basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
+    layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
+    method: for error messages.
+    """
+
+    clients: int
+    sampled: int
+    rounds: int
+    seed: int
+    max_failed: float
+    lr_factor: Callable[[int], float]
+    basis: ArrayRecord | ConfigRecord | None
+    bases_sha256: str
+    layers: Sequence[Layer]
+    held_out: int
+    causal: bool
+    method: str
+
+
+@dataclass
+class State:
+    """Where a run stands after a round: with the strategy's own state, all that the next round depends on."""
+
+    arrays: ArrayRecord
+    round: int = 0
+    known: set[int] = field(default_factory=set)
+    """Clients that have received the bases."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round: its row of metrics.jsonl, its rows of the ledger, and why which client failed."""
+
+    metrics: dict[str, Any]
+    entries: list[Entry]
+    failures: dict[int, str]
+
+
+def sample_clients(federation: Federation, server_round: int) -> list[int]:
+    """The round's clients, sorted: drawn without replacement from a stream of this round alone."""
+    stream = generator(federation.seed, "sample", server_round)
+    return sorted(stream.choice(federation.clients, federation.sampled, replace=False).tolist())
+
+
+def node_of_clients(grid: Grid) -> list[int]:
+    """Node ids by client: in the order of registration where the engine tells it, else in their own order."""
+    infos = list(grid.get_nodes()) if hasattr(grid, "get_nodes") and not isinstance(grid.get_node_ids(), range) else []
+    if infos and all(getattr(info, "registered_at", "") for info in infos):
+        return [info.node_id for info in sorted(infos, key=lambda info: info.registered_at)]
+    nodes = grid.get_node_ids()
+    return nodes if isinstance(nodes, range) else sorted(nodes)  # type: ignore[return-value]
+
+
+def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
+    """Run the round after `state.round` and bring `state` up to date.
+
+    Raises TooManyFailures or StrategyError, and then leaves `state` as it was.
+    """
+    started = time.monotonic()
+    number = state.round + 1
+    clients = sample_clients(federation, number)
+    nodes = node_of_clients(grid)
+    view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
+    # Flower's strategies draw from the global generator: seeded per round, a resumed run draws the same.
+    random.seed(stream_key(federation.seed, "strategy", number))
+    np.random.seed(stream_key(federation.seed, "strategy", number) % 2**32)
+
+    config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
+    with _blaming(strategy, number, federation, "configure_train"):
+        messages = list(strategy.configure_train(number, state.arrays, config, view))
+    newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
+    replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
+
+    good, failures = _check(replies, messages, view.nodes, state.arrays, federation)
+    if not good or len(failures) > federation.max_failed * len(messages):
+        raise TooManyFailures(
+            f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
+            f"{federation.max_failed}); {_first(failures)}"
+        )
+    with _blaming(strategy, number, federation, "aggregate_train"):
+        # Some of Flower's strategies pop arrays out of the replies.
+        aggregated, metrics = strategy.aggregate_train(number, [_copy(message) for message in good])
+        published = _published(aggregated, state.arrays)
+
+    start, mean = to_arrays(state.arrays), to_arrays(published)
+    sent = _cast(published, state.arrays)
+    error = None
+    if getattr(strategy, "averages", False):
+        error = aggregation_error(federation.layers, start, mean, _weighted(good))
+    row: dict[str, Any] = {
+        "round": number,
+        "loss": None,
+        "clients": len(clients),
+        "failed": len(failures),
+        "train_loss": _loss(metrics, good),
+        "bytes_up": total(view.entries, "wire_bytes", direction="up"),
+        "bytes_down": total(view.entries, "wire_bytes", direction="down"),
+        "aggregation_error": error,
+        "transport_error": transport_error(federation.layers, start, mean, to_arrays(sent)),
+        "epsilon": None,
+        "train_seconds": time.monotonic() - started,
+        "evaluate_seconds": None,
+    }
+    state.arrays, state.round = sent, number
+    state.known |= newcomers - set(failures)
+    return Round(row, view.entries, failures)
+
+
+def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[str, float]:
+    """Loss and accuracy, or loss and perplexity, on the held-out examples, spread over the engine's workers.
+
+    The server's own work: it passes by the ledger. Raises FedlotrError where a shard fails.
+    """
+    nodes = node_of_clients(grid)
+    pieces = shards(federation.held_out, EVALUATION_SHARD)
+    messages = [
+        Message(
+            RecordDict({"arrays": arrays, "config": ConfigRecord({"start": piece.start, "stop": piece.stop})}),
+            nodes[at % federation.clients],
+            MessageType.EVALUATE,
+        )
+        for at, piece in enumerate(pieces)
+    ]
+    order = [message.metadata.dst_node_id for message in messages]
+    parts: list[Scores] = []
+    # At most one message a node at a time, so that replies are told apart by their node.
+    for at in range(0, len(messages), federation.clients):
+        replies = {r.metadata.src_node_id: r for r in grid.send_and_receive(messages[at : at + federation.clients])}
+        for node in order[at : at + federation.clients]:
+            reply = replies[node]
+            if reply.has_error():
+                raise FedlotrError(f"evaluation failed: {reply.error.reason}")
+            content: Any = reply.content
+            found = content["metrics"]
+            parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
+    scores = sum_scores(parts)
+    if federation.causal:
+        return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700))}
+    return {"loss": scores.mean_loss, "accuracy": scores.accuracy}
+
+
+def _add_basis(
+    messages: Iterable[Message], nodes: Mapping[int, int], basis: ArrayRecord | ConfigRecord | None, known: set[int]
+) -> set[int]:
+    """Put the bases into the messages of clients that have none yet; returns those clients."""
+    if basis is None:
+        return set()
+    newcomers = set()
+    for message in messages:
+        client = nodes[message.metadata.dst_node_id]
+        if client not in known:
+            message.content = RecordDict({**message.content, "basis": basis})
+            newcomers.add(client)
+    return newcomers
+
+
+def _check(
+    replies: Iterable[Message],
+    messages: Iterable[Message],
+    nodes: Mapping[int, int],
+    expected: ArrayRecord,
+    federation: Federation,
+) -> tuple[list[Message], dict[int, str]]:
+    """Replies fit to be averaged, sorted by client, and the reason for every other client asked."""
+    by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
+    good: list[Message] = []
+    failures: dict[int, str] = {}
+    for client in sorted(nodes[message.metadata.dst_node_id] for message in messages):
+        reply = by_client.get(client)
+        problem = "no reply" if reply is None else _problem(reply, expected, federation.bases_sha256)
+        if reply is None or problem:
+            failures[client] = str(problem)
+        else:
+            good.append(reply)
+    return good, failures
+
+
+def _first(failures: Mapping[int, str]) -> str:
+    return next((f"client {client}: {reason}" for client, reason in failures.items()), "no client was asked")
+
+
+def _problem(reply: Message, expected: ArrayRecord, bases_sha256: str) -> str | None:
+    """What makes a reply unfit to be averaged; None if nothing does."""
+    if reply.has_error():
+        return reply.error.reason
+    content: Any = reply.content
+    if {"arrays", "metrics", "client"} - set(content):
+        return f"a reply needs the records arrays, metrics and client; this one has {', '.join(content) or 'none'}"
+    arrays, metrics = content["arrays"], content["metrics"]
+    if set(arrays) != set(expected):
+        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+        return f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}"
+    for name, array in arrays.items():
+        wanted = expected[name]
+        if tuple(array.shape) != tuple(wanted.shape) or array.dtype != wanted.dtype:
+            return f"{name} is {array.dtype} {tuple(array.shape)}, expected {wanted.dtype} {tuple(wanted.shape)}"
+        if not np.isfinite(array.numpy()).all():
+            return f"{name} has values that are not finite"
+    weight = metrics.get("weight")
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+        return f"its weight is {weight!r}, expected a number above 0"
+    if content["client"].get("bases-sha256") != bases_sha256:
+        return f"it trained between other bases ({str(content['client'].get('bases-sha256'))[:12]}…, expected {bases_sha256[:12]}…)"
+    return None
+
+
+def _weighted(good: Sequence[Message]) -> list[Weighted]:
+    contents: list[Any] = [message.content for message in good]
+    weights = [float(content["metrics"]["weight"]) for content in contents]
+    return [Weighted(to_arrays(c["arrays"]), w / sum(weights)) for c, w in zip(contents, weights, strict=True)]
+
+
+def _loss(metrics: MetricRecord | None, good: Sequence[Message]) -> float:
+    """The clients' mean training loss: the strategy's own figure, or else the weighted mean."""
+    found = None if metrics is None else metrics.get("loss")
+    if isinstance(found, int | float):
+        return float(found)
+    contents: list[Any] = [message.content for message in good]
+    return float(
+        np.average([c["metrics"]["loss"] for c in contents], weights=[c["metrics"]["weight"] for c in contents])
+    )
+
+
+def _copy(message: Message) -> Message:
+    own = copy.copy(message)
+    own.content = RecordDict({name: record.copy() for name, record in message.content.items()})
+    return own
+
+
+def _published(aggregated: ArrayRecord | None, before: ArrayRecord) -> ArrayRecord:
+    """The strategy's result. None means that the model stays. Raises ValueError for one that cannot be a model."""
+    if aggregated is None:
+        return before
+    if set(aggregated) != set(before):
+        raise ValueError(f"it gave back tensors {sorted(aggregated)[:3]}…, expected {sorted(before)[:3]}…")
+    for name, array in aggregated.items():
+        if tuple(array.shape) != tuple(before[name].shape):
+            raise ValueError(f"it gave {name} the shape {tuple(array.shape)}, expected {tuple(before[name].shape)}")
+        if not np.isfinite(array.numpy()).all():
+            raise ValueError(f"it gave {name} values that are not finite")
+    return aggregated
+
+
+def _cast(published: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
+    """In the wire's dtypes and in the names' order."""
+    return to_record({name: published[name].numpy().astype(like[name].dtype) for name in like})
+
+
+class _blaming:  # noqa: N801 (reads as a statement)
+    """Turn an exception of the strategy into a StrategyError that says whose it is and where."""
+
+    def __init__(self, strategy: FlowerStrategy, server_round: int, federation: Federation, stage: str) -> None:
+        self._where = f"strategy {type(strategy).__name__}, {stage}, round {server_round}, method {federation.method}"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception):
+            raise StrategyError(f"{self._where}: {type(error).__name__}: {error}") from error

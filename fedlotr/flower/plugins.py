@@ -1,0 +1,111 @@
+"""Finding a server strategy: by its entry point, by `module:Class`, or by `path/to/file.py:Class`.
+
+The core never imports a strategy by name, so a built-in one has no privilege over a user's.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlotr.errors import InputError, nearest
+
+GROUP = "fedlotr.strategies"
+"""Entry point group in which packages announce their strategies."""
+
+
+def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: int) -> FlowerStrategy:
+    """Make the strategy.
+
+    Flower's own strategies get what lets the loop sample and weigh for them: they train every client that their grid
+    shows, weigh by the record `weight`, and evaluate nothing. `arguments` win over that.
+    Raises InputError for a strategy that cannot be found or made.
+    """
+    kind = _find(name)
+    ours = {
+        "fraction_train": 1.0,
+        "fraction_evaluate": 0.0,
+        "min_train_nodes": clients_per_round,
+        "min_available_nodes": clients_per_round,
+        "weighted_by_key": "weight",
+    }
+    parameters = _parameters(kind)
+    unknown = [key for key in arguments if parameters is not None and key not in parameters]
+    if unknown:
+        raise InputError(
+            [
+                f"--strategy-arg {key}: {kind.__name__} has no such argument{nearest(key, parameters or ())}"
+                for key in unknown
+            ]
+        )
+    accepted = {key: value for key, value in ours.items() if parameters is None or key in parameters}
+    try:
+        return kind(**{**accepted, **arguments})
+    except Exception as error:
+        raise InputError(
+            f"--strategy {name}: {kind.__name__} cannot be made: {type(error).__name__}: {error}; "
+            "its arguments are given by --strategy-arg KEY=VALUE"
+        ) from error
+
+
+def _parameters(kind: type) -> set[str] | None:
+    """The names a class takes, also those its **kwargs hand on to the class above; None where that is not known."""
+    names: set[str] = set()
+    for owner in kind.__mro__:
+        if "__init__" not in vars(owner) or owner is object:
+            continue
+        found = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        names |= {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in found):
+            return names
+    return names if "__init__" not in vars(kind) else None
+
+
+def _find(name: str) -> type[FlowerStrategy]:
+    where, colon, attribute = name.rpartition(":")
+    try:
+        if not colon:
+            found = {point.name: point for point in entry_points(group=GROUP)}
+            if name not in found:
+                raise InputError(
+                    f"--strategy {name}: no such strategy{nearest(name, found)} "
+                    "(or give your own as module:Class or path/to/file.py:Class)"
+                )
+            kind = found[name].load()
+        else:
+            module = _module_from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+            kind = getattr(module, attribute, None)
+            if kind is None:
+                classes = [key for key, value in vars(module).items() if _is_strategy(value)]
+                raise InputError(f"--strategy {name}: {where} has no {attribute}{nearest(attribute, classes)}")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"--strategy {name}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if not _is_strategy(kind):
+        raise InputError(
+            f"--strategy {name}: expected a class derived from fedlotr.flower.Strategy or Flower's Strategy"
+        )
+    return kind  # type: ignore[no-any-return]
+
+
+def _is_strategy(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, FlowerStrategy)
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"--strategy: there is no file {path}")
+    name = f"fedlotr_user_strategy_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,60 @@
+"""Tensors to Flower's records and back: one named array per trained tensor."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord
+
+Arrays = dict[str, npt.NDArray[np.float64]]
+Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def to_record(tensors: Mapping[str, torch.Tensor | npt.NDArray[np.generic]]) -> ArrayRecord:
+    """Arrays by name, in their own dtype, copied into Flower's format."""
+    return ArrayRecord(
+        {
+            name: Array(np.ascontiguousarray(t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else t))
+            for name, t in tensors.items()
+        }
+    )
+
+
+def to_tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
+    """Tensors by name that share nothing with the record."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
+def to_arrays(record: ArrayRecord) -> Arrays:
+    """float64 arrays by name: what aggregation computes with."""
+    return {name: array.numpy().astype(np.float64) for name, array in record.items()}
+
+
+def bases_record(bases: Bases) -> ArrayRecord:
+    """Frozen pairs as one record: `<layer>.A`, `<layer>.B`."""
+    return to_record(
+        {f"{name}.{side}": factor for name, pair in bases.items() for side, factor in zip("AB", pair, strict=True)}
+    )
+
+
+def derivable_record(seed: int, sha256: str) -> ConfigRecord:
+    """What a client needs to make the bases again by itself, and to know that they are the same: 40 bytes."""
+    return ConfigRecord({"seed": seed, "sha256": bytes.fromhex(sha256)})
+
+
+def bases_from_record(record: ArrayRecord) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What `bases_record` wrote."""
+    tensors = to_tensors(record)
+    return {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.B"]) for name in tensors if name.endswith(".A")}
+
+
+def arrays_sha256(record: ArrayRecord) -> str:
+    """Fingerprint of named arrays in key order: names, dtypes, shapes and bytes; hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(record.keys()):
+        array = record[name].numpy()
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

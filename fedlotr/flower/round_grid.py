@@ -1,0 +1,70 @@
+"""A Grid that shows a strategy one round's clients alone, and writes what crosses it into the byte ledger."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlotr.communication.ledger import Direction, Entry, entry
+
+
+class RoundGrid(Grid):
+    """Around any Grid: `get_node_ids` gives the round's nodes, in client order; every record is measured as it passes.
+
+    nodes: node id -> client (partition id). entries: the ledger's rows, whatever the engine really copies.
+    """
+
+    def __init__(self, grid: Grid, server_round: int, nodes: Mapping[int, int]) -> None:
+        self._grid, self._round, self.nodes = grid, server_round, dict(nodes)
+        self.entries: list[Entry] = []
+
+    def set_run(self, run: Any) -> None:
+        """Handed on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Handed on."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Handed on (deprecated by Flower in favour of `Message(...)`)."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> list[int]:
+        """The nodes of this round's clients, in client order."""
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Measure and hand on."""
+        pushed = list(messages)
+        for message in pushed:
+            self._measure(message, "down", message.metadata.dst_node_id)
+        return list(self._grid.push_messages(pushed))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Hand on and measure what is ready."""
+        replies = list(self._grid.pull_messages(message_ids))
+        for reply in replies:
+            self._measure(reply, "up", reply.metadata.src_node_id)
+        return replies
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Measure both ways."""
+        pushed = list(messages)
+        for message in pushed:
+            self._measure(message, "down", message.metadata.dst_node_id)
+        replies = list(self._grid.send_and_receive(pushed, timeout=timeout))
+        for reply in replies:
+            self._measure(reply, "up", reply.metadata.src_node_id)
+        return replies
+
+    def _measure(self, message: Message, direction: Direction, node: int) -> None:
+        if message.has_content():
+            records: Any = message.content
+            self.entries += [
+                entry(self._round, self.nodes[node], direction, name, record) for name, record in records.items()
+            ]

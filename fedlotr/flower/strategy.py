@@ -1,0 +1,102 @@
+"""The base of our server strategies: one method combines the clients' updates, the rest is Flower's interface.
+
+A concrete strategy is usually one method that reads like its paper's formula:
+
+    class Median(Strategy):
+        def combine(self, updates, server_round):
+            return {name: np.median([u.arrays[name] for u in updates], axis=0) for name in updates[0].arrays}
+
+The round loop validates and sorts the replies, certifies and casts the result, and saves; a strategy of Flower's own,
+unchanged, gets the same care.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlotr.flower.records import Arrays, to_arrays, to_record
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division."""
+
+    client: int
+    arrays: Arrays
+    weight: float
+
+
+def weighted_mean(updates: Sequence[Update]) -> Arrays:
+    """Σ w_i x_i / Σ w_i, accumulated in float64 in the given order (the loop's: by client)."""
+    total = sum(update.weight for update in updates)
+    mean: Arrays = {}
+    for name, first in updates[0].arrays.items():
+        accumulated = np.zeros_like(first)
+        for update in updates:
+            accumulated += update.weight * update.arrays[name]
+        mean[name] = accumulated / total
+    return mean
+
+
+class Strategy(FlowerStrategy):
+    """Base class. Override `combine`; everything else has a default that suits one message and one reply a client.
+
+    averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
+    measures how far it is from that. Where it is False, `aggregation_error` is null.
+    """
+
+    averages: ClassVar[bool] = False
+
+    @abstractmethod
+    def combine(self, updates: Sequence[Update], server_round: int) -> Mapping[str, npt.NDArray[np.float64]]:
+        """The new trained tensors by name, from at least one update, sorted by client. Return float64."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the trained tensors: arrays and plain values by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The same broadcast to every client of the round: the grid shows no others."""
+        config["server-round"] = server_round
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """`combine` on the replies' arrays, and the weighted mean of their losses."""
+        updates, losses = [], []
+        for reply in replies:
+            content: Any = reply.content
+            weight, loss = float(content["metrics"]["weight"]), float(content["metrics"]["loss"])
+            updates.append(Update(int(content["client"]["client"]), to_arrays(content["arrays"]), weight))
+            losses.append(loss)
+        if not updates:
+            return None, None
+        loss = float(np.average(losses, weights=[update.weight for update in updates]))
+        return to_record(dict(self.combine(updates, server_round))), MetricRecord({"loss": loss})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """None: evaluation is the server's, on the test split."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """None, as nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Flower prints this where it runs the loop; ours writes its own table."""

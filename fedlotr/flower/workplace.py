@@ -1,0 +1,142 @@
+"""What a client process finds on its disk: the recipe of the run, its data, the bases it was sent.
+
+Everything else reaches a client in messages. The folder lies in the run directory as `.work/`; arrays in it are
+safetensors and memory-mapped, so that all processes of a machine share one copy.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.tuner import CoreConfig, factored_layers
+from fedlotr.training.cohort import LocalTraining
+from fedlotr.training.examples import Examples
+from fedlotr.training.models import ModelSpec, TrainableModel, load_base
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every client of a run does alike.
+
+    core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
+    """
+
+    model: ModelSpec
+    core: dict[str, Any] | None
+    training: LocalTraining
+    weights: Literal["examples", "uniform"]
+    seed: int
+
+
+class Workplace:
+    """A `.work` folder: written once by the server, read by every worker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        recipe: Recipe,
+        train: Examples,
+        test: Examples,
+        parts: Sequence[npt.NDArray[np.int64]],
+        bases: Mapping[str, Factors],
+    ) -> "Workplace":
+        """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`, empty where none are frozen."""
+        folder.mkdir(parents=True, exist_ok=True)
+        train.save(folder / "train.safetensors")
+        test.save(folder / "test.safetensors")
+        offsets = np.cumsum([0, *(len(part) for part in parts)])
+        save_file({"rows": np.concatenate(parts), "offsets": offsets}, folder / "clients.safetensors")
+        tensors = {f"{name}.{side}": t for name, pair in bases.items() for side, t in zip("AB", pair, strict=True)}
+        save_tensors(
+            {name: t.detach().contiguous().clone() for name, t in tensors.items()}, folder / "bases.safetensors"
+        )
+        (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
+        return cls(folder)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """As written."""
+        found = json.loads((self.folder / "recipe.json").read_text(encoding="utf-8"))
+        return Recipe(
+            ModelSpec(**found["model"]),
+            found["core"],
+            LocalTraining(**found["training"]),
+            found["weights"],
+            found["seed"],
+        )
+
+    @cached_property
+    def train(self) -> Examples:
+        """All clients' training examples."""
+        return Examples.load(self.folder / "train.safetensors")
+
+    @cached_property
+    def test(self) -> Examples:
+        """The server's held-out examples."""
+        return Examples.load(self.folder / "test.safetensors")
+
+    @cached_property
+    def _clients(self) -> dict[str, npt.NDArray[np.int64]]:
+        return load_file(self.folder / "clients.safetensors")
+
+    def rows(self, client: int) -> npt.NDArray[np.int64]:
+        """The rows of `train` that belong to a client. Raises IndexError for a client that does not exist."""
+        offsets = self._clients["offsets"]
+        return self._clients["rows"][offsets[client] : offsets[client + 1]]
+
+    def step_tokens(self, clients: Sequence[int]) -> list[int]:
+        """Tokens of one optimizer step of each client: what its cohort's size is reckoned by."""
+        lengths, batch = self.train.lengths, self.recipe.training.batch_size
+        return [round(float(lengths[rows].mean()) * min(len(rows), batch)) for rows in map(self.rows, clients)]
+
+    def build_model(self) -> TrainableModel:
+        """The frozen base with the adapter, loaded in this process; the loading is put on record for the log."""
+        recipe = self.recipe
+        core = None if recipe.core is None else CoreConfig(**recipe.core)
+        if core is not None:
+            core.bases = self._bases()
+            if core.bases:
+                core.bases_sha256 = None  # a client replies with the fingerprint of what it has; the server compares
+        model = TrainableModel(load_base(recipe.model), recipe.model, core)
+        self.record_load()
+        return model
+
+    def _bases(self) -> dict[str, Factors]:
+        found = load_tensors(self.folder / "bases.safetensors")
+        return {name[:-2]: Factors(found[name], found[f"{name[:-2]}.B"]) for name in found if name.endswith(".A")}
+
+    def record_load(self) -> None:
+        """Note that this process loaded the frozen base once more."""
+        with open(self.folder / "loads", "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+
+    def loads(self) -> list[int]:
+        """The process that loaded the base, for each time it was loaded."""
+        path = self.folder / "loads"
+        return [int(line) for line in path.read_text(encoding="utf-8").split()] if path.exists() else []
+
+
+def install_bases(model: TrainableModel, bases: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Replace a model's frozen factors by those a message brought. Raises KeyError for a layer it does not have."""
+    layers = factored_layers(model.module)
+    with torch.no_grad():
+        for name, (a, b) in bases.items():
+            basis = layers[name].core_basis["default"]
+            basis.A.copy_(a)
+            basis.B.copy_(b)

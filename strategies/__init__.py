@@ -1,0 +1,1 @@
+"""Server strategies, one file each, over the same public interface that a user's own strategy has."""
