@@ -1,0 +1,235 @@
+"""RayGrid: clients in worker processes that load the app once, are replaced when they die, and end with the run."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import Message, RecordDict, UserConfig
+
+from fedlotr.engines.base import CohortRule, Engine, Job, Outcome, failure, log
+from fedlotr.errors import FedlotrError
+from fedlotr.flower.private import CLIENT_CRASHED, CLIENT_RAISED
+
+# Ray reads these as it is imported; a user's own choice wins. The first keeps every port on the loopback interface ("1"
+# where several machines form a cluster). The last lets workers see the devices that the driver sees.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
+OBJECT_STORE_BYTES = 256 * 2**20  # holds the jobs in flight and their replies; what is larger goes to disk
+POLL_SECONDS = 0.1
+DEATHS_OF_A_SUSPECT = 2  # a worker may die by chance; a job over which two died is to blame
+FALSE_STARTS = 3  # for each worker, in a row, until the fault is taken to be lasting
+DEATH = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
+
+
+def start_ray(workers: int) -> bool:
+    """Start Ray on this machine with room for so many workers; False where it is running already."""
+    if ray.is_initialized():
+        return False
+    with _interrupts_held_back():
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    # Ray prints the death of a worker to stdout, and has no public switch; ours is a line in the log.
+    ray._private.worker._worker_logs_enabled = False
+    return True
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: a Ray interrupted as it starts or stops leaves processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, and only there can their handler be changed
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _worker_class() -> type:
+    """The actor, defined in a function so that Ray sends it by value: a new process cannot import fedlotr yet."""
+
+    class Worker:
+        def start(
+            self, path: list[str], client_app: str, num_clients: int, run_config: UserConfig, threads: int
+        ) -> None:
+            import signal
+            import sys
+
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the driver ends the workers
+            sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
+            from fedlotr.engines.base import Clients, limit_threads, load_client_app
+            from fedlotr.flower.private import identify_process
+
+            identify_process()
+            limit_threads(threads)  # for libraries that read the environment as they are loaded
+            self.clients = Clients(load_client_app(client_app), num_clients, run_config)
+            limit_threads(threads)  # for torch, if the app loaded it
+
+        def execute(self, job: Job, states: Mapping[int, RecordDict]) -> tuple[list[Outcome], list[str]]:
+            return self.clients.execute(job, states)
+
+    return Worker
+
+
+class RayGrid(Engine):
+    """A Flower `Grid` of Ray actors, whose replies do not depend on how many they are.
+
+    Workers start in the background; `warm_up` waits for them. One that dies is replaced, and its job repeated. A job
+    over which two died is split into its clients; a client over which two died gets an error reply. Pulling raises
+    FedlotrError where the workers cannot start.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self,
+        client_app: str,
+        num_clients: int,
+        *,
+        run_config: UserConfig,
+        cohorts: CohortRule | None = None,
+        workers: int,
+        threads: int = 1,
+    ) -> None:
+        """Start workers that import `client_app` ("module:attribute") and compute with so many `threads` each.
+
+        Ray is started too, and stopped by `close`, unless it is running; then it must have a CPU for each worker.
+        """
+        super().__init__(num_clients, cohorts)
+        self.workers = workers
+        self.threads = threads
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[Any, Job | None]] = {}  # by the reference of the result; no job: it is starting
+        self._false_starts = 0
+        self._owns_ray = start_ray(workers)
+        if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
+            raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
+        path = [entry or os.getcwd() for entry in sys.path]
+        self._setup = (path, client_app, num_clients, dict(run_config), threads)
+        self._actor_class: Any = ray.remote(num_cpus=1, max_restarts=0)(_worker_class())
+        for _ in range(workers):
+            self._start_worker()
+
+    def warm_up(self) -> None:
+        """Wait until every worker has loaded the app."""
+        while any(job is None for _, job in self._busy.values()):
+            self._advance()
+
+    def close(self) -> None:
+        """Drop what is queued, end the workers, and Ray if it was started here."""
+        with _interrupts_held_back():
+            self._queue.clear()
+            actors = [*self._idle, *(actor for actor, _ in self._busy.values())]
+            self._idle, self._busy = [], {}
+            for actor in actors:
+                _end(actor)
+            if self._owns_ray:
+                self._owns_ray = False
+                ray.shutdown()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """As `Engine.push_messages`; idle workers have their jobs when it returns."""
+        ids = super().push_messages(messages)
+        self._dispatch()
+        return ids
+
+    def _start_worker(self) -> None:
+        actor = self._actor_class.remote()
+        self._busy[actor.start.remote(*self._setup)] = (actor, None)
+
+    def _dispatch(self) -> None:
+        while self._queue and self._idle:
+            actor, job = self._idle.pop(), self._queue.popleft()
+            self._busy[actor.execute.remote(job, self._states(job))] = (actor, job)
+
+    def _advance(self) -> None:
+        if not self._busy and not self._idle:
+            raise FedlotrError("there are no workers: the grid is closed, or none could start")
+        self._dispatch()
+        done, _ = ray.wait(list(self._busy), timeout=POLL_SECONDS) if self._busy else ([], [])
+        for reference in done:
+            self._collect(reference)
+        self._dispatch()
+
+    def _collect(self, reference: Any) -> None:
+        """Take what a worker brings: the outcomes of a job, the news that it has started, or its death."""
+        actor, job = self._busy[reference]
+        try:
+            result = ray.get(reference)
+        except DEATH as death:
+            del self._busy[reference]
+            self._bury(actor, job, death)
+            return
+        except Exception as error:  # the worker lives, and what clients raise becomes a reply: the app is at fault
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if job is None:  # its reference stays, so that every pull says so: without the app there is nothing to do
+                raise FedlotrError(f"a worker cannot load the client app: {cause}") from error
+            self._split(job, f"{type(cause).__name__}: {cause}", CLIENT_RAISED)
+        else:
+            if job is None:
+                self._false_starts = 0
+            else:
+                self._finish(job, *result)
+        del self._busy[reference]
+        self._idle.append(actor)
+
+    def _bury(self, actor: Any, job: Job | None, death: Exception) -> None:
+        """Replace a worker that died, and repeat or split its job."""
+        last_words = str(death).partition("\n")[0]
+        self._replace(actor, f"a worker died during {job or 'its start'} ({last_words})")
+        if job is None:
+            self._false_starts += 1
+            if self._false_starts >= FALSE_STARTS * self.workers:
+                self.close()
+                raise FedlotrError(f"the workers die as they start: {death}") from death
+        elif job.deaths + 1 < DEATHS_OF_A_SUSPECT:
+            self._queue.appendleft(replace(job, deaths=job.deaths + 1))
+        else:
+            self._split(job, f"its worker died {DEATHS_OF_A_SUSPECT} times: {last_words}", CLIENT_CRASHED)
+
+    def _replace(self, actor: Any, reason: str) -> None:
+        _end(actor)
+        self.restarts += 1
+        log.warning("%s; restart %d", reason, self.restarts)
+        self._start_worker()
+
+    def _split(self, job: Job, reason: str, code: int) -> None:
+        """Find the culprit: the clients of a failed cohort are tried one by one; a single client has failed."""
+        if len(job.messages) > 1:
+            log.warning("%s failed together (%s); each client is tried alone", job, reason)
+            self._queue.extendleft(Job((message,)) for message in reversed(job.messages))
+        else:
+            self._finish(job, [failure(job.messages[0], reason, code)])
+
+    def _give_up(self, message_ids: set[str]) -> None:
+        super()._give_up(message_ids)
+        for reference, (actor, job) in list(self._busy.items()):
+            if job is not None and not self._is_expected(job):
+                del self._busy[reference]
+                self._replace(actor, f"{job} took too long")
+
+
+def _end(actor: Any) -> None:
+    with contextlib.suppress(Exception):  # it may be dead already, or Ray gone
+        ray.kill(actor)
