@@ -1,0 +1,36 @@
+"""The console script `fedlotr`: one word chooses what to do, the rest belongs to it."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from fedlotr import __version__, simulate
+from fedlotr.errors import nearest
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "simulate": (simulate.main, "fine-tune a model with a federation of simulated clients"),
+}
+"""What each command runs, with the words after it, and what it is for."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code, 2 for an unknown command."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"fedlotr {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: {words[0]}: not a command{nearest(words[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    run, _ = COMMANDS[words[0]]
+    return run(words[1:])
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fedlotr COMMAND [options]", "       fedlotr COMMAND --help", "       fedlotr --version", "", *lines]
+    )

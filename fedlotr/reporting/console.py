@@ -1,0 +1,302 @@
+"""What a person sees of a run: a header, a line a round with a progress bar under it, and a closing table.
+
+All of it goes to standard error. Where that is no terminal there is no bar and no control character.
+"""
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedlotr.configuration import SimulationConfig
+
+SHOWN_CLIENTS = 8
+"""Rows of the partition table when there are more clients than `SHOWN_CLIENTS + 4`; four rows then sum up the rest."""
+
+SHOWN_LABELS = 8
+"""Labels that get a column each in the partition table; of more labels only the number is shown."""
+
+PLAIN_WIDTH = 100
+"""Columns of the output where there is no terminal to ask."""
+
+METRICS = {"accuracy": "{:.4f}", "perplexity": "{:.2f}"}
+"""The metrics a task may have, and how each is written."""
+
+
+class Console:
+    """The display of one run; with `quiet` it prints nothing, but still keeps `run_dir` and `finished_rounds`.
+
+    The run calls `start` once, `stage` before each thing that takes a while, `round` after every round and `finish`
+    once. Used in a `with` statement, or closed by `close`, it leaves the terminal as it was.
+    """
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.run_dir: Path | None = None
+        self.finished_rounds = 0
+        self._failed = 0
+        self._rounds = 0
+        self._bytes = 0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._out = rich.console.Console(
+            file=stream or sys.stderr, quiet=quiet, highlight=False, markup=False, emoji=False
+        )
+        if not self._out.is_terminal:
+            self._out.width = PLAIN_WIDTH
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, config: SimulationConfig, facts: Mapping[str, Any]) -> None:
+        """Show what is about to run.
+
+        facts: what the configuration alone does not say; all may be missing. run_dir, finished_rounds (of a resumed
+        run); parameters, trained_adapter, trained_head (numbers); train_examples, test_examples, labels (names),
+        largest_class (its share of the test split), task; strategy, basis, tie, lr, head_lr, workers, threads, cohort
+        (resolved); partition: one mapping a client with client, examples and labels (name to number).
+        """
+        self.run_dir = Path(facts["run_dir"]) if facts.get("run_dir") else None
+        self.finished_rounds = int(facts.get("finished_rounds", 0))
+        self._rounds = config.rounds
+        header = Table.grid(padding=(0, 2))
+        header.add_column(style="bold")
+        for title, text in _header(config, facts):
+            header.add_row(title, text)
+        self._out.print(header)
+        if facts.get("partition"):
+            self._out.print(_partition_table(facts["partition"], facts.get("labels", ())))
+
+    def stage(self, text: str) -> None:
+        """Say what the run is doing now."""
+        self._print(text, style="dim")
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Show one finished round: the object that metrics.jsonl gets."""
+        number = int(record["round"])
+        failed = int(record.get("failed") or 0)
+        self._failed += failed
+        self._bytes += int(record.get("bytes_up") or 0) + int(record.get("bytes_down") or 0)
+        if self._progress is None:
+            self._begin_rounds()
+        self.finished_rounds = max(self.finished_rounds, number)
+        width = len(str(self._rounds))
+        parts = [f"round {number:{width}}/{self._rounds}", *_results(record), f"{record.get('clients', 0)} clients"]
+        if failed:
+            parts.append(f"{failed} FAILED")
+        parts += [f"up {readable_bytes(record.get('bytes_up') or 0)}"]
+        parts += [f"down {readable_bytes(record.get('bytes_down') or 0)}"]
+        if record.get("aggregation_error") is not None:
+            parts.append(f"aggregation error {record['aggregation_error']:.1e}")
+        seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
+        self._print("  ".join([*parts, f"{seconds:.1f} s"]))
+        if self._progress is not None:
+            latest = "  ".join([*_results(record), readable_bytes(self._bytes)])
+            self._progress.update(self._task, completed=self.finished_rounds, latest=latest)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Show the closing table: summary.json, in the words of a person."""
+        self.close()
+        table = Table(title="Result", title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        for name, value in _closing_rows(summary, summary.get("failed_clients", self._failed)):
+            table.add_row(name, value)
+        self._out.print(table)
+        if self.run_dir is not None:
+            self._print(f"run      {self.run_dir}")
+            self._print(f"adapter  {self.run_dir / 'adapter'} (README.md there has the lines that use it)")
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal; nothing happens where there is none."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _begin_rounds(self) -> None:
+        if not self._out.is_terminal or self._out.quiet:
+            return
+        columns = (
+            TextColumn("rounds"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[latest]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        # A round may take minutes: the pace is taken over the whole run, not over rich's last thirty seconds.
+        self._progress = Progress(*columns, console=self._out, speed_estimate_period=1e9, transient=True)
+        self._task = self._progress.add_task("", total=self._rounds, completed=self.finished_rounds, latest="")
+        self._progress.start()
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._out.print(text, style=style, soft_wrap=True)
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes with its unit, in powers of 1000: 1234567 is '1.23 MB'."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.3g} {unit}"
+
+
+def _exact_bytes(count: float) -> str:
+    """Readable, and to the byte (a mean over rounds may have a fraction)."""
+    exact = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
+    return f"{exact} B" if count < 1000 else f"{readable_bytes(count)} ({exact} B)"
+
+
+def _results(record: Mapping[str, Any]) -> list[str]:
+    """Loss and metric, where this round has them."""
+    loss = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
+    metrics = [f"{name} {form.format(record[name])}" for name, form in METRICS.items() if record.get(name) is not None]
+    return loss + metrics
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def resolved(name: str) -> Any:
+        return facts.get(name, getattr(config, name))
+
+    def joined(*parts: str | None) -> str:
+        return ", ".join(part for part in parts if part)
+
+    def known(form: str, name: str) -> str | None:
+        value = resolved(name) if name in SimulationConfig.model_fields else facts.get(name)
+        return None if value is None else form.format(value)
+
+    adapter, head = facts.get("trained_adapter"), facts.get("trained_head")
+    trained = (adapter or 0) + (head or 0)
+    share = f"{trained / facts['parameters']:.2%} of the model" if facts.get("parameters") else None
+    labels = facts.get("labels")
+    epochs, steps = config.local_epochs, config.local_steps
+    work = _count(epochs, "epoch") if epochs is not None else _count(steps or 0, "step")
+    rows = [
+        ("model", joined(config.model, known("{:,} parameters", "parameters"))),
+        (
+            "data",
+            joined(
+                config.data,
+                known("{}", "task"),
+                known("{:,} examples to train", "train_examples"),
+                known("{:,} to test", "test_examples"),
+                _count(len(labels), "label") if labels else None,
+                known("largest class {:.1%}", "largest_class"),
+            ),
+        ),
+        (
+            "method",
+            joined(
+                config.method,
+                f"rank {config.rank}" if adapter != 0 else None,
+                known("basis {}", "basis"),
+                known("tie {}", "tie"),
+                known("strategy {}", "strategy"),
+            ),
+        ),
+    ]
+    if adapter is not None or head is not None:
+        numbers = f"{_count(trained, 'number')} ({adapter or 0:,} + {head or 0:,} in the head)"
+        rows.append(("trained", joined(numbers, share)))
+    rows += [
+        (
+            "clients",
+            joined(
+                f"{config.clients_per_round} of {config.clients} a round",
+                _count(config.rounds, "round"),
+                config.partition,
+                known("at most {:,} examples each", "max_examples"),
+            ),
+        ),
+        (
+            "training",
+            joined(
+                f"{work} of batches of {config.batch_size}",
+                config.optimizer,
+                known("rate {:g}", "lr") if adapter != 0 else None,
+                known("rate of the head {:g}", "head_lr") if head != 0 else None,
+            ),
+        ),
+        (
+            "engine",
+            joined(
+                config.engine,
+                known("workers {}", "workers"),
+                known("threads {}", "threads"),
+                known("cohort {}", "cohort"),
+                config.dtype,
+            ),
+        ),
+    ]
+    return [*rows, ("run", str(facts["run_dir"]))] if facts.get("run_dir") else rows
+
+
+def _partition_table(partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table:
+    """Examples and labels a client; many clients are cut to the first few and the spread of all."""
+    names = list(labels) if len(labels) <= SHOWN_LABELS else []
+    columns = ["examples", *names] if names or not labels else ["examples", "labels"]
+    rows = []
+    for client in partition:
+        counts = client.get("labels", {})
+        details = [counts.get(name, 0) for name in names] if names else [len(counts)] if labels else []
+        rows.append((str(client["client"]), [int(client["examples"]), *details]))
+    table = Table(title=f"Examples of the {_count(len(rows), 'client')}", title_justify="left")
+    table.add_column("client", no_wrap=True, max_width=24)
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    shown = rows if len(rows) <= SHOWN_CLIENTS + 4 else rows[:SHOWN_CLIENTS]
+    for client_name, numbers in shown:
+        table.add_row(client_name, *(f"{number:,}" for number in numbers))
+    if len(shown) < len(rows):
+        table.add_row(f"{len(rows) - len(shown)} more", *("..." for _ in columns), end_section=True)
+        every = list(zip(*(numbers for _, numbers in rows), strict=True))
+        for title, spread in (("least", min), ("median", statistics.median), ("most", max)):
+            table.add_row(title, *(f"{spread(column):,g}" for column in every))
+    return table
+
+
+def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, str]]:
+    final, best = summary.get("final") or {}, summary.get("best") or {}
+    traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
+    rows: list[tuple[str, str]] = []
+    for name, form in METRICS.items():
+        if final.get(name) is not None:
+            rows.append((f"{name}, final", form.format(final[name])))
+        if best.get(name) is not None:
+            rows.append((f"{name}, best", f"{form.format(best[name])} (round {best['round']})"))
+    if final.get("loss") is not None:
+        rows.append(("loss, final", f"{final['loss']:.4f}"))
+    for title, key in (
+        ("upload a client and round", "upload_payload_bytes_per_client_round"),
+        ("download a client and round", "download_payload_bytes_per_client_round"),
+        ("one-off download a client", "one_off_bytes_per_client"),
+        ("all payload", "total_payload_bytes"),
+        ("all bytes on the wire", "total_wire_bytes"),
+    ):
+        if traffic.get(key) is not None:
+            rows.append((title, _exact_bytes(traffic[key])))
+    error = summary.get("aggregation_error_max")
+    rows.append(("largest aggregation error", "not defined" if error is None else f"{error:.1e}"))
+    rows.append(("failed clients", f"{failed:,}"))
+    if timing.get("seconds_total") is not None:
+        rows.append(("seconds", f"{timing['seconds_total']:.1f}"))
+    if timing.get("base_model_loads") is not None:
+        workers = f" by {_count(timing['workers'], 'worker')}" if timing.get("workers") else ""
+        rows.append(("loads of the frozen model", f"{timing['base_model_loads']}{workers}"))
+    return rows

@@ -1,0 +1,82 @@
+"""The door of `python -m fedlotr.simulate [CONFIG.yaml] [options]`: from words to a run to an exit code."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlotr.command_line import usage
+from fedlotr.configuration import SECTIONS, SimulationConfig, load
+from fedlotr.errors import FedlotrError, InputError
+from fedlotr.reporting.console import Console
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one simulation; everything for people goes to standard error, `--json`'s object to standard output.
+
+    Returns the exit code: 0 done, 1 failed while running, 2 bad configuration or input, 130 interrupted.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in words or "--help" in words:
+        print(usage(SimulationConfig.model_fields, SECTIONS), end="")
+        return DONE
+    try:
+        config = load(words)
+    except InputError as error:
+        return _refuse(error)
+    with Console(quiet=config.quiet) as console:
+        try:
+            # Here, not above: it loads torch and Flower, and mistakes and --help should not wait for them.
+            from fedlotr.simulation import run_simulation
+
+            result = run_simulation(config, console=console)
+        except InputError as error:
+            console.close()
+            return _refuse(error)
+        except KeyboardInterrupt:
+            console.close()
+            print(_interruption(console.finished_rounds, console.run_dir), file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            console.close()
+            _explain(error, console.run_dir)
+            return FAILED
+    if config.json_output:
+        print(json.dumps(result.summary))
+    return DONE
+
+
+def _refuse(error: InputError) -> int:
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _interruption(finished: int, run_dir: Path | None) -> str:
+    if finished == 0 or run_dir is None:
+        return "interrupted before the first round was finished"
+    rounds = "round 1 is" if finished == 1 else f"rounds 1 to {finished} are"
+    return f"interrupted; {rounds} in {run_dir}"
+
+
+def _explain(error: Exception, run_dir: Path | None) -> None:
+    """One clear line; the traceback goes to the run's log, or after the line where there is no run yet."""
+    kind = "" if isinstance(error, FedlotrError) else f"{type(error).__name__}: "
+    story = "".join(traceback.format_exception(error))
+    log = run_dir / "log.txt" if run_dir is not None else None
+    if log is not None and log.parent.is_dir():
+        with log.open("a", encoding="utf-8") as file:
+            file.write(story)
+        print(f"error: {kind}{error} (the whole story: {log})", file=sys.stderr)
+    else:
+        print(f"error: {kind}{error}", file=sys.stderr)
+        if not isinstance(error, FedlotrError):
+            print(story, end="", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+"""One run from its configuration to its directory: check, prepare, the rounds, the summary, the adapter."""
+
+import logging
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fedlotr
+from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.tuner import bases_of, factored_layers
+from fedlotr.communication import communication_summary, write_part
+from fedlotr.communication.ledger import Entry
+from fedlotr.configuration import SimulationConfig, dump_yaml
+from fedlotr.data import describe
+from fedlotr.engines import CohortRule, LocalGrid
+from fedlotr.engines.base import Engine
+from fedlotr.flower.certificate import Layer
+from fedlotr.flower.client_app import WORK
+from fedlotr.flower.loop import Federation, Round, State, evaluate, run_round
+from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.records import arrays_sha256, bases_record, derivable_record, to_record, to_tensors
+from fedlotr.flower.workplace import Workplace
+from fedlotr.handover import write_adapter
+from fedlotr.preparation import Checked, Prepared, check, prepare
+from fedlotr.reporting.console import Console
+from fedlotr.run_directory import RunDirectory
+from fedlotr.training.cohort import cut_cohorts
+from fedlotr.training.models import TrainableModel
+from fedlotr.training.precision import measured_dtype
+
+log = logging.getLogger("fedlotr")
+
+CLIENT_APP = "fedlotr.flower.client_app:app"
+DERIVABLE = ("random", "svd")
+"""Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
+LR_FACTORS: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Share of the run's rounds that are done -> what the learning rates are multiplied by."""
+PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What a finished run came to: summary.json, the rows of metrics.jsonl, and where the rest lies."""
+
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+    run_dir: Path
+
+    @property
+    def accuracy(self) -> float | None:
+        """On the held-out examples after the last round; None for a language model."""
+        accuracy: float | None = self.summary["final"].get("accuracy")
+        return accuracy
+
+    @property
+    def loss(self) -> float:
+        """On the held-out examples after the last round."""
+        return float(self.summary["final"]["loss"])
+
+
+def run_simulation(config: SimulationConfig, *, console: Console | None = None) -> SimulationResult:
+    """Run a simulation and leave its run directory.
+
+    Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
+    cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt.
+    """
+    with console or Console(quiet=True) as display:
+        started = time.monotonic()
+        display.stage("checking the configuration, reading the data")
+        config = resolve(config)
+        checked = check(config)
+        strategy = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round)
+        directory = RunDirectory.create(config.out, f"{config.method}-{checked.source.name}-{config.seed}")
+        with _log_to(directory.log), _engine(config, directory.work) as grid:
+            dump_yaml(config, directory.path / "config.yaml")
+            display.stage("tokenising, fitting the head, making the bases")
+            prepared = prepare(checked, directory.work.absolute())
+            display.start(config, _facts(prepared, directory))
+            run = _Run(config, prepared, directory, grid, display, started)
+            summary = run.rounds(strategy)
+            display.finish(summary)
+        directory.remove_work()
+        return SimulationResult(summary, run.history, directory.path)
+
+
+def resolve(config: SimulationConfig) -> SimulationConfig:
+    """Put in what the method and this machine decide where the configuration leaves it open."""
+    row = METHODS[config.method]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    resolved: dict[str, Any] = {"strategy": config.strategy or row.strategy}
+    resolved["lr"] = config.lr if config.lr is not None else row.lr
+    resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
+    if row.adapts:
+        resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie}
+    if config.engine == "ray":
+        resolved["workers"] = config.workers or cores
+    if config.dtype == "auto":
+        resolved["dtype"] = measured_dtype()
+    resolved["threads"] = config.threads or (1 if config.engine == "ray" else cores)
+    return config.model_copy(update=resolved)
+
+
+class _Run:
+    """The rounds of one run."""
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        prepared: Prepared,
+        directory: RunDirectory,
+        grid: Engine,
+        display: Console,
+        started: float,
+    ) -> None:
+        self.config, self.prepared, self.directory = config, prepared, directory
+        self.grid, self.display, self.started = grid, display, started
+        self.history: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
+        self.federation = federation(config, prepared)
+
+    def rounds(self, strategy: Any) -> dict[str, Any]:
+        """Run all rounds; the summary."""
+        config, state = self.config, State(to_record(self.prepared.model.values()))
+        log.info("engine %s, %s threads a worker; strategy %s", config.engine, config.threads, type(strategy).__name__)
+        initial = evaluate(self.grid, self.federation, state.arrays)
+        log.info("before the first round: %s", initial)
+        while state.round < config.rounds:
+            done = run_round(self.grid, strategy, self.federation, state)
+            if state.round % config.eval_every == 0 or state.round == config.rounds:
+                began = time.monotonic()
+                done.metrics.update(evaluate(self.grid, self.federation, state.arrays))
+                done.metrics["evaluate_seconds"] = time.monotonic() - began
+            self._keep(done, state)
+        self.prepared.model.assign(to_tensors(state.arrays))
+        write_adapter(
+            self.directory.adapter,
+            self.prepared.model,
+            base=self.prepared.checked.base_name,
+            method=config.method,
+            max_length=config.max_length,
+            labels=self.prepared.checked.task.label_names,
+            pair=len(self.prepared.checked.task.columns) == 2,
+        )
+        summary = self._summary(initial, state, type(strategy).__name__)
+        self.directory.write_summary(summary)
+        log.info("done: %s", summary["final"])
+        return summary
+
+    def _keep(self, done: Round, state: State) -> None:
+        """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
+        for client, reason in done.failures.items():
+            log.warning("round %d: client %d failed and is left out: %s", state.round, client, reason)
+        write_part(self.directory.ledger, state.round, done.entries)
+        self.directory.append_metrics(done.metrics)
+        arrays = {name: array.numpy() for name, array in state.arrays.items()}
+        self.directory.write_checkpoint(state.round, arrays, {"known": sorted(state.known)})
+        self.history.append(done.metrics)
+        self.entries += done.entries
+        log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
+        self.display.round(done.metrics)
+
+    def _summary(self, initial: dict[str, float], state: State, strategy: str) -> dict[str, Any]:
+        config, checked = self.config, self.prepared.checked
+        evaluated = [row for row in self.history if row["loss"] is not None]
+        metric, better = ("perplexity", min) if checked.task.kind == "causal-lm" else ("accuracy", max)
+        best = better(evaluated, key=lambda row: row[metric])
+        errors = [row["aggregation_error"] for row in self.history if row["aggregation_error"] is not None]
+        loads = self.prepared.workplace.loads()
+        batches = sum(row["train_seconds"] for row in self.history)
+        epochs = config.local_epochs or 0
+        trained = sum(
+            len(checked.parts[client]) * epochs if not config.local_steps else config.local_steps * config.batch_size
+            for row in {(entry.round, entry.client) for entry in self.entries if entry.kind == "update"}
+            for client in [row[1]]
+        )
+        return {
+            "method": config.method,
+            "strategy": config.strategy,
+            "model": checked.base_name,
+            "data": checked.source.name,
+            "data_sha256": checked.source.sha256,
+            "test_split": checked.source.test_split,
+            "clients": config.clients,
+            "rounds": state.round,
+            "seed": config.seed,
+            "initial": initial,
+            "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
+            "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
+            "failed_clients": sum(row["failed"] for row in self.history),
+            "communication": communication_summary(self.entries),
+            "aggregation_error_max": max(errors) if errors else None,
+            "privacy": None,
+            "timing": {
+                "seconds_total": time.monotonic() - self.started,
+                "train_seconds_per_round_median": _median(row["train_seconds"] for row in self.history),
+                "evaluate_seconds_per_round_median": _median(row["evaluate_seconds"] for row in evaluated),
+                "examples_per_second": trained / batches if batches else None,
+                "base_model_loads": len(loads),
+                "workers": self.grid.workers,
+                "worker_restarts": self.grid.restarts,
+                "threads": config.threads,
+                "cohort": config.cohort,
+                "dtype": config.dtype,
+            },
+            "bases_sha256": self.prepared.bases_sha256,
+            "trained_sha256": arrays_sha256(state.arrays),
+            "versions": {
+                "fedlotr": fedlotr.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
+        }
+
+
+def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
+    """What the round loop needs to know of this run."""
+    checked, model = prepared.checked, prepared.model
+    factor = LR_FACTORS[config.lr_schedule]
+    bases = bases_of(model.module)
+    basis: Any = None
+    if bases and checked.core is not None:
+        if checked.core.basis in DERIVABLE:
+            basis = derivable_record(config.seed, prepared.bases_sha256)
+        else:
+            basis = bases_record(bases)
+    return Federation(
+        clients=config.clients,
+        sampled=config.clients_per_round,
+        rounds=config.rounds,
+        seed=config.seed,
+        max_failed=config.max_failed,
+        lr_factor=lambda server_round: factor((server_round - 1) / config.rounds),
+        basis=basis,
+        bases_sha256=prepared.bases_sha256,
+        layers=certificate_layers(model),
+        held_out=len(prepared.workplace.test),
+        causal=checked.task.kind == "causal-lm",
+        method=config.method,
+    )
+
+
+def certificate_layers(model: TrainableModel) -> list[Layer]:
+    """The adapted layers as the certificate reads them."""
+    by_module: dict[str, dict[str, str]] = {}
+    for tensor, (module, part) in model.trained.items():
+        if module not in model.heads:
+            by_module.setdefault(module, {})[part] = tensor
+    layers = factored_layers(model.module)
+
+    def frozen(module: str, factor: str) -> Any:
+        if factor in by_module[module]:
+            return None
+        tensor = layers[module].factor(factor, "default")
+        return None if tensor is None else tensor.detach().numpy().astype(np.float64)
+
+    return [
+        Layer(trained, frozen(module, "A"), frozen(module, "B"), layers[module].scaling["default"])
+        for module, trained in by_module.items()
+    ]
+
+
+@contextmanager
+def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
+    """Start the engine, whose workers load their libraries while the server prepares; close it whatever happens."""
+    workplace = Workplace(work.absolute())
+    size = None if config.cohort == "auto" else config.cohort
+
+    def cohorts(clients: Sequence[int]) -> list[list[int]]:
+        return [list(clients[piece]) for piece in cut_cohorts(workplace.step_tokens(clients), size)]
+
+    rule: CohortRule = cohorts
+    run_config: Any = {WORK: str(workplace.folder)}
+    assert config.threads is not None
+    if config.engine == "local":
+        grid: Engine = LocalGrid(
+            CLIENT_APP, config.clients, run_config=run_config, cohorts=rule, threads=config.threads
+        )
+    else:
+        from fedlotr.engines import RayGrid
+
+        assert config.workers is not None
+        grid = RayGrid(
+            CLIENT_APP,
+            config.clients,
+            run_config=run_config,
+            cohorts=rule,
+            workers=config.workers,
+            threads=config.threads,
+        )
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Write the project's log lines of this run to its file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedlotr")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        handler.close()
+
+
+def _facts(prepared: Prepared, directory: RunDirectory) -> dict[str, Any]:
+    """What the display's header shows besides the configuration."""
+    checked, model = prepared.checked, prepared.model
+    sizes = {name: tensor.numel() for name, tensor in model.values().items()}
+    head = sum(sizes[name] for name in model.head_names)
+    names = checked.task.label_names
+    facts: dict[str, Any] = {
+        "run_dir": directory.path,
+        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+        "trained_adapter": sum(sizes.values()) - head,
+        "trained_head": head,
+        "train_examples": sum(map(len, checked.parts)),
+        "test_examples": len(checked.test_rows),
+        "task": checked.task.kind,
+        "labels": names,
+        "partition": _partition_rows(checked),
+    }
+    if names:
+        counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
+        facts["largest_class"] = float(counts.max() / counts.sum())
+    return facts
+
+
+def _partition_rows(checked: Checked) -> list[dict[str, Any]]:
+    holdings = describe(checked.parts, checked.labels, checked.task.label_names)
+    return [{"client": h.client, "examples": h.examples, "labels": h.labels} for h in holdings]
+
+
+def _median(values: Any) -> float:
+    return float(statistics.median(values))
