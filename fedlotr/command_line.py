@@ -1,27 +1,26 @@
-"""From the words of a command line, and the lines of a CONFIG.yaml, to values by field; and the help.
+"""From the words of a command line, and the lines of a CONFIG.yaml, to values by key; and the help.
 
-Words are read here and not by argparse, which only writes the help: argparse stops at the first mistake, and takes the
-value of a misspelt option for the CONFIG.yaml.
+pydantic-settings makes an argparse parser of the configuration's fields. What that parser cannot read is handed on
+as it is, for the validation to report with all other mistakes: argparse itself would stop there.
 """
 
 import argparse
 import ast
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import yaml
-from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource
 
 from fedlotr.adapters.methods import BASES, METHODS, TIES
 from fedlotr.preflight import sibling
 
-_KEYS = {"json_output": "json"}
-"""Fields that options and YAML call otherwise: pydantic's models have a method `json`."""
-
 _PLACEHOLDERS = {
-    "sample": "N|SHARE",
-    "max_examples": "N|none",
+    "sample": "COUNT|SHARE",
+    "max_examples": "int|none",
     "model": "ID|PATH",
     "data": "NAME|PATH",
     "partition": "iid|dirichlet:ALPHA|shards:K|natural[:COLUMN]",
@@ -31,67 +30,81 @@ _PLACEHOLDERS = {
     "targets": "all-linear|REGEX",
     "strategy": "NAME|module:Class|file.py:Class",
     "strategy_arg": "KEY=VALUE",
-    "clip_norm": "X|none",
+    "clip_norm": "float|none",
     "eval_split": "NAME",
-    "cohort": "auto|N",
     "out": "FOLDER",
 }
 """What the help shows for a value where the type alone does not say it."""
 
-
-def key_of(field: str) -> str:
-    """The key of a field in YAML."""
-    return _KEYS.get(field, field)
+_YAML = (".yaml", ".yml")
 
 
-def flag_of(field: str) -> str:
-    """The option of a field."""
-    return "--" + key_of(field).replace("_", "-")
+def flag_of(key: str) -> str:
+    """The option of a key."""
+    return "--" + key.replace("_", "-")
 
 
-def field_of(word: str) -> str:
-    """The field that an option or a key of YAML names."""
-    name = word.lstrip("-").replace("-", "_")
-    return next((field for field, key in _KEYS.items() if key == name), name)
+def key_of(word: str) -> str:
+    """The key that an option, or the word before a colon in YAML, names."""
+    return word.lstrip("-").replace("-", "_")
 
 
-def read_words(argv: Sequence[str], fields: Mapping[str, FieldInfo]) -> tuple[dict[str, object], list[str], list[str]]:
-    """Options by field (also unknown ones, for the validation to report), CONFIG.yaml files, and problems."""
-    values: dict[str, object] = {}
-    arguments: dict[str, object] = {}
+def option_parser(settings: type[BaseSettings], sections: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The options of `python -m fedlotr.simulate` and its help; sections: the key each begins with, and its title."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedlotr.simulate",
+        usage="python -m fedlotr.simulate [CONFIG.yaml] [options]",
+        description="Fine-tune a model with a federation of simulated clients. "
+        "Options win over CONFIG.yaml, whose keys have the options' names.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    group: Any = parser
+
+    def add(_: object, flag: str, *, dest: str, help: str, **options: Any) -> None:
+        nonlocal group
+        if dest in sections:
+            group = parser.add_argument_group(sections[dest])
+        if dest in _PLACEHOLDERS:
+            options["metavar"] = _PLACEHOLDERS[dest]
+        # Where a field is left open, off or empty, its description says what that means.
+        group.add_argument(flag, dest=dest, help=re.sub(r" \(default: (none|False|{})\)$", "", help), **options)
+
+    CliSettingsSource[argparse.ArgumentParser](settings, root_parser=parser, add_argument_method=add)
+    return parser
+
+
+def read_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[dict[str, object], list[str]]:
+    """Values by key, also of options that do not exist; and the words that are no options, a CONFIG.yaml first."""
+    given = argparse.Namespace()
+    unread: dict[str, object] = {}
     files: list[str] = []
-    problems: list[str] = []
-    words = list(argv)
-    while words:
-        word, has_value, value = words.pop(0).partition("=")
-        if not word.startswith("-"):
-            files.append(word + has_value + value)
-            continue
-        field = field_of(word)
-        known = fields.get(field)
-        positive = field_of(word.removeprefix("--no-"))
-        switch = fields.get(positive)
-        if not has_value and switch is not None and switch.annotation is bool:
-            values[positive] = not word.startswith("--no-")
-            continue
-        if not has_value and words and not words[0].startswith("--"):
+    # One option at a time, so that a mistake in one leaves the others readable.
+    starts = [index for index, word in enumerate(argv) if word.startswith("--")]
+    for start, end in pairwise([0, *starts, len(argv)]):
+        words = list(argv[start:end])
+        try:
+            _, rest = parser.parse_known_args(words, given)
+        except argparse.ArgumentError:
+            rest = words
+        while rest:
+            word = rest.pop(0)
+            if not word.startswith("-"):
+                files.append(word)
+                continue
+            option, _, value = word.partition("=")
             # What follows an unknown option is taken for its value, unless it looks like the CONFIG.yaml.
-            if known is not None or not words[0].endswith((".yaml", ".yml")):
-                value = words.pop(0)
-        elif not has_value and known is not None:
-            problems.append(f"{word}: expected a value after it")
-            continue
-        if field == "strategy_arg":
-            name, is_pair, text = value.partition("=")
-            if is_pair and name:
-                arguments[name] = _literal(text)
-            else:
-                problems.append(f"{word} {value}: expected KEY=VALUE")
-        else:
-            values[field] = value
-    if arguments:
-        values["strategy_arg"] = arguments
-    return values, files, problems
+            if not value and rest and not rest[0].endswith(_YAML):
+                value = rest.pop(0)
+            unread[key_of(option)] = value
+    read = vars(given)
+    if "strategy_arg" in read:
+        pairs = [pair.partition("=") for pair in read["strategy_arg"]]
+        wrong = " ".join("".join(pair) for pair in pairs if not all(pair[:2]))
+        read["strategy_arg"] = wrong or {name: _literal(value) for name, _, value in pairs}
+    files.sort(key=lambda word: not (word.endswith(_YAML) or Path(word).is_file()))
+    return {**read, **unread}, files
 
 
 def _literal(text: str) -> object:
@@ -107,7 +120,7 @@ def _literal(text: str) -> object:
 
 
 def read_yaml(path: Path, problems: list[str]) -> dict[str, object]:
-    """The fields a file sets; what is wrong with the file as such is added to the problems."""
+    """The values a file sets, by key; what is wrong with the file as such is added to the problems."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -120,31 +133,6 @@ def read_yaml(path: Path, problems: list[str]) -> dict[str, object]:
         if content is None:
             return {}
         if isinstance(content, dict):
-            return {field_of(str(key)): value for key, value in content.items()}
+            return {key_of(str(key)): value for key, value in content.items()}
         problems.append(f"{path}: expected lines of the form 'clients: 50'")
     return {}
-
-
-def usage(fields: Mapping[str, FieldInfo], sections: Mapping[str, str]) -> str:
-    """The help of `python -m fedlotr.simulate`; sections: the field each begins with, and its title."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedlotr.simulate",
-        usage="python -m fedlotr.simulate [CONFIG.yaml] [options]",
-        description="Fine-tune a model with a federation of simulated clients. "
-        "Options win over CONFIG.yaml, whose keys have the options' names.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
-    )
-    add = parser.add_argument
-    for name, field in fields.items():
-        if name in sections:
-            add = parser.add_argument_group(sections[name]).add_argument
-        open_ended = field.default is None or field.annotation is bool or field.default == {}
-        text = field.description or ""
-        text = (text if open_ended else f"{text} (default: {field.default})").replace("%", "%%")
-        if field.annotation is bool:
-            add(flag_of(name), action="store_true", help=text)
-        else:
-            choices = "|".join(word for word in get_args(field.annotation) if isinstance(word, str))
-            number = "N" if int in (field.annotation, *get_args(field.annotation)) else "X"
-            add(flag_of(name), metavar=_PLACEHOLDERS.get(name, choices or number), help=text)
-    return parser.format_help()

@@ -1,6 +1,7 @@
 """The one typed configuration of a run, from YAML, the command line or Python; every mistake is reported at once."""
 
 import re
+from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedlotr.adapters.methods import BASES, METHODS, TIES
-from fedlotr.command_line import flag_of, key_of, read_words, read_yaml
-from fedlotr.errors import InputError, nearest
+from fedlotr.command_line import flag_of, option_parser, read_words, read_yaml
+from fedlotr.errors import InputError, closest, nearest
 from fedlotr.preflight import path_problems
 
 PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
@@ -119,12 +121,9 @@ class SimulationConfig(BaseModel):
         default=0, ge=0, description="same seed, same bytes: partition, sampling, bases, order of examples"
     )
 
-    model: str = Field(
-        default="all-MiniLM-L6-v2", min_length=1, description="a model folder, or an id on the Hugging Face hub"
-    )
+    model: str = Field(default="all-MiniLM-L6-v2", description="a model folder, or an id on the Hugging Face hub")
     data: str = Field(
         default="pydoc",
-        min_length=1,
         description="pydoc (paragraphs of Python's own documentation, built in), or a folder of JSON lines",
     )
     task: Literal["auto", "classification", "causal-lm"] = Field(
@@ -156,11 +155,11 @@ class SimulationConfig(BaseModel):
         description="who shares a pair B and A: each layer its own, or all of a type (default: the method's)",
     )
     targets: Annotated[str, AfterValidator(_check_targets)] = Field(
-        default="all-linear", min_length=1, description="layers to adapt: all, or those whose name matches in full"
+        default="all-linear", description="layers to adapt: all, or those whose name matches in full"
     )
 
     strategy: str | None = Field(
-        default=None, min_length=1, description="how the server combines the updates (default: the method's)"
+        default=None, description="how the server combines the updates (default: the method's)"
     )
     strategy_arg: dict[str, object] = Field(
         default={},
@@ -194,7 +193,6 @@ class SimulationConfig(BaseModel):
     )
     eval_split: str | None = Field(
         default=None,
-        min_length=1,
         description="split to evaluate on (default: test, else a validation split, else a tenth of train)",
     )
 
@@ -233,7 +231,12 @@ class SimulationConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_none(cls, given: object, info: ValidationInfo) -> object:
-        """The word none, on the command line and in YAML (where it is text), for options that may be left open."""
+        """The word none, on the command line and in YAML (where it is text), for options that may be left open.
+
+        Nothing at all is not none: an option without its value is a mistake.
+        """
+        if given == "":
+            raise ValueError("expected a value")
         nullable = info.field_name is not None and type(None) in get_args(cls.model_fields[info.field_name].annotation)
         return None if nullable and isinstance(given, str) and given.lower() == "none" else given
 
@@ -259,17 +262,34 @@ class SimulationConfig(BaseModel):
                 wrong.add(key)
             # Once more, with defaults in place of what is wrong, so that the other checks have something to check.
             config = handler({key: value for key, value in values.items() if key not in wrong})
-        for fields, problem in _conflicts(config):
-            if wrong.isdisjoint(fields):
-                names = " with ".join(origins.name(field, getattr(config, field)) for field in fields)
-                problems.append(f"{names}: {problem}")
+            # A default also stands in for what a misspelt key was meant to be.
+            wrong |= {near for key in wrong - {*_KEYS} if (near := closest(key, _KEYS))}
+        found = [(fields, problem) for fields, problem in _conflicts(config) if wrong.isdisjoint(fields)]
         if origins.command_line:
-            problems += [
-                f"{origins.name(field, getattr(config, field))}: {problem}" for field, problem in _path_problems(config)
-            ]
+            found += [((field,), problem) for field, problem in _path_problems(config) if field not in wrong]
+        for fields, problem in found:
+            names = " with ".join(origins.name(field, getattr(config, field)) for field in fields)
+            problems.append(f"{names}: {problem}")
+            wrong.update(fields)
         if problems:
-            raise InputError(problems)
+            # Without the file that could not be read, every value may be another one than was meant.
+            raise ConfigurationError(problems, config, frozenset(_KEYS if origins.problems else wrong))
         return config
+
+
+class ConfigurationError(InputError):
+    """A configuration with mistakes, which can still be checked for more.
+
+    config: with defaults in place of what is wrong. wrong: the fields whose values are not to be relied on.
+    """
+
+    def __init__(self, problems: Sequence[str], config: SimulationConfig, wrong: frozenset[str]) -> None:
+        super().__init__(problems)
+        self.config, self.wrong = config, wrong
+
+
+_KEYS = tuple(field.alias or name for name, field in SimulationConfig.model_fields.items())
+"""What fields are called on the command line and in YAML."""
 
 
 @dataclass(frozen=True)
@@ -286,23 +306,18 @@ class _Origins:
     in_file: Collection[str] = ()
     problems: Sequence[str] = ()
 
-    def spelling(self, field: str) -> Callable[[str], str]:
-        """How fields are spelt in the place where this one was, or would have been, given."""
-        if field in self.flags:
-            return flag_of
-        if field in self.in_file:
-            return key_of
-        return flag_of if self.command_line else str
+    def spelling(self, key: str) -> Callable[[str], str]:
+        """How keys are spelt in the place where this one was, or would have been, given."""
+        return flag_of if key in self.flags or (self.command_line and key not in self.in_file) else str
 
-    def name(self, field: str, value: object) -> str:
-        """A field with its value, as the user wrote it."""
-        spelling = self.spelling(field)
+    def name(self, key: str, value: object) -> str:
+        """A key with its value, as the user wrote it."""
         shown = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        if spelling is key_of:
-            return f"{key_of(field)}: {shown} in {self.file}"
-        if spelling is flag_of:
-            return flag_of(field) if value is True or shown == "" else f"{flag_of(field)} {shown}"
-        return f"{field}={shown!r}" if isinstance(value, Path) else f"{field}={value!r}"
+        if self.spelling(key) is flag_of:
+            return flag_of(key) if value is True or shown == "" else f"{flag_of(key)} {shown}"
+        if self.command_line:
+            return f"{key}: {shown} in {self.file}"
+        return f"{key}={shown!r}" if isinstance(value, Path) else f"{key}={value!r}"
 
 
 def _is_given(values: Mapping[str, object], field: str) -> bool:
@@ -314,9 +329,8 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
     limits = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            spelling = origins.spelling(field)
-            hint = nearest(spelling(field), map(spelling, SimulationConfig.model_fields))
-            return "no such option" + (hint if hint.startswith(",") else "; see --help")
+            near = closest(field, _KEYS)
+            return "no such option" + (f", did you mean '{origins.spelling(field)(near)}'?" if near else "; see --help")
         case "literal_error":
             return f"not a choice{nearest(error['input'], get_args(SimulationConfig.model_fields[field].annotation))}"
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
@@ -325,10 +339,10 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
             return "expected a number"
         case "bool_parsing" | "bool_type":
             return "expected true or false"
-        case "string_too_short" | "string_type":
+        case "string_type":
             return "expected text"
         case "dict_type":
-            return "expected pairs of a name and a value"
+            return "expected a name and its value, KEY=VALUE on the command line"
         case "greater_than":
             return f"expected more than {limits['gt']:g}"
         case "greater_than_equal":
@@ -382,11 +396,11 @@ def load(argv: Sequence[str]) -> SimulationConfig:
     """The configuration given by the words after the program's name: `[CONFIG.yaml] [options]`, where options win.
 
     Raises:
-        InputError: with every mistake found, in words, keys, values, combinations and files.
+        ConfigurationError: with every mistake found, in words, keys, values, combinations and files.
     """
-    flags, files, problems = read_words(argv, SimulationConfig.model_fields)
+    flags, files = read_words(argv, options())
+    problems = [f"{extra}: one CONFIG.yaml is enough, and options begin with --" for extra in files[1:]]
     file = Path(files[0]) if files else None
-    problems += [f"{extra}: one CONFIG.yaml is enough, and options begin with --" for extra in files[1:]]
     in_file = read_yaml(file, problems) if file else {}
     for given, instead in (("local_steps", "local_epochs"), ("local_epochs", "local_steps")):
         if _is_given(flags, given) and instead not in flags:
@@ -410,6 +424,23 @@ SECTIONS = {
     "out": "output",
 }
 """The field each section of the help and of config.yaml begins with."""
+
+
+class _Settings(SimulationConfig, BaseSettings):
+    """The configuration as pydantic-settings wants it, to make options of its fields; it is never filled itself."""
+
+    model_config = SettingsConfigDict(
+        validate_by_name=False,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="none",
+    )
+
+
+def options() -> ArgumentParser:
+    """The options of the command line, and their help."""
+    return option_parser(_Settings, SECTIONS)
 
 
 def dump_yaml(config: SimulationConfig, path: Path) -> None:

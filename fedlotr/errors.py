@@ -19,8 +19,13 @@ class InputError(FedlotrError):
         return InputError, (self.problems,)
 
 
+def closest(given: object, choices: Iterable[str]) -> str | None:
+    """The choice that a misspelt name was most likely meant to be, if any is near."""
+    return next(iter(difflib.get_close_matches(str(given), list(choices), n=1, cutoff=0.5)), None)
+
+
 def nearest(given: object, choices: Iterable[str]) -> str:
     """A hint for a misspelt name: ", did you mean 'fed-sb'?" or, where nothing is near, the list of choices."""
     names = sorted(choices)
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else f"; choose one of: {', '.join(names)}"
+    close = closest(given, names)
+    return f", did you mean '{close}'?" if close else f"; choose one of: {', '.join(names)}"

@@ -1,14 +1,15 @@
-"""From a configuration to everything a run needs: first all checks, with every mistake reported, then the heavy work."""
+"""From a configuration to everything a run needs: first all checks, every mistake reported, then the heavy work."""
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedlotr.adapters.layer import widths
@@ -32,6 +33,8 @@ from fedlotr.training.models import (
 )
 
 log = logging.getLogger("fedlotr")
+
+_T = TypeVar("_T")
 
 DEMO_MODEL = "all-MiniLM-L6-v2"
 DEMO_HUB_ID = f"sentence-transformers/{DEMO_MODEL}"
@@ -76,46 +79,63 @@ class Prepared:
     bases_sha256: str
 
 
-def check(config: SimulationConfig) -> Checked:
+def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
     """Read the data and the model's architecture, and deal the examples to the clients.
 
-    Raises InputError with every mistake that can be told from what does load.
+    wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
+    Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
     """
     problems: list[str] = []
 
-    def attempt(step: Callable[[], Any]) -> Any:
+    def attempt(step: Callable[[], _T], *fields: str) -> _T | None:
+        if any(field in wrong for field in fields):
+            return None
         try:
             return step()
         except InputError as error:
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
-    source: Source | None = attempt(lambda: load_source(config.data, seed=config.seed, eval_split=config.eval_split))
-    folder: Path | None = attempt(lambda: resolve_model(config.model))
-    task: Task | None = source and attempt(lambda: resolve_task(config.task, source))
-    tokenizer: PreTrainedTokenizerBase | None = folder and attempt(lambda: _tokenizer(folder, config))
-    labels = task and source and attempt(lambda: task.labels(source.train))
-    dealt = None
-    if task is not None and source is not None and labels is not None:
-        if task.kind == "causal-lm" and config.method == "head":
+    source = attempt(
+        lambda: load_source(config.data, seed=config.seed, eval_split=config.eval_split), "data", "eval_split"
+    )
+    # A model is not fetched for a run that will not start.
+    folder = attempt(lambda: resolve_model(config.model, fetch=not wrong), "model")
+    task = tokenizer = labels = dealt = spec = core = None
+    if source is not None:
+        task = attempt(lambda: resolve_task(config.task, source), "task")
+        if task is not None and task.kind == "causal-lm" and config.method == "head":
             problems.append(
                 "--method head: a language model has no classification head; choose a method that adapts layers"
             )
-        dealt = attempt(lambda: _deal(config, source, labels))
-    spec = core = None
-    if folder is not None and task is not None and tokenizer is not None:
+        labels = None if task is None else attempt(lambda: task.labels(source.train))
+        if labels is not None:
+            dealt = attempt(
+                lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
+            )
+    if folder is not None:
+        tokenizer = attempt(lambda: _tokenizer(folder, config))
+        attempt(lambda: _check_length(folder, config), "max_length")
+    if folder is not None and tokenizer is not None:
+        # Where the data do not tell what it is for, a model can still have too narrow layers.
         spec = ModelSpec(
             str(folder),
-            task.kind,
-            len(task.label_names),
+            task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
+            len(task.label_names) if task else 2,
             is_sentence_encoder(folder),
             int(tokenizer.pad_token_id or 0),
             config.dtype,
         )
-        core = attempt(lambda: _core(config, spec))
-    if problems:
+        skeleton = attempt(lambda: _skeleton(config, spec, sure=task is not None))
+        if skeleton is not None and METHODS[config.method].adapts:
+            targets = attempt(lambda: _targets(config, skeleton), "targets")
+            if targets is not None:
+                attempt(lambda: _check_rank(config, skeleton, targets), "rank")
+                core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie")
+    if problems or wrong:
         raise InputError(problems)
-    assert source is not None and task is not None and tokenizer is not None and spec is not None and dealt is not None
+    assert source is not None and task is not None and tokenizer is not None and spec is not None
+    assert labels is not None and dealt is not None
     public, parts = dealt
     row = METHODS[config.method]
     training = LocalTraining(
@@ -161,9 +181,10 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     return Prepared(checked, model, workplace, bases_sha256(model.module))
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, fetch: bool = True) -> Path | None:
     """The folder of a model: a local one, the demo model from its package, or one fetched from the hub.
 
+    Without `fetch`, None for one that would come from the hub.
     Raises InputError where there is none, or where its weights are not in safetensors.
     """
     folder = Path(model).expanduser()
@@ -173,6 +194,8 @@ def resolve_model(model: str) -> Path:
         packaged = _packaged_demo()
         if packaged is not None:
             return packaged
+    if not fetch:
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -231,6 +254,10 @@ def _tokenizer(folder: Path, config: SimulationConfig) -> PreTrainedTokenizerBas
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise InputError(f"--model {config.model}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _check_length(folder: Path, config: SimulationConfig) -> None:
     try:
         architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -242,31 +269,43 @@ def _tokenizer(folder: Path, config: SimulationConfig) -> PreTrainedTokenizerBas
         raise InputError(
             f"--max-length {config.max_length}: {config.model} takes at most {room} tokens; give that or less"
         )
-    return tokenizer
 
 
-def _core(config: SimulationConfig, spec: ModelSpec) -> CoreConfig | None:
-    """The adapter's configuration, checked against the model's layers on the meta device (no weights are read)."""
+def _skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Module | None:
+    """The model on the meta device, where no weights are read.
+
+    sure: `spec` says what the model is for; where that is a guess and cannot be built, None.
+    """
     try:
         skeleton = load_base(spec, meta=True)
     except Exception as error:
+        if not sure:
+            return None
         raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {_first_line(error)}") from error
-    if spec.kind == "classification" and not head_layers(skeleton):
+    if sure and spec.kind == "classification" and not head_layers(skeleton):
         raise InputError(
             f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
         )
-    if not METHODS[config.method].adapts:
-        return None
+    return skeleton
+
+
+def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
     try:
-        targets = adaptable_layers(skeleton, config.targets)
+        return adaptable_layers(skeleton, config.targets)
     except ValueError as error:
         raise InputError(f"--targets {config.targets}: {error}") from error
+
+
+def _check_rank(config: SimulationConfig, skeleton: nn.Module, targets: list[str]) -> None:
     narrowest = min(targets, key=lambda name: min(widths(skeleton.get_submodule(name))))
     width = min(widths(skeleton.get_submodule(narrowest)))
     if config.rank > width:
         raise InputError(
             f"--rank {config.rank}: above the width {width} of {narrowest}; choose a rank of at most {width}"
         )
+
+
+def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
     try:
         return CoreConfig(
             method=config.method,

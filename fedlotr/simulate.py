@@ -4,10 +4,10 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from fedlotr.command_line import usage
-from fedlotr.configuration import SECTIONS, SimulationConfig, load
+from fedlotr.configuration import ConfigurationError, load, options
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.reporting.console import Console
 
@@ -22,12 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if "-h" in words or "--help" in words:
-        print(usage(SimulationConfig.model_fields, SECTIONS), end="")
+        print(options().format_help(), end="")
         return DONE
     try:
         config = load(words)
-    except InputError as error:
-        return _refuse(error)
+    except ConfigurationError as error:
+        _refuse(error)
+        return _refuse_further(error)
     with Console(quiet=config.quiet) as console:
         try:
             # Here, not above: it loads torch and Flower, and mistakes and --help should not wait for them.
@@ -53,6 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(error: InputError) -> int:
     for problem in error.problems:
         print(f"error: {problem}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _refuse_further(known: ConfigurationError) -> int:
+    """After the mistakes in the words those that data, model and strategy show, which take seconds to load."""
+    if known.wrong >= {"data", "model", "strategy_arg"}:
+        return BAD_INPUT
+    # What breaks otherwise says little: it is not the configuration that the user meant.
+    with suppress(Exception, KeyboardInterrupt):
+        from fedlotr.simulation import check_all
+
+        try:
+            check_all(known.config, known.wrong)
+        except InputError as error:
+            _refuse(error)
     return BAD_INPUT
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,26 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 import fedlotr
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
-from fedlotr.communication import communication_summary, write_part
+from fedlotr.communication import communication_summary, read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml
 from fedlotr.data import describe
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
+from fedlotr.errors import InputError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK
 from fedlotr.flower.loop import Federation, Round, State, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import arrays_sha256, bases_record, derivable_record, to_record, to_tensors
+from fedlotr.flower.state import load_strategy_state, save_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.handover import write_adapter
 from fedlotr.preparation import Checked, Prepared, check, prepare
 from fedlotr.reporting.console import Console
-from fedlotr.run_directory import RunDirectory
+from fedlotr.resumption import continue_from, saved_configuration
+from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import TrainableModel
 from fedlotr.training.precision import measured_dtype
@@ -82,25 +87,53 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
         config = resolve(config)
-        checked = check(config)
-        strategy = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round)
+        checked, strategy = check_all(config)
         directory = RunDirectory.create(config.out, f"{config.method}-{checked.source.name}-{config.seed}")
-        with _log_to(directory.log), _engine(config, directory.work) as grid:
+        checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
+        with _log_to(directory.log), _threads(config.threads), _engine(config, directory.work) as grid:
             dump_yaml(config, directory.path / "config.yaml")
             display.stage("tokenising, fitting the head, making the bases")
+            directory.remove_work()
             prepared = prepare(checked, directory.work.absolute())
-            display.start(config, _facts(prepared, directory))
             run = _Run(config, prepared, directory, grid, display, started)
-            summary = run.rounds(strategy)
+            state = run.begin(strategy, checkpoint)
+            display.start(config, {**_facts(prepared, directory), "finished_rounds": state.round})
+            summary = run.rounds(strategy, state)
             display.finish(summary)
         directory.remove_work()
         return SimulationResult(summary, run.history, directory.path)
 
 
+def check_all(config: SimulationConfig, wrong: Collection[str] = ()) -> tuple[Checked, FlowerStrategy]:
+    """The data, the model and the strategy that a configuration names; nothing heavy has happened yet.
+
+    wrong: fields that are known to be wrong, as for `check`. Raises InputError with all mistakes.
+    """
+    problems: list[str] = []
+    checked = strategy = None
+    try:
+        checked = check(config, wrong)
+    except InputError as error:
+        problems += error.problems
+    if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):
+        name = config.strategy or METHODS[config.method].strategy
+        try:
+            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
+        except InputError as error:
+            problems += error.problems
+    if checked is None or strategy is None:
+        raise InputError(problems)
+    return checked, strategy
+
+
 def resolve(config: SimulationConfig) -> SimulationConfig:
-    """Put in what the method and this machine decide where the configuration leaves it open."""
+    """Put in what the method and this machine decide where the configuration leaves it open.
+
+    A run that is continued keeps the number format and the threads that were measured and counted for it.
+    """
     row = METHODS[config.method]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before = saved_configuration(config.out) if config.resume and config.out is not None else None
     resolved: dict[str, Any] = {"strategy": config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
@@ -109,8 +142,10 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     if config.engine == "ray":
         resolved["workers"] = config.workers or cores
     if config.dtype == "auto":
-        resolved["dtype"] = measured_dtype()
-    resolved["threads"] = config.threads or (1 if config.engine == "ray" else cores)
+        resolved["dtype"] = before.dtype if before is not None else measured_dtype()
+    if config.threads is None:
+        counted = 1 if config.engine == "ray" else cores
+        resolved["threads"] = before.threads if before is not None else counted
     return config.model_copy(update=resolved)
 
 
@@ -130,21 +165,48 @@ class _Run:
         self.grid, self.display, self.started = grid, display, started
         self.history: list[dict[str, Any]] = []
         self.entries: list[Entry] = []
+        self.initial: dict[str, float] = {}
         self.federation = federation(config, prepared)
 
-    def rounds(self, strategy: Any) -> dict[str, Any]:
-        """Run all rounds; the summary."""
-        config, state = self.config, State(to_record(self.prepared.model.values()))
-        log.info("engine %s, %s threads a worker; strategy %s", config.engine, config.threads, type(strategy).__name__)
-        initial = evaluate(self.grid, self.federation, state.arrays)
-        log.info("before the first round: %s", initial)
+    def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
+        """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
+        state = State(to_record(self.prepared.model.values()))
+        log.info(
+            "engine %s, %d workers of %s threads, %s; strategy %s",
+            self.config.engine,
+            self.grid.workers,
+            self.config.threads,
+            self.config.dtype,
+            type(strategy).__name__,
+        )
+        if checkpoint is None:
+            self.initial = evaluate(self.grid, self.federation, state.arrays)
+            log.info("before the first round: %s", self.initial)
+            return state
+        if checkpoint.extra["bases_sha256"] != self.prepared.bases_sha256:
+            raise InputError(
+                f"--resume: the bases made now ({self.prepared.bases_sha256[:12]}…) are not those of the run "
+                f"({checkpoint.extra['bases_sha256'][:12]}…): another base model or another kind of processor"
+            )
+        self.history = self.directory.forget_after(checkpoint.round)
+        self.entries = read_ledger(self.directory.ledger)
+        self.initial = checkpoint.extra["initial"]
+        self.started -= checkpoint.extra["seconds"]
+        load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
+        trained = {name: checkpoint.arrays[name] for name in state.arrays}
+        log.info("resumed after round %d", checkpoint.round)
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]))
+
+    def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
+        """Run the rounds that are left; the summary."""
+        config = self.config
         while state.round < config.rounds:
             done = run_round(self.grid, strategy, self.federation, state)
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
                 done.metrics.update(evaluate(self.grid, self.federation, state.arrays))
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
-            self._keep(done, state)
+            self._keep(done, state, strategy)
         self.prepared.model.assign(to_tensors(state.arrays))
         write_adapter(
             self.directory.adapter,
@@ -155,38 +217,51 @@ class _Run:
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
         )
-        summary = self._summary(initial, state, type(strategy).__name__)
+        summary = self._summary(state)
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
 
-    def _keep(self, done: Round, state: State) -> None:
+    def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
         for client, reason in done.failures.items():
             log.warning("round %d: client %d failed and is left out: %s", state.round, client, reason)
         write_part(self.directory.ledger, state.round, done.entries)
         self.directory.append_metrics(done.metrics)
-        arrays = {name: array.numpy() for name, array in state.arrays.items()}
-        self.directory.write_checkpoint(state.round, arrays, {"known": sorted(state.known)})
+        packed, arrays = save_strategy(strategy)
+        arrays |= {name: array.numpy() for name, array in state.arrays.items()}
+        extra = {
+            "known": sorted(state.known),
+            "strategy": packed,
+            "initial": self.initial,
+            "seconds": time.monotonic() - self.started,
+            "bases_sha256": self.prepared.bases_sha256,
+            "data_sha256": self.prepared.checked.source.sha256,
+        }
+        self.directory.write_checkpoint(state.round, arrays, extra)
         self.history.append(done.metrics)
         self.entries += done.entries
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
         self.display.round(done.metrics)
 
-    def _summary(self, initial: dict[str, float], state: State, strategy: str) -> dict[str, Any]:
+    def _examples(self, client: int) -> int:
+        """Examples that a client works through in a round."""
+        held = len(self.prepared.checked.parts[client])
+        if self.config.local_steps is None:
+            return held * (self.config.local_epochs or 0)
+        size, full = self.config.batch_size, -(-held // self.config.batch_size)
+        epochs, rest = divmod(self.config.local_steps, full)
+        return epochs * held + min(rest * size, held)
+
+    def _summary(self, state: State) -> dict[str, Any]:
         config, checked = self.config, self.prepared.checked
         evaluated = [row for row in self.history if row["loss"] is not None]
         metric, better = ("perplexity", min) if checked.task.kind == "causal-lm" else ("accuracy", max)
         best = better(evaluated, key=lambda row: row[metric])
         errors = [row["aggregation_error"] for row in self.history if row["aggregation_error"] is not None]
         loads = self.prepared.workplace.loads()
-        batches = sum(row["train_seconds"] for row in self.history)
-        epochs = config.local_epochs or 0
-        trained = sum(
-            len(checked.parts[client]) * epochs if not config.local_steps else config.local_steps * config.batch_size
-            for row in {(entry.round, entry.client) for entry in self.entries if entry.kind == "update"}
-            for client in [row[1]]
-        )
+        seconds = sum(row["train_seconds"] for row in self.history)
+        trained = sum(self._examples(entry.client) for entry in self.entries if entry.kind == "update")
         return {
             "method": config.method,
             "strategy": config.strategy,
@@ -197,7 +272,7 @@ class _Run:
             "clients": config.clients,
             "rounds": state.round,
             "seed": config.seed,
-            "initial": initial,
+            "initial": self.initial,
             "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
             "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
             "failed_clients": sum(row["failed"] for row in self.history),
@@ -208,7 +283,7 @@ class _Run:
                 "seconds_total": time.monotonic() - self.started,
                 "train_seconds_per_round_median": _median(row["train_seconds"] for row in self.history),
                 "evaluate_seconds_per_round_median": _median(row["evaluate_seconds"] for row in evaluated),
-                "examples_per_second": trained / batches if batches else None,
+                "examples_per_second": trained / seconds if seconds else None,
                 "base_model_loads": len(loads),
                 "workers": self.grid.workers,
                 "worker_restarts": self.grid.restarts,
@@ -305,6 +380,17 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
         yield grid
     finally:
         grid.close()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute in this process with so many threads: the server's own share of the work has a worker's bits too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -61,8 +61,17 @@ not_an_app = 7
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Echo, alone."""
-    return answer(message, context, 1)
+    """Echo, outside any cohort."""
+    return answer(message, context, 0)
+
+
+@app.query()
+def pools(message: Message, context: Context) -> Message:
+    """How many threads each numeric library loaded in this process computes with."""
+    from threadpoolctl import threadpool_info
+
+    counts = {str(pool["internal_api"]): int(pool["num_threads"]) for pool in threadpool_info()}
+    return Message(RecordDict({"pools": ConfigRecord(dict(counts))}), reply_to=message)
 
 
 @plain.train()

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import fedlotr
 from fedlotr import cli, simulate
-from fedlotr.command_line import flag_of, usage
-from fedlotr.configuration import SECTIONS, SimulationConfig, dump_yaml, load, preflight_paths
+from fedlotr.command_line import flag_of
+from fedlotr.configuration import ConfigurationError, SimulationConfig, dump_yaml, load, options, preflight_paths
 from fedlotr.errors import FedlotrError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
             "--workers 2 with --engine local: the engine 'local' works in this process; workers belong to 'ray'",
             "--data pydocs: neither a built-in data set nor a folder, did you mean 'pydoc'?",
             f"--model {tmp_path / 'gone'}: no such folder",
-            "--momentum: expected a value after it",
+            "--momentum: expected a value",
         ]
     )
 
@@ -178,7 +178,42 @@ def test_values_of_strategy_arguments_are_literals() -> None:
     words = ["a=0.5", "b=[1, 2]", "c=true", "d=x=y", "e='5'", "f=none", "g="]
     config = load([word for pair in words for word in ("--strategy-arg", pair)])
     assert config.strategy_arg == {"a": 0.5, "b": [1, 2], "c": True, "d": "x=y", "e": "5", "f": None, "g": ""}
-    assert problems("--strategy-arg", "a") == ["--strategy-arg a: expected KEY=VALUE"]
+    assert problems("--strategy-arg", "a", "--strategy-arg", "b=1", "--strategy-arg", "=2") == [
+        "--strategy-arg a =2: expected a name and its value, KEY=VALUE on the command line"
+    ]
+
+
+def test_what_argparse_cannot_read_is_one_mistake_among_others(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("clients: 7\n")
+    found = problems("--model", "--lr", "-1e-3", "--quiet=maybe", file, "--basis", "--out=", "-c", "5", "--rounds", "0")
+    assert sorted(found) == [
+        "--basis: expected a value",
+        "--c 5: no such option; see --help",
+        "--lr -1e-3: expected more than 0",
+        "--model: expected a value",
+        "--out: expected a value",
+        "--quiet maybe: expected true or false",
+        "--rounds 0: expected at least 1",
+    ]
+    assert load([str(file), "--quiet=true"]).quiet
+
+
+def test_a_mistake_says_which_values_are_not_to_be_relied_on(tmp_path: Path) -> None:
+    def wrong(*argv: str) -> frozenset[str]:
+        with pytest.raises(ConfigurationError) as caught:
+            load(argv)
+        return caught.value.wrong
+
+    assert wrong("--method", "fedsb", "--rank", "3") == {"method"}
+    assert wrong("--cleints", "5") == {"cleints", "clients"}
+    assert wrong("--momentum", "0.9", "--data", "gone") == {"momentum", "optimizer", "data"}
+    assert wrong(str(tmp_path / "gone.yaml"), "--rank", "3") >= {"rank", "model", "data", "clients"}
+
+
+def test_a_configuration_made_in_python_reads_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["python", "--clients", "3", "--help"])
+    assert SimulationConfig(rounds=3).clients == 50
 
 
 def test_switches_can_be_given_taken_back_and_repeated_options_count_last(tmp_path: Path) -> None:
@@ -263,9 +298,9 @@ def test_preflight_of_a_python_call_names_its_keywords(tmp_path: Path) -> None:
 
 
 def test_help_shows_every_option_once_with_its_default() -> None:
-    text = usage(SimulationConfig.model_fields, SECTIONS)
+    text = options().format_help()
     for name, field in SimulationConfig.model_fields.items():
-        assert len(re.findall(rf"^  {flag_of(name)}[ \n]", text, re.MULTILINE)) == 1, name
+        assert len(re.findall(rf"^  {flag_of(field.alias or name)}[ ,\n]", text, re.MULTILINE)) == 1, name
         assert field.description
     assert "(default: 50)" in text
     assert "fed-sb|lotr|lora-xs|lora|head" in text
@@ -274,16 +309,18 @@ def test_help_shows_every_option_once_with_its_default() -> None:
 def test_help_is_quick_to_load_and_warns_of_nothing() -> None:
     done = python("-W", "error", "-m", "fedlotr.simulate", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--clients N" in done.stdout
+    assert "--clients int" in done.stdout
     script = "import sys, fedlotr.simulate, fedlotr.cli; print(*sys.modules)"
     loaded = set(python("-W", "error", "-c", script).stdout.split())
     assert loaded.isdisjoint({"torch", "flwr", "ray", "datasets", "transformers", "peft", "numpy"})
 
 
 def test_bad_input_ends_with_two_and_one_line_a_problem() -> None:
-    done = python("-m", "fedlotr.simulate", "--method", "fedsb", "--rank", "0", "--json")
+    done = python("-m", "fedlotr.simulate", "gone.yaml", "--method", "fedsb", "--rank", "0", "--json")
     assert (done.returncode, done.stdout) == (2, "")
-    assert sorted(done.stderr.splitlines()) == [
+    first, *others = done.stderr.splitlines()
+    assert first.startswith("error: gone.yaml: cannot read this configuration file")
+    assert sorted(others) == [
         "error: --method fedsb: not a method, did you mean 'fed-sb'?",
         "error: --rank 0: expected at least 1",
     ]
@@ -363,7 +400,7 @@ def test_the_console_script_knows_its_commands(capsys: pytest.CaptureFixture[str
     assert "did you mean 'simulate'?" in capsys.readouterr().err
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"fedlotr {fedlotr.__version__}\n"
-    assert cli.main(["simulate", "--rank", "0"]) == 2
+    assert cli.main(["simulate", "gone.yaml", "--rank", "0"]) == 2
     assert "--rank 0" in capsys.readouterr().err
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 from fedlotr.adapters.methods import BASES, METHODS, TIES, Method
 
 if TYPE_CHECKING:
-    from fedlotr.adapters.bases import initialize_basis
-    from fedlotr.adapters.config import CoreConfig
     from fedlotr.adapters.layer import CopiesLinear, FactoredLayer, copies
-    from fedlotr.adapters.tuner import CoreModel, bases_of, bases_sha256
+    from fedlotr.adapters.tuner import CoreConfig, CoreModel, bases_of, bases_sha256, initialize_basis
 
 __all__ = [
     "BASES",

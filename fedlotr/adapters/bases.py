@@ -1,4 +1,4 @@
-"""Where the frozen factors come from: plain functions (matrices, shape, rank, seed) -> (A, B), in float64 on one thread.
+"""Where the frozen factors come from: plain functions of a `Request`, in float64 on one thread.
 
 A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`. Several matrices mean a tie:
 one pair for all of them. On one thread, because float32 decompositions differ between one and two threads.
@@ -60,7 +60,8 @@ def _normal(rows: int, columns: int, seed: int, tag: str) -> torch.Tensor:
 def _orthonormal(rows: int, columns: int, seed: int, tag: str) -> torch.Tensor:
     """(rows, columns) with orthonormal columns, Haar-distributed: the sign of R's diagonal is made positive."""
     q, upper = torch.linalg.qr(_normal(rows, columns, seed, tag))
-    return q * torch.sign(torch.diagonal(upper))
+    orthonormal: torch.Tensor = q * torch.sign(torch.diagonal(upper))
+    return orthonormal
 
 
 def random_basis(request: Request) -> Factors:

@@ -65,7 +65,7 @@ def export_lora(
             modules_to_save=sorted({name.split(".")[0] for name in head}) if head else None,
             inference_mode=True,
         )
-    config.target_modules = sorted(ranks)  # type: ignore[assignment]  # a set is written in hash order
+    config.target_modules = sorted(ranks)  # a set is written in hash order
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -7,10 +7,10 @@ shared by all of them, so K clients train in one forward and one backward.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
@@ -52,10 +52,11 @@ class CopiesLinear(nn.Linear):
         return layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(rows, ..., d_in) -> (rows, ..., d_out)."""
+        """(rows, ..., d_in) -> (rows, ..., d_out), in the weight's dtype: the base below may be narrower."""
+        x = input.to(self.weight.dtype)
         if self.copies is None:
-            return super().forward(input)
-        return grouped_linear(input, self.copies["weight"], self.copies.get("bias"))
+            return super().forward(x)
+        return grouped_linear(x, self.copies["weight"], self.copies.get("bias"))
 
 
 class Basis(nn.Module):
@@ -114,10 +115,14 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         if adapter in trained:
             tensor: torch.Tensor = trained[adapter]
             return tensor
-        if adapter in self.core_basis and name != "C":
-            frozen: torch.Tensor = getattr(self.core_basis[adapter], name)
-            return frozen
-        return None
+        basis = self.basis(adapter)
+        if basis is None or name == "C":
+            return None
+        return basis.A if name == "A" else basis.B
+
+    def basis(self, adapter: str) -> Basis | None:
+        """The frozen pair of an adapter, or None where none is frozen."""
+        return cast(Basis, self.core_basis[adapter]) if adapter in self.core_basis else None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(rows, ..., d_in) -> (rows, ..., d_out)."""
@@ -164,10 +169,13 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, delta: torch.Tensor, *, safe: bool = False) -> None:
         base = self.get_base_layer()
         delta = delta.T if isinstance(base, Conv1D) else delta
-        merged = (base.weight.data.to(delta.dtype) + delta).to(base.weight.dtype)
+        weight = base.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise TypeError(f"a {type(base).__name__} cannot be merged into: its weight is quantised")
+        merged = (weight.data.to(delta.dtype) + delta).to(weight.dtype)
         if safe and not torch.isfinite(merged).all():
             raise ValueError("merging would put values into the base weight that are not finite")
-        base.weight.data = merged
+        weight.data = merged
 
     def _parameters_of(self, name: str) -> nn.ParameterDict:
         parameters: nn.ParameterDict = getattr(self, f"core_{name}")
@@ -183,11 +191,11 @@ def copies(model: nn.Module, tensors: Mapping[str, Mapping[str, torch.Tensor]]) 
     modules = dict(model.named_modules())
     try:
         for name, copied in tensors.items():
-            modules[name].copies = copied  # type: ignore[assignment]
+            modules[name].copies = copied
         yield
     finally:
         for name in tensors:
-            modules[name].copies = None  # type: ignore[assignment]
+            modules[name].copies = None
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:

@@ -64,8 +64,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=1e-3,
-        head_lr=1e-3,
+        lr=3e-3,
+        head_lr=3e-3,
     ),
     "lotr": Method(
         "a core per layer between factors shared by all layers of a type",
@@ -74,8 +74,8 @@ METHODS: dict[str, Method] = {
         tie="type",
         train=("C",),
         strategy="exact-average",
-        lr=1e-3,
-        head_lr=1e-3,
+        lr=3e-3,
+        head_lr=3e-3,
     ),
     "lora-xs": Method(
         "cores between the leading singular vectors of the frozen weights",
@@ -84,8 +84,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=1e-3,
-        head_lr=1e-3,
+        lr=3e-3,
+        head_lr=3e-3,
     ),
     "lora": Method(
         "both factors of LoRA, averaged apart",
@@ -94,8 +94,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("A", "B"),
         strategy="fedit",
-        lr=1e-3,
-        head_lr=1e-3,
+        lr=3e-3,
+        head_lr=3e-3,
     ),
     "head": Method(
         "only the classification head: the honest floor",
@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=(),
         strategy="exact-average",
-        lr=1e-3,
-        head_lr=1e-3,
+        lr=3e-3,
+        head_lr=3e-3,
     ),
 }

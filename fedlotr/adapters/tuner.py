@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft import mapping as peft_mapping
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
@@ -30,7 +31,7 @@ GRADIENT_MEMORY = 2 * 1024**3
 """Bytes of full-size gradients that `initialize_basis` holds at once."""
 
 
-class CoreType(str, enum.Enum):
+class CoreType(str, enum.Enum):  # noqa: UP042 (PEFT prints and hashes its types so)
     """Our entry among PEFT's types; name and value agree because PEFT looks it up by either."""
 
     FEDLOTR_CORE = "FEDLOTR_CORE"
@@ -57,8 +58,8 @@ class CoreConfig(PeftConfig):
     bases_sha256: str | None = field(default=None, metadata={"help": "Fingerprint of the frozen factors."})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = CoreType.FEDLOTR_CORE  # type: ignore[assignment]
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = CoreType.FEDLOTR_CORE
         # Pairs made beforehand, by the name of the tie's first layer; not part of the saved configuration.
         self.bases: dict[str, Factors] = {}
         for name, value, choices in (
@@ -121,35 +122,36 @@ class CoreModel(BaseTuner):
         """Inject, then fill the bases: a tie's pair needs all of its members."""
         self._members = defaultdict(list)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._fill(self.peft_config[adapter_name], adapter_name)
+        self._fill(cast(CoreConfig, self.peft_config[adapter_name]), adapter_name)
 
     def _create_and_replace(
         self,
-        peft_config: CoreConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        config = cast(CoreConfig, peft_config)
         layer = target if isinstance(target, FactoredLayer) else FactoredLayer(target)
-        d_in, d_out, r, row = layer.in_features, layer.out_features, peft_config.r, peft_config.row
+        d_in, d_out, r, row = layer.in_features, layer.out_features, config.r, config.row
         if r > min(d_in, d_out):
             raise ValueError(f"rank {r} is above the width of {current_key} ({d_in} in, {d_out} out)")
         shapes = {"A": (r, d_in), "B": (d_out, r), "C": (r, r)}
-        members = self._members[peft_config.tag(current_key, layer)]
+        members = self._members[config.tag(current_key, layer)]
         if not row.has_core:
             basis = None
         elif members:
-            basis = members[0][1].core_basis[adapter_name]
+            basis = members[0][1].basis(adapter_name)
         else:
-            basis = Basis(d_in, d_out, r, persistent=peft_config.basis == "update")
+            basis = Basis(d_in, d_out, r, persistent=config.basis == "update")
         members.append((current_key, layer))
         layer.add(
             adapter_name,
             r=r,
-            scaling=peft_config.scaling,
+            scaling=config.scaling,
             basis=basis,
             parameters={name: torch.zeros(shapes[name]) for name in row.train},
         )
@@ -172,8 +174,8 @@ class CoreModel(BaseTuner):
             for tag, members in self._members.items():
                 layers = [layer for _, layer in members]
                 pair = config.bases.get(members[0][0]) or make_basis(config, tag, layers)
-                if config.row.has_core:
-                    basis = layers[0].core_basis[adapter]
+                basis = layers[0].basis(adapter)
+                if basis is not None:
                     basis.A.copy_(pair.A)
                     basis.B.copy_(pair.B)
                 elif layers[0].core_A[adapter].device.type != "meta":
@@ -190,14 +192,14 @@ class CoreModel(BaseTuner):
 def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Factors:
     """The pair of one tie, from its seed or its members' frozen weights."""
     d_in, d_out = widths(layers[0])
-    matrices = lambda: iter([weight_of(layer) for layer in layers])  # noqa: E731
-    return basis_makers.MAKERS[str(config.basis)](Request(tag, d_in, d_out, config.r, config.seed, matrices))
+    request = Request(tag, d_in, d_out, config.r, config.seed, lambda: (weight_of(layer) for layer in layers))
+    return basis_makers.MAKERS[str(config.basis)](request)
 
 
 def target_layers(model: nn.Module, config: CoreConfig) -> dict[str, nn.Module]:
     """The layers that `get_peft_model(model, config)` would adapt, by name. Raises ValueError where there is none."""
     resolved = _maybe_include_all_linear_layers(copy(config), model)
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and check_target_module_exists(resolved, name)
@@ -234,14 +236,8 @@ def initialize_basis(
     with basis_makers.one_thread():
         for tag, members in ties.items():
             d_in, d_out = widths(members[0][1])
-            request = Request(
-                tag,
-                d_in,
-                d_out,
-                config.r,
-                config.seed,
-                lambda count=len(members): islice(steps, count),  # type: ignore[misc]
-            )
+            matrices = partial(islice, steps, len(members))
+            request = Request(tag, d_in, d_out, config.r, config.seed, matrices)
             config.bases[members[0][0]] = basis_makers.spectral_basis(request)
     return config
 
@@ -257,7 +253,8 @@ def _first_steps(
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     position = 0
     while position < len(layers):
-        chunk, held = [], 0
+        chunk: list[tuple[str, nn.Module]] = []
+        held = 0
         while position < len(layers) and (not chunk or held + _bytes(layers[position][1]) <= memory):
             chunk.append(layers[position])
             held += _bytes(layers[position][1])
@@ -282,7 +279,7 @@ def _mean_gradients(
     loss: Callable[[nn.Module, Any], torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
     model.requires_grad_(False)
-    weights = [layer.weight.requires_grad_(True) for _, layer in layers]
+    weights = [cast(torch.Tensor, layer.weight).requires_grad_(True) for _, layer in layers]
     total: tuple[torch.Tensor, ...] | None = None
     with torch.enable_grad():
         for batch in batches:
@@ -315,8 +312,8 @@ def bases_of(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
     """The frozen pairs by the name of the first layer that holds each; a tie's pair appears once."""
     found: dict[int, tuple[str, Factors]] = {}
     for name, layer in factored_layers(model).items():
-        if adapter in layer.core_basis:
-            basis = layer.core_basis[adapter]
+        basis = layer.basis(adapter)
+        if basis is not None:
             found.setdefault(id(basis), (name, Factors(basis.A, basis.B)))
     return dict(found.values())
 
@@ -326,6 +323,7 @@ def bases_sha256(model: nn.Module, adapter: str = "default") -> str:
     return basis_makers.sha256(list(bases_of(model, adapter).items()))
 
 
-peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[CoreType.FEDLOTR_CORE] = CoreModel.prefix
-peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[CoreType.FEDLOTR_CORE] = CoreConfig
-peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[CoreType.FEDLOTR_CORE] = CoreModel
+_PEFT_TYPE = cast(PeftType, CoreType.FEDLOTR_CORE)
+peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[_PEFT_TYPE] = CoreModel.prefix
+peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_PEFT_TYPE] = CoreConfig
+peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[_PEFT_TYPE] = CoreModel

@@ -1,4 +1,4 @@
-"""The byte ledger: one row for every record of every message between the server and a client, measured on the record."""
+"""The byte ledger: a row for every record of every message between server and client, measured on the record."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass

@@ -58,10 +58,14 @@ def load_client_app(reference: str) -> ClientApp:
     return app
 
 
+def thread_environment(threads: int) -> dict[str, str]:
+    """The variables from which numeric libraries, as they are loaded, learn how many threads to compute with."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+
+
 def limit_threads(threads: int) -> None:
     """Compute with so many threads: in torch if it is loaded, and in whatever numeric library is loaded later."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
+    os.environ.update(thread_environment(threads))
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
 

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import Message, RecordDict, UserConfig
+from flwr.app import Message, UserConfig
 
-from fedlotr.engines.base import CohortRule, Engine, Job, Outcome, failure, log
+from fedlotr.engines.base import CohortRule, Engine, Job, failure, log, thread_environment
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.private import CLIENT_CRASHED, CLIENT_RAISED
 
@@ -36,15 +36,19 @@ def start_ray(workers: int) -> bool:
     """Start Ray on this machine with room for so many workers; False where it is running already."""
     if ray.is_initialized():
         return False
-    with _interrupts_held_back():
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    try:
+        with _interrupts_held_back():
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except BaseException:
+        ray.shutdown()
+        raise
     # Ray prints the death of a worker to stdout, and has no public switch; ours is a line in the log.
     ray._private.worker._worker_logs_enabled = False
     return True
@@ -57,7 +61,12 @@ def _interrupts_held_back() -> Iterator[None]:
         yield  # signals go to the main thread, and only there can their handler be changed
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+
+    def hold_back(number: int, _: object) -> None:
+        pressed.append(number)
+        log.warning("interrupted: ending as soon as Ray has started or stopped")
+
+    before = signal.signal(signal.SIGINT, hold_back)
     try:
         yield
     finally:
@@ -66,27 +75,27 @@ def _interrupts_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _worker_class() -> type:
-    """The actor, defined in a function so that Ray sends it by value: a new process cannot import fedlotr yet."""
+def _worker_class(client_app: str, num_clients: int, run_config: dict[str, Any], threads: int) -> type:
+    """The actor. Ray sends a local class by value, with all it refers to, to a process that cannot import fedlotr yet.
+
+    So it must not refer to what is ours. And `start` takes no arguments: to read some, Ray would load numpy too early.
+    """
+    path = [entry or os.getcwd() for entry in sys.path]
+    environment = thread_environment(threads)
 
     class Worker:
-        def start(
-            self, path: list[str], client_app: str, num_clients: int, run_config: UserConfig, threads: int
-        ) -> None:
-            import signal
-            import sys
-
+        def start(self) -> None:
+            os.environ.update(environment)  # before anything that computes is loaded
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the driver ends the workers
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
             from fedlotr.engines.base import Clients, limit_threads, load_client_app
             from fedlotr.flower.private import identify_process
 
             identify_process()
-            limit_threads(threads)  # for libraries that read the environment as they are loaded
             self.clients = Clients(load_client_app(client_app), num_clients, run_config)
-            limit_threads(threads)  # for torch, if the app loaded it
+            limit_threads(threads)  # torch, if the app loaded it, does not follow the environment in everything
 
-        def execute(self, job: Job, states: Mapping[int, RecordDict]) -> tuple[list[Outcome], list[str]]:
+        def execute(self, job: Any, states: Any) -> Any:
             return self.clients.execute(job, states)
 
     return Worker
@@ -125,9 +134,8 @@ class RayGrid(Engine):
         self._owns_ray = start_ray(workers)
         if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
             raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
-        path = [entry or os.getcwd() for entry in sys.path]
-        self._setup = (path, client_app, num_clients, dict(run_config), threads)
-        self._actor_class: Any = ray.remote(num_cpus=1, max_restarts=0)(_worker_class())
+        worker = _worker_class(client_app, num_clients, dict(run_config), threads)
+        self._actor_class: Any = ray.remote(num_cpus=1, max_restarts=0)(worker)
         for _ in range(workers):
             self._start_worker()
 
@@ -156,7 +164,7 @@ class RayGrid(Engine):
 
     def _start_worker(self) -> None:
         actor = self._actor_class.remote()
-        self._busy[actor.start.remote(*self._setup)] = (actor, None)
+        self._busy[actor.start.remote()] = (actor, None)
 
     def _dispatch(self) -> None:
         while self._queue and self._idle:

@@ -80,6 +80,5 @@ def _squared_norm(layer: Layer, terms: Sequence[tuple[float, Arrays]]) -> float:
             lefts.append(coefficient * (b @ arrays[layer.trained["C"]] if "C" in layer.trained else b))
             rights.append(a)
         left, right = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
-    upper_left: Matrix = np.linalg.qr(left, mode="r")
-    upper_right: Matrix = np.linalg.qr(right.T, mode="r")
+    upper_left, upper_right = np.linalg.qr(left).R, np.linalg.qr(right.T).R
     return float(np.square(layer.scale * (upper_left @ upper_right.T)).sum())

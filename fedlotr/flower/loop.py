@@ -33,10 +33,10 @@ EVALUATION_SHARD = 128
 
 
 class StrategyError(FedlotrError):
-    """A strategy raised, or gave back something that cannot be a model; the message names it, the round and the method."""
+    """A strategy raised, or gave back what cannot be a model; the message names it, the round and the method."""
 
 
-class TooManyFailures(FedlotrError):
+class TooManyFailuresError(FedlotrError):
     """More of a round's clients failed than the run allows; the last good state is on disk."""
 
 
@@ -101,7 +101,7 @@ def node_of_clients(grid: Grid) -> list[int]:
 def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
     """Run the round after `state.round` and bring `state` up to date.
 
-    Raises TooManyFailures or StrategyError, and then leaves `state` as it was.
+    Raises TooManyFailuresError or StrategyError, and then leaves `state` as it was.
     """
     started = time.monotonic()
     number = state.round + 1
@@ -120,7 +120,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 
     good, failures = _check(replies, messages, view.nodes, state.arrays, federation)
     if not good or len(failures) > federation.max_failed * len(messages):
-        raise TooManyFailures(
+        raise TooManyFailuresError(
             f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
             f"{federation.max_failed}); {_first(failures)}"
         )
@@ -246,8 +246,9 @@ def _problem(reply: Message, expected: ArrayRecord, bases_sha256: str) -> str | 
     weight = metrics.get("weight")
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         return f"its weight is {weight!r}, expected a number above 0"
-    if content["client"].get("bases-sha256") != bases_sha256:
-        return f"it trained between other bases ({str(content['client'].get('bases-sha256'))[:12]}…, expected {bases_sha256[:12]}…)"
+    found = str(content["client"].get("bases-sha256"))
+    if found != bases_sha256:
+        return f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"
     return None
 
 

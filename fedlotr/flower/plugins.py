@@ -60,7 +60,7 @@ def _parameters(kind: type) -> set[str] | None:
     for owner in kind.__mro__:
         if "__init__" not in vars(owner) or owner is object:
             continue
-        found = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        found = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
         names |= {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in found):
             return names

@@ -56,7 +56,7 @@ class Workplace:
         parts: Sequence[npt.NDArray[np.int64]],
         bases: Mapping[str, Factors],
     ) -> "Workplace":
-        """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`, empty where none are frozen."""
+        """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`; none where none is frozen."""
         folder.mkdir(parents=True, exist_ok=True)
         train.save(folder / "train.safetensors")
         test.save(folder / "test.safetensors")
@@ -137,6 +137,7 @@ def install_bases(model: TrainableModel, bases: Mapping[str, tuple[torch.Tensor,
     layers = factored_layers(model.module)
     with torch.no_grad():
         for name, (a, b) in bases.items():
-            basis = layers[name].core_basis["default"]
+            basis = layers[name].basis("default")
+            assert basis is not None
             basis.A.copy_(a)
             basis.B.copy_(b)

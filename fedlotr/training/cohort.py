@@ -37,7 +37,8 @@ class LocalTraining:
     """What every client does in a round.
 
     epochs: passes over its examples, or steps: a number of optimizer steps instead. lr, head_lr: learning rates of
-    the factors and of the head (already scaled for the round). clip_norm: joint norm of a client's gradient, or None.
+    the factors and of the head (already scaled for the round). momentum: SGD's. eps: AdamW's.
+    clip_norm: joint norm of a client's gradient, or None.
     """
 
     epochs: int = 1
@@ -47,6 +48,7 @@ class LocalTraining:
     lr: float = 1e-3
     head_lr: float = 1e-3
     momentum: float = 0.0
+    eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
 
@@ -99,9 +101,7 @@ def train_cohort(
         name: start[name].detach().float().expand(len(cohort), *start[name].shape).clone().requires_grad_()
         for name in model.trained
     }
-    optimizer = OPTIMIZERS[training.optimizer](
-        weight_decay=training.weight_decay, **({"momentum": training.momentum} if training.optimizer == "sgd" else {})
-    )
+    optimizer = OPTIMIZERS[training.optimizer](training)
     rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
     losses = np.zeros(len(cohort))
     for step in range(len(plans[order[0]])):
@@ -181,10 +181,12 @@ def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int
     n = len(step_tokens)
     if size is not None:
         return [slice(at, min(at + size, n)) for at in range(0, n, size)]
+    if not n:
+        return []
     ends = np.cumsum(step_tokens)
-    count = max(1, min(n, round(float(ends[-1]) / budget))) if n else 0
+    count = max(1, min(n, round(float(ends[-1]) / budget)))
     # A client belongs to the cohort in whose share of all tokens its middle falls.
     middles = ends - np.asarray(step_tokens) / 2
-    group = np.minimum((middles * count / ends[-1]).astype(np.int64), count - 1) if n else np.zeros(0, np.int64)
+    group = np.minimum((middles * count / ends[-1]).astype(np.int64), count - 1)
     starts = np.flatnonzero(np.diff(group, prepend=-1)).tolist()
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], n], strict=True)]

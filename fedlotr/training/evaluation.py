@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def shards(count: int, size: int) -> list[slice]:
     """Equal slices of at most `size` out of `count`: a rule of data alone, so that sums have the same bits."""
     pieces = -(-count // size)
     edges = np.linspace(0, count, pieces + 1).astype(int).tolist()
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def sum_scores(parts: Iterable[Scores]) -> Scores:

@@ -99,7 +99,7 @@ class Examples:
     def load(cls, path: Path) -> "Examples":
         """Read what `save` wrote."""
         with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
             causal = (file.metadata() or {}).get("causal") == "True"
         return cls(arrays["tokens"], arrays["offsets"], arrays["labels"], arrays.get("segments"), causal)
 

@@ -57,7 +57,7 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -84,12 +84,11 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
+    loader: Any = AutoModelForCausalLM if spec.kind == "causal-lm" else AutoModelForSequenceClassification
     options: dict[str, Any] = {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
-    if spec.kind == "causal-lm":
-        loader, options = AutoModelForCausalLM, {}
-    else:
-        loader = AutoModel if mean_pooled else AutoModelForSequenceClassification
     if mean_pooled:
+        loader = AutoModel
+    if loader is not AutoModelForSequenceClassification:
         options = {}
     with torch.random.fork_rng(devices=[]):
         # Weights that the file lacks (a pooler, a head's first layer) are drawn alike in every process.
@@ -169,7 +168,7 @@ class TrainableModel:
     @cached_property
     def trained(self) -> dict[str, tuple[str, str]]:
         """Trained tensor -> (module's name, the name under which that module takes its copies), sorted by tensor."""
-        found = {
+        found: dict[str, tuple[str, str]] = {
             f"base_model.model.{name}.core_{factor}": (name, factor)
             for name, layer in factored_layers(self.module).items()
             for factor in "ABC"

@@ -67,7 +67,21 @@ class SGD:
             values.sub_(gradient, alpha=rates[name])
 
 
-OPTIMIZERS: dict[str, Callable[..., BatchedOptimizer]] = {"adamw": AdamW, "sgd": SGD}
+class Settings(Protocol):
+    """What an optimizer is made from; see `cohort.LocalTraining`."""
+
+    @property
+    def weight_decay(self) -> float: ...  # noqa: D102
+    @property
+    def momentum(self) -> float: ...  # noqa: D102
+    @property
+    def eps(self) -> float: ...  # noqa: D102
+
+
+OPTIMIZERS: dict[str, Callable[[Settings], BatchedOptimizer]] = {
+    "adamw": lambda settings: AdamW(settings.weight_decay, eps=settings.eps),
+    "sgd": lambda settings: SGD(settings.weight_decay, settings.momentum),
+}
 
 
 def clip_by_norm(gradients: dict[str, torch.Tensor], limit: float) -> dict[str, torch.Tensor]:

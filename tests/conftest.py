@@ -1,0 +1,105 @@
+"""What the tests share: where the public data lies, tiny models of several kinds, and a command line to drive."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Public data sets and a tiny pretrained Llama, beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder ../shared with public data and models is missing")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    return shared / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
+    """A random GPT-2 (its linear layers are Conv1D), square and rectangular layers, with a real tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny-gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=512, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(stories).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
+    """A random BERT with a real tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(stories).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder that takes no time: two classes told apart by their words, and a client column."""
+    folder = tmp_path_factory.mktemp("animals")
+    words = (["the cat sat", "a cat ran", "my cat ate and slept all day"], ["dogs bark", "one dog barked at me", "big dog"])
+    for split, count in (("train", 120), ("test", 24)):
+        rows = [
+            {"text": f"{words[i % 2][i % 3]} {i % 7}", "label": i % 2, "client": f"farm {i % 5}"} for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+Simulate = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def simulate(tmp_path: Path) -> Simulate:
+    """Run `python -m fedlotr.simulate` in an empty folder, as a user would."""
+
+    def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fedlotr.simulate", *map(str, words)],
+            cwd=options.pop("cwd", tmp_path),
+            env={**os.environ, **options.pop("env", {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **options,
+        )
+
+    return run
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """summary.json and the rows of metrics.jsonl."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return summary, [json.loads(line) for line in lines]
