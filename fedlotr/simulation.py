@@ -3,13 +3,10 @@
 import logging
 import math
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,11 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-import fedlotr
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
-from fedlotr.communication import communication_summary, read_ledger, write_part
+from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml
-from fedlotr.data import describe
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.errors import InputError
@@ -31,7 +26,7 @@ from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK
 from fedlotr.flower.loop import Federation, Round, State, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
-from fedlotr.flower.records import arrays_sha256, bases_record, derivable_record, to_record, to_tensors
+from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
 from fedlotr.flower.state import load_strategy_state, save_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.handover import write_adapter
@@ -39,6 +34,7 @@ from fedlotr.preparation import Checked, Prepared, check, prepare
 from fedlotr.reporting.console import Console
 from fedlotr.resumption import continue_from, saved_configuration
 from fedlotr.run_directory import Checkpoint, RunDirectory
+from fedlotr.summary import facts, summarise
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import TrainableModel
 from fedlotr.training.precision import measured_dtype
@@ -54,7 +50,6 @@ LR_FACTORS: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 """Share of the run's rounds that are done -> what the learning rates are multiplied by."""
-PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
 
 
 @dataclass(frozen=True)
@@ -89,16 +84,19 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
         config = resolve(config)
         checked, strategy = check_all(config)
         directory = RunDirectory.create(config.out, f"{config.method}-{checked.source.name}-{config.seed}")
-        checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
-        with _log_to(directory.log), _threads(config.threads), _engine(config, directory.work) as grid:
+        with ExitStack() as stack:
+            stack.enter_context(_log_to(directory.log))
+            checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
+            stack.enter_context(_threads(config.threads))
+            grid = stack.enter_context(_engine(config, directory.work))
             dump_yaml(config, directory.path / "config.yaml")
             display.stage("tokenising, fitting the head, making the bases")
             directory.remove_work()
             prepared = prepare(checked, directory.work.absolute())
+            finished = 0 if checkpoint is None else checkpoint.round
+            display.start(config, {**facts(prepared), "run_dir": directory.path, "finished_rounds": finished})
             run = _Run(config, prepared, directory, grid, display, started)
-            state = run.begin(strategy, checkpoint)
-            display.start(config, {**_facts(prepared, directory), "finished_rounds": state.round})
-            summary = run.rounds(strategy, state)
+            summary = run.rounds(strategy, run.begin(strategy, checkpoint))
             display.finish(summary)
         directory.remove_work()
         return SimulationResult(summary, run.history, directory.path)
@@ -217,7 +215,9 @@ class _Run:
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
         )
-        summary = self._summary(state)
+        summary = summarise(
+            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
+        )
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
@@ -243,62 +243,6 @@ class _Run:
         self.entries += done.entries
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
         self.display.round(done.metrics)
-
-    def _examples(self, client: int) -> int:
-        """Examples that a client works through in a round."""
-        held = len(self.prepared.checked.parts[client])
-        if self.config.local_steps is None:
-            return held * (self.config.local_epochs or 0)
-        size, full = self.config.batch_size, -(-held // self.config.batch_size)
-        epochs, rest = divmod(self.config.local_steps, full)
-        return epochs * held + min(rest * size, held)
-
-    def _summary(self, state: State) -> dict[str, Any]:
-        config, checked = self.config, self.prepared.checked
-        evaluated = [row for row in self.history if row["loss"] is not None]
-        metric, better = ("perplexity", min) if checked.task.kind == "causal-lm" else ("accuracy", max)
-        best = better(evaluated, key=lambda row: row[metric])
-        errors = [row["aggregation_error"] for row in self.history if row["aggregation_error"] is not None]
-        loads = self.prepared.workplace.loads()
-        seconds = sum(row["train_seconds"] for row in self.history)
-        trained = sum(self._examples(entry.client) for entry in self.entries if entry.kind == "update")
-        return {
-            "method": config.method,
-            "strategy": config.strategy,
-            "model": checked.base_name,
-            "data": checked.source.name,
-            "data_sha256": checked.source.sha256,
-            "test_split": checked.source.test_split,
-            "clients": config.clients,
-            "rounds": state.round,
-            "seed": config.seed,
-            "initial": self.initial,
-            "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
-            "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
-            "failed_clients": sum(row["failed"] for row in self.history),
-            "communication": communication_summary(self.entries),
-            "aggregation_error_max": max(errors) if errors else None,
-            "privacy": None,
-            "timing": {
-                "seconds_total": time.monotonic() - self.started,
-                "train_seconds_per_round_median": _median(row["train_seconds"] for row in self.history),
-                "evaluate_seconds_per_round_median": _median(row["evaluate_seconds"] for row in evaluated),
-                "examples_per_second": trained / seconds if seconds else None,
-                "base_model_loads": len(loads),
-                "workers": self.grid.workers,
-                "worker_restarts": self.grid.restarts,
-                "threads": config.threads,
-                "cohort": config.cohort,
-                "dtype": config.dtype,
-            },
-            "bases_sha256": self.prepared.bases_sha256,
-            "trained_sha256": arrays_sha256(state.arrays),
-            "versions": {
-                "fedlotr": fedlotr.__version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
-        }
 
 
 def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
@@ -410,35 +354,3 @@ def _log_to(path: Path) -> Iterator[None]:
         logger.setLevel(level)
         logger.propagate = propagate
         handler.close()
-
-
-def _facts(prepared: Prepared, directory: RunDirectory) -> dict[str, Any]:
-    """What the display's header shows besides the configuration."""
-    checked, model = prepared.checked, prepared.model
-    sizes = {name: tensor.numel() for name, tensor in model.values().items()}
-    head = sum(sizes[name] for name in model.head_names)
-    names = checked.task.label_names
-    facts: dict[str, Any] = {
-        "run_dir": directory.path,
-        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-        "trained_adapter": sum(sizes.values()) - head,
-        "trained_head": head,
-        "train_examples": sum(map(len, checked.parts)),
-        "test_examples": len(checked.test_rows),
-        "task": checked.task.kind,
-        "labels": names,
-        "partition": _partition_rows(checked),
-    }
-    if names:
-        counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
-        facts["largest_class"] = float(counts.max() / counts.sum())
-    return facts
-
-
-def _partition_rows(checked: Checked) -> list[dict[str, Any]]:
-    holdings = describe(checked.parts, checked.labels, checked.task.label_names)
-    return [{"client": h.client, "examples": h.examples, "labels": h.labels} for h in holdings]
-
-
-def _median(values: Any) -> float:
-    return float(statistics.median(values))

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support import Simulate
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -68,16 +69,17 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
 def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder that takes no time: two classes told apart by their words, and a client column."""
     folder = tmp_path_factory.mktemp("animals")
-    words = (["the cat sat", "a cat ran", "my cat ate and slept all day"], ["dogs bark", "one dog barked at me", "big dog"])
+    cats, dogs = (
+        ["the cat sat", "a cat ran", "my cat ate and slept"],
+        ["dogs bark", "one dog barked", "big dog"],
+    )
     for split, count in (("train", 120), ("test", 24)):
         rows = [
-            {"text": f"{words[i % 2][i % 3]} {i % 7}", "label": i % 2, "client": f"farm {i % 5}"} for i in range(count)
+            {"text": f"{(cats, dogs)[i % 2][i % 3]} {i % 7}", "label": i % 2, "client": f"farm {i % 5}"}
+            for i in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-Simulate = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -96,10 +98,3 @@ def simulate(tmp_path: Path) -> Simulate:
         )
 
     return run
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """summary.json and the rows of metrics.jsonl."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return summary, [json.loads(line) for line in lines]

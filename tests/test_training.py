@@ -1,5 +1,6 @@
 """A cohort is its clients: training together equals training one by one, with torch's own optimizers as the oracle."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def model(request: pytest.FixtureRequest, tiny_bert: Path, tiny_gpt2: Path, stor
 
 def clients() -> list[ClientWork]:
     edges = np.cumsum([0, *SIZES])
-    return [ClientWork(np.arange(a, b), np.random.default_rng(a)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [ClientWork(np.arange(a, b), np.random.default_rng(a)) for a, b in pairwise(edges)]
 
 
 def relative(found: Tensors, wanted: Tensors, start: Tensors) -> float:

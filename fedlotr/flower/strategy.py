@@ -48,6 +48,9 @@ def weighted_mean(updates: Sequence[Update]) -> Arrays:
 class Strategy(FlowerStrategy):
     """Base class. Override `combine`; everything else has a default that suits one message and one reply a client.
 
+    A checkpoint keeps the arrays and plain values among its attributes; a class with other state has `state()`, which
+    returns arrays and plain values, and `load_state(state)`.
+
     averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
     measures how far it is from that. Where it is False, `aggregation_error` is null.
     """
@@ -57,13 +60,6 @@ class Strategy(FlowerStrategy):
     @abstractmethod
     def combine(self, updates: Sequence[Update], server_round: int) -> Mapping[str, npt.NDArray[np.float64]]:
         """The new trained tensors by name, from at least one update, sorted by client. Return float64."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold besides the trained tensors: arrays and plain values by name."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
