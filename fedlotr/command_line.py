@@ -116,7 +116,7 @@ def _literal(text: str) -> object:
         value: object = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return value
+    return list(value) if isinstance(value, tuple) else value  # YAML, where it may be read again, has no tuples
 
 
 def read_yaml(path: Path, problems: list[str]) -> dict[str, object]:

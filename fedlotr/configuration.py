@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedlotr.adapters.methods import BASES, METHODS, TIES
 from fedlotr.command_line import flag_of, option_parser, read_words, read_yaml
 from fedlotr.errors import InputError, closest, nearest
+from fedlotr.files import write_atomically
 from fedlotr.preflight import path_problems
 
 PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
@@ -178,7 +179,9 @@ class SimulationConfig(BaseModel):
     )
     head_lr: float | None = Field(default=None, gt=0, description="learning rate of the head (default: the method's)")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="course of both rates over the rounds of the run"
+        default="cosine",
+        description="course of both rates over the rounds of the run; falling to nothing, the last rounds average out "
+        "what clients pull apart",
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, added to the gradient for sgd")
     clip_norm: float | None = Field(
@@ -392,6 +395,14 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
     return path_problems(config.model, config.data, config.strategy, config.out, config.resume)
 
 
+DEPENDENT = {
+    "method": {"basis", "tie", "alpha", "strategy", "lr", "head_lr"},
+    "engine": {"workers", "threads"},
+}
+"""What a file says of another method or engine than the command line asks for is not meant for that one: a run's own
+config.yaml, given again with --method, names the first method's basis and rates."""
+
+
 def load(argv: Sequence[str]) -> SimulationConfig:
     """The configuration given by the words after the program's name: `[CONFIG.yaml] [options]`, where options win.
 
@@ -405,6 +416,9 @@ def load(argv: Sequence[str]) -> SimulationConfig:
     for given, instead in (("local_steps", "local_epochs"), ("local_epochs", "local_steps")):
         if _is_given(flags, given) and instead not in flags:
             in_file.pop(instead, None)
+    for decisive, dependent in DEPENDENT.items():
+        if flags.get(decisive, in_file.get(decisive)) != in_file.get(decisive):
+            in_file = {key: value for key, value in in_file.items() if key not in dependent}
     values = {**in_file, **flags}
     arguments = in_file.get("strategy_arg"), flags.get("strategy_arg")
     if isinstance(arguments[0], dict) and isinstance(arguments[1], dict):
@@ -454,4 +468,4 @@ def dump_yaml(config: SimulationConfig, path: Path) -> None:
         if name in SECTIONS:
             lines.append(f"\n# {SECTIONS[name]}")
         lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).rstrip())
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(path, "\n".join(lines) + "\n")

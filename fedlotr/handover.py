@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlotr.adapters.export import export_lora
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import factored_layers
-from fedlotr.run_directory import write_atomically
+from fedlotr.files import write_atomically
 from fedlotr.training.models import TrainableModel, adaptable_layers
 
 ENCODER = "encoder."
@@ -33,7 +33,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-base, adapter = {base!r}, "."
+base, adapter = {source!r}, "."  # {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 encoder = PeftModel.from_pretrained(AutoModel.from_pretrained(base, dtype=torch.float32), adapter).eval()
 head = load_file(f"{{adapter}}/head.safetensors")
@@ -51,7 +51,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base, adapter = {base!r}, "."
+base, adapter = {source!r}, "."  # {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForSequenceClassification.from_pretrained(
     base, num_labels={num_labels}, pad_token_id={pad_id}, dtype=torch.float32
@@ -70,7 +70,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base, adapter = {base!r}, "."
+base, adapter = {source!r}, "."  # {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
 
@@ -81,11 +81,20 @@ print(tokenizer.decode(model.generate(**batch, max_new_tokens=20)[0]))"""
 
 
 def write_adapter(
-    folder: Path, model: TrainableModel, *, base: str, method: str, max_length: int, labels: tuple[str, ...], pair: bool
+    folder: Path,
+    model: TrainableModel,
+    *,
+    base: str,
+    source: Path,
+    method: str,
+    max_length: int,
+    labels: tuple[str, ...],
+    pair: bool,
 ) -> None:
     """Write the adapter with the model's trained tensors as they are assigned now.
 
-    base: what the base model is called: a hub id or a folder. pair: whether the texts are pairs.
+    base: what the base model is called: a hub id or a folder. source: the folder it was loaded from here.
+    pair: whether the texts are pairs.
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
@@ -116,7 +125,9 @@ def write_adapter(
     texts = [["A first text.", "And a second, somewhat longer text."]]
     if pair:
         texts.append(["Its other half.", "And the other half of the second."])
-    code = code.format(base=base, texts=texts, max_length=max_length, num_labels=spec.labels, pad_id=spec.pad_id)
+    code = code.format(
+        base=base, source=str(source), texts=texts, max_length=max_length, num_labels=spec.labels, pad_id=spec.pad_id
+    )
     names = f"\nLabels: {', '.join(f'{i} = {name}' for i, name in enumerate(labels))}.\n" if labels else ""
     write_atomically(folder / "README.md", README.format(code=code, labels=names, method=method, base=base))
 

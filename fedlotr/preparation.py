@@ -99,8 +99,6 @@ def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
     source = attempt(
         lambda: load_source(config.data, seed=config.seed, eval_split=config.eval_split), "data", "eval_split"
     )
-    # A model is not fetched for a run that will not start.
-    folder = attempt(lambda: resolve_model(config.model, fetch=not wrong), "model")
     task = tokenizer = labels = dealt = spec = core = None
     if source is not None:
         task = attempt(lambda: resolve_task(config.task, source), "task")
@@ -113,9 +111,14 @@ def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
             dealt = attempt(
                 lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
             )
+    # A model is not fetched for a run that will not start.
+    folder = attempt(lambda: resolve_model(config.model, fetch=not wrong and not problems), "model")
     if folder is not None:
         tokenizer = attempt(lambda: _tokenizer(folder, config))
         attempt(lambda: _check_length(folder, config), "max_length")
+    if source is not None and task is not None and tokenizer is not None and labels is not None:
+        # One row shows whether --max-length leaves room for any text.
+        attempt(lambda: encode(task, source.train.select([0]), tokenizer, config.max_length), "max_length")
     if folder is not None and tokenizer is not None:
         # Where the data do not tell what it is for, a model can still have too narrow layers.
         spec = ModelSpec(
@@ -123,7 +126,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
             task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
             len(task.label_names) if task else 2,
             is_sentence_encoder(folder),
-            int(tokenizer.pad_token_id or 0),
+            _pad_id(tokenizer),
             config.dtype,
         )
         skeleton = attempt(lambda: _skeleton(config, spec, sure=task is not None))
@@ -161,18 +164,25 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     config, task = checked.config, checked.task
     train, parts, public = _encode_train(checked)
     test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
-    base = load_base(checked.spec)
+    try:
+        base = load_base(checked.spec)
+    except ValueError as error:
+        raise InputError(f"--model {config.model}: {error}") from error
     core = checked.core
     # The head before the basis: a head of zeros passes no gradient on to the layers.
     bare = TrainableModel(base, checked.spec, None)
     fit_head(bare, train, public)
     if core is not None and core.basis == "update":
         batches = [public[chosen] for chosen in pack(train.lengths[public])]
-        core = initialize_basis(
-            base, batches, lambda _, rows: bare.losses(train.batch(rows, checked.spec.pad_id)).sum(), core
-        )
+        try:
+            core = initialize_basis(
+                base, batches, lambda _, rows: bare.losses(train.batch(rows, checked.spec.pad_id)).sum(), core
+            )
+        except ValueError as error:
+            raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error
     model = TrainableModel(base, checked.spec, core)
-    bases = bases_of(model.module)
+    # A client makes the others again by itself.
+    bases = bases_of(model.module) if core is not None and core.basis == "update" else {}
     recipe = Recipe(
         checked.spec, None if core is None else _fields(core), checked.training, config.weights, config.seed
     )
@@ -254,7 +264,21 @@ def _tokenizer(folder: Path, config: SimulationConfig) -> PreTrainedTokenizerBas
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise InputError(f"--model {config.model}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    # For some architectures transformers makes up an empty one, for which every word is unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(
+            f"--model {config.model}: the folder has no tokenizer files (tokenizer.json or a vocabulary); "
+            "put them there with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    if getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "type_vocab_size", 1) < 2:
+        # The model has no embedding that tells the sentences of a pair apart.
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What rows are filled up with: a token that no text ends in, as decoders are read out at the last other one."""
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
 def _check_length(folder: Path, config: SimulationConfig) -> None:

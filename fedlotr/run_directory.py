@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedlotr.errors import InputError
+from fedlotr.files import write_atomically
+
 log = logging.getLogger("fedlotr")
 
 Array = npt.NDArray[Any]
@@ -22,14 +25,9 @@ KEPT_CHECKPOINTS = 2
 """The last one, and the one before in case that is damaged."""
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file: a reader, or a crash, sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _round_of(path: Path) -> int:
+    """5 for round-00005.json."""
+    return int(path.name.split(".")[0].removeprefix("round-"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.work = path / ".work"
+        # A name of its own for every start, so that no process can take an older run's files for this one's.
+        self.work = path / ".work" / uuid.uuid4().hex
         self.ledger = path / "ledger"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
@@ -80,13 +79,18 @@ class RunDirectory:
         write_atomically(stem.with_suffix(".safetensors"), content)
         record = {"round": server_round, "sha256": hashlib.sha256(content).hexdigest(), **extra}
         write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1))
-        for old in sorted(self.checkpoints.glob("round-*.json"))[:-KEPT_CHECKPOINTS]:
-            old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+        for old in self.checkpoints.glob("round-*.json"):
+            if _round_of(old) <= server_round - KEPT_CHECKPOINTS:
+                old.unlink()
+                old.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def last_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; a damaged one is passed over, and said in the log."""
-        for path in sorted(self.checkpoints.glob("round-*.json"), reverse=True):
+        """The newest checkpoint that is whole, or None where there is none yet.
+
+        A damaged one is passed over, and said in the log. Raises InputError where all are damaged.
+        """
+        paths = sorted(self.checkpoints.glob("round-*.json"), reverse=True)
+        for path in paths:
             try:
                 extra = json.loads(path.read_text(encoding="utf-8"))
                 content = path.with_suffix(".safetensors").read_bytes()
@@ -95,17 +99,27 @@ class RunDirectory:
                 return Checkpoint(int(extra["round"]), load(content), extra)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning("checkpoint %s is damaged and passed over: %s", path.name, error)
+        if paths:
+            raise InputError(
+                f"--resume: every checkpoint in {self.checkpoints} is damaged; start a new run with another --out"
+            )
         return None
 
     def forget_after(self, server_round: int) -> list[dict[str, Any]]:
         """Drop what a later, unfinished round has left; the rows of metrics.jsonl up to this round."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows: list[dict[str, Any]] = [json.loads(line) for line in lines[:server_round]]
+        rows: list[dict[str, Any]] = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break  # the line that was being written when the run was killed
+            if row["round"] <= server_round:
+                rows.append(row)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         for folder, pattern in ((self.ledger, "round-*.parquet"), (self.checkpoints, "round-*.*")):
             for file in folder.glob(pattern):
-                if int(file.name[6:11]) > server_round:
+                if _round_of(file) > server_round:
                     file.unlink()
         return rows
 
@@ -115,4 +129,4 @@ class RunDirectory:
 
     def remove_work(self) -> None:
         """Remove the workers' files: tokenised data has no business outliving the run."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.path / ".work", ignore_errors=True)

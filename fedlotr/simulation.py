@@ -18,12 +18,12 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
-from fedlotr.configuration import SimulationConfig, dump_yaml
+from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.errors import InputError
 from fedlotr.flower.certificate import Layer
-from fedlotr.flower.client_app import WORK
+from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.loop import Federation, Round, State, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
@@ -81,24 +81,27 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
     with console or Console(quiet=True) as display:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
+        problems = preflight_paths(config)
+        if problems:
+            raise InputError(problems)
         config = resolve(config)
         checked, strategy = check_all(config)
         directory = RunDirectory.create(config.out, f"{config.method}-{checked.source.name}-{config.seed}")
         with ExitStack() as stack:
             stack.enter_context(_log_to(directory.log))
+            stack.callback(directory.remove_work)
             checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
+            dump_yaml(config, directory.path / "config.yaml")
+            finished = 0 if checkpoint is None else checkpoint.round
+            display.begin(directory.path, finished)
             stack.enter_context(_threads(config.threads))
             grid = stack.enter_context(_engine(config, directory.work))
-            dump_yaml(config, directory.path / "config.yaml")
             display.stage("tokenising, fitting the head, making the bases")
-            directory.remove_work()
             prepared = prepare(checked, directory.work.absolute())
-            finished = 0 if checkpoint is None else checkpoint.round
-            display.start(config, {**facts(prepared), "run_dir": directory.path, "finished_rounds": finished})
+            display.start(config, facts(prepared))
             run = _Run(config, prepared, directory, grid, display, started)
             summary = run.rounds(strategy, run.begin(strategy, checkpoint))
             display.finish(summary)
-        directory.remove_work()
         return SimulationResult(summary, run.history, directory.path)
 
 
@@ -178,6 +181,7 @@ class _Run:
             type(strategy).__name__,
         )
         if checkpoint is None:
+            self.directory.forget_after(0)  # what a run that was killed in its first round has left
             self.initial = evaluate(self.grid, self.federation, state.arrays)
             log.info("before the first round: %s", self.initial)
             return state
@@ -193,6 +197,14 @@ class _Run:
         load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
         trained = {name: checkpoint.arrays[name] for name in state.arrays}
         log.info("resumed after round %d", checkpoint.round)
+        if checkpoint.extra["rounds"] != self.config.rounds and self.config.lr_schedule != "constant":
+            log.warning(
+                "--rounds was %d: the %s schedule is now that of a run of %d rounds, which the first %d did not follow",
+                checkpoint.extra["rounds"],
+                self.config.lr_schedule,
+                self.config.rounds,
+                checkpoint.round,
+            )
         return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]))
 
     def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
@@ -210,11 +222,14 @@ class _Run:
             self.directory.adapter,
             self.prepared.model,
             base=self.prepared.checked.base_name,
+            source=Path(self.prepared.checked.spec.path).resolve(),
             method=config.method,
             max_length=config.max_length,
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
         )
+        loads = self.prepared.workplace.loads()
+        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(
             config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
         )
@@ -234,6 +249,7 @@ class _Run:
             "known": sorted(state.known),
             "strategy": packed,
             "initial": self.initial,
+            "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
             "bases_sha256": self.prepared.bases_sha256,
             "data_sha256": self.prepared.checked.source.sha256,
@@ -324,6 +340,7 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
         yield grid
     finally:
         grid.close()
+        worker.cache_clear()  # the local engine's
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import fedlotr
 from fedlotr.communication import Entry, communication_summary
 from fedlotr.configuration import SimulationConfig
-from fedlotr.data import describe
+from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.flower.loop import State
 from fedlotr.flower.records import arrays_sha256
@@ -28,6 +28,8 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     sizes = {name: tensor.numel() for name, tensor in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
     names = checked.task.label_names
+    config = checked.config
+    clients = client_names(config.partition, checked.source.train, checked.parts)
     found: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
         "trained_adapter": sum(sizes.values()) - head,
@@ -37,7 +39,11 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "task": checked.task.kind,
         "labels": names,
         "partition": [
-            {"client": held.client, "examples": held.examples, "labels": held.labels}
+            {
+                "client": clients[held.client] if clients else held.client,
+                "examples": held.examples,
+                "labels": held.labels,
+            }
             for held in describe(checked.parts, checked.labels, names)
         ],
     }

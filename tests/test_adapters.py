@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlotr import CoreConfig, initialize_basis
 from fedlotr.adapters import METHODS, bases_of, bases_sha256, copies
-from fedlotr.adapters.bases import Request, leading_singular_vectors, lora_basis, random_basis, sha256, spectral_basis
+from fedlotr.adapters.bases import (
+    Factors,
+    Request,
+    leading_singular_vectors,
+    lora_basis,
+    one_thread,
+    random_basis,
+    sha256,
+    spectral_basis,
+)
 from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of
 from fedlotr.adapters.tuner import factored_layers
 
@@ -214,14 +224,68 @@ def test_lora_starts_as_lora_does() -> None:
     assert pair.A.abs().max() <= 0.1 and abs(pair.A.std() - 0.1 / 3**0.5) < 2e-3
 
 
+class Wide(nn.Module):
+    """Matrices as large as MiniLM's, whose decompositions really are shared out among threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = torch.Generator().manual_seed(0)
+        self.square, self.rectangular = nn.Linear(384, 384, bias=False), nn.Linear(384, 1536, bias=False)
+        for layer in (self.square, self.rectangular):
+            layer.weight = nn.Parameter(torch.randn(layer.weight.shape, generator=weights))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.rectangular(self.square(x))
+        return y
+
+
+def hash_of_bases(basis: str, threads: int) -> str:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        config = CoreConfig(r=16, basis=basis, target_modules=["square", "rectangular"])
+        if basis == "update":  # one example: its gradients have the same bits on any number of threads
+            config = initialize_basis(Wide(), [torch.linspace(-1, 1, 384)[None]], lambda m, x: m(x).sum(), config)
+        return bases_sha256(get_peft_model(Wide(), config))  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("basis", ["random", "svd", "update"])
 def test_bases_have_the_same_bits_on_any_number_of_threads(basis: str) -> None:
+    before = torch.get_num_threads()
+    assert hash_of_bases(basis, 1) == hash_of_bases(basis, 2)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (384, 1536)])
+@pytest.mark.parametrize("make", [random_basis, spectral_basis])
+def test_a_decomposition_has_the_same_bits_in_a_process_of_any_number_of_threads(
+    make: Callable[[Request], Factors], shape: tuple[int, int]
+) -> None:
+    w = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with one_thread():
+                found |= {sha256([("", make(request(*matrices, r=16)))]) for matrices in ([w], [w, w.flip(0)])}
+            assert torch.get_num_threads() == threads, "the process gets its threads back"
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == (1 if make is random_basis else 2), "one for the matrix, one for the tie"
+
+
+@pytest.mark.parametrize("make", [random_basis, spectral_basis, lora_basis])
+def test_a_basis_neither_reads_nor_moves_the_global_generator(make: Callable[[Request], Factors]) -> None:
+    w = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     found = set()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        torch.manual_seed(threads)  # a global generator must not matter
-        torch.manual_seed(0) if basis != "random" else None
-        found.add(bases_sha256(adapted(llama(), method="fed-sb", basis=basis)))
+    with torch.random.fork_rng():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            state = torch.get_rng_state()
+            found.add(sha256([("", make(request(w)))]))
+            assert torch.equal(torch.get_rng_state(), state)
     assert len(found) == 1
 
 

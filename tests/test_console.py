@@ -2,6 +2,7 @@
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from fedlotr.configuration import SimulationConfig
 from fedlotr.reporting.console import SHOWN_CLIENTS, Console, readable_bytes
 
 FACTS: dict[str, Any] = {
-    "run_dir": "runs/brave-otter",
     "parameters": 22_713_216,
     "trained_adapter": 9216,
     "trained_head": 3080,
@@ -69,6 +69,7 @@ def partition(clients: int) -> list[dict[str, Any]]:
 def shown(stream: io.StringIO, clients: int = 3, quiet: bool = False) -> str:
     with Console(quiet=quiet, stream=stream) as console:
         console.stage("reading pydoc")
+        console.begin(Path("runs/brave-otter"))
         console.start(SimulationConfig(rounds=2), {**FACTS, "partition": partition(clients)})
         console.round(ROUND)
         console.round({**ROUND, "round": 2, "failed": 1, "loss": None, "accuracy": None})
@@ -108,6 +109,7 @@ def test_quiet_prints_nothing_but_knows_where_the_run_is() -> None:
     for stream in (io.StringIO(), Terminal()):
         assert shown(stream, quiet=True) == ""
     console = Console(quiet=True)
+    console.begin(Path("runs/brave-otter"))
     console.start(SimulationConfig(), FACTS)
     console.round({**ROUND, "round": 4})
     assert (str(console.run_dir), console.finished_rounds) == ("runs/brave-otter", 4)
@@ -165,7 +167,7 @@ def test_the_closing_table_has_the_whole_bill() -> None:
         "largest aggregation error": "3.2e-08",
         "failed clients": "1",
         "seconds": "97.2",
-        "loads of the frozen model": "2 by 2 workers",
+        "loads of the frozen model": "2 by the server and 2 workers",
     }.items():
         assert re.search(rf"│ {re.escape(name)} +│ +{re.escape(value)} │", text), name
     assert "adapter  runs/brave-otter/adapter" in text

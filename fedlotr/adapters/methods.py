@@ -32,8 +32,8 @@ class Method:
     train: the factors that move on the client; those not named are frozen and equal on every client. Without "C"
     the core is the identity; without any factor no layer is adapted and only the classification head moves.
     strategy: how the server combines the updates unless told otherwise.
-    lr, head_lr: default learning rates of AdamW, for the factors and for the classification head; chosen on
-    validation splits of agnews and pydoc (and of shakespeare for the factors alone).
+    lr, head_lr: default learning rates of AdamW, for the factors and for the classification head, under the cosine
+    schedule; chosen on rows held back from the train splits of pydoc, agnews and shakespeare.
     """
 
     title: str
@@ -64,8 +64,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=3e-3,
-        head_lr=3e-3,
+        lr=1e-2,
+        head_lr=3e-2,
     ),
     "lotr": Method(
         "a core per layer between factors shared by all layers of a type",
@@ -74,8 +74,8 @@ METHODS: dict[str, Method] = {
         tie="type",
         train=("C",),
         strategy="exact-average",
-        lr=3e-3,
-        head_lr=3e-3,
+        lr=1e-2,
+        head_lr=3e-2,
     ),
     "lora-xs": Method(
         "cores between the leading singular vectors of the frozen weights",
@@ -84,8 +84,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=3e-3,
-        head_lr=3e-3,
+        lr=1e-2,
+        head_lr=3e-2,
     ),
     "lora": Method(
         "both factors of LoRA, averaged apart",
@@ -94,8 +94,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("A", "B"),
         strategy="fedit",
-        lr=3e-3,
-        head_lr=3e-3,
+        lr=2e-3,
+        head_lr=3e-2,
     ),
     "head": Method(
         "only the classification head: the honest floor",
@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=(),
         strategy="exact-average",
-        lr=3e-3,
-        head_lr=3e-3,
+        lr=1e-2,
+        head_lr=3e-2,
     ),
 }

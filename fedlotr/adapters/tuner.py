@@ -191,6 +191,8 @@ class CoreModel(BaseTuner):
 
 def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Factors:
     """The pair of one tie, from its seed or its members' frozen weights."""
+    if config.basis == "update":
+        raise ValueError(f"initialize_basis made no basis for {tag}; call it again for the present target_modules")
     d_in, d_out = widths(layers[0])
     request = Request(tag, d_in, d_out, config.r, config.seed, lambda: (weight_of(layer) for layer in layers))
     return basis_makers.MAKERS[str(config.basis)](request)
@@ -283,7 +285,8 @@ def _mean_gradients(
     total: tuple[torch.Tensor, ...] | None = None
     with torch.enable_grad():
         for batch in batches:
-            part = torch.autograd.grad(loss(model, batch), weights)
+            # A layer that the loss does not depend on has a gradient of zero, which the caller refuses by name.
+            part = torch.autograd.grad(loss(model, batch), weights, allow_unused=True, materialize_grads=True)
             total = (
                 tuple(g.float() for g in part)
                 if total is None

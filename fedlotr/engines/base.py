@@ -187,7 +187,7 @@ class Engine(Grid):
     """The driver's half of a grid: messages in, jobs queued, replies out; a subclass gets the jobs done.
 
     Nodes are a plain range, and a client without a message costs nothing. `client_states` holds the `Context.state` of
-    those clients that have one, by partition id; it is part of a checkpoint. `restarts` counts replaced workers.
+    those clients that have one, by partition id. `restarts` counts replaced workers.
     """
 
     name: ClassVar[str]

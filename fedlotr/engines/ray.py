@@ -132,12 +132,16 @@ class RayGrid(Engine):
         self._busy: dict[Any, tuple[Any, Job | None]] = {}  # by the reference of the result; no job: it is starting
         self._false_starts = 0
         self._owns_ray = start_ray(workers)
-        if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
-            raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
-        worker = _worker_class(client_app, num_clients, dict(run_config), threads)
-        self._actor_class: Any = ray.remote(num_cpus=1, max_restarts=0)(worker)
-        for _ in range(workers):
-            self._start_worker()
+        try:
+            if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
+                raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
+            worker = _worker_class(client_app, num_clients, dict(run_config), threads)
+            self._actor_class: Any = ray.remote(num_cpus=1, max_restarts=0)(worker)
+            for _ in range(workers):
+                self._start_worker()
+        except BaseException:
+            self.close()
+            raise
 
     def warm_up(self) -> None:
         """Wait until every worker has loaded the app."""

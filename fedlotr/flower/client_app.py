@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
-from fedlotr.flower.records import bases_from_record, to_record, to_tensors
+from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.workplace import Workplace, install_bases
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
@@ -23,6 +23,9 @@ from fedlotr.training.evaluation import evaluate
 
 WORK = "fedlotr.work"
 """Key of `run_config` that holds the absolute path of the workplace."""
+
+UNDERSTOOD = {"server-round", "lr-factor"}
+"""What a train message's config may say. Anything else (FedProx's proximal term, say) would be silently ignored."""
 
 
 class Worker:
@@ -34,7 +37,7 @@ class Worker:
         self.bases_sha256 = bases_sha256(self.model.module)
 
     def adopt(self, record: Any) -> None:
-        """Use the bases a message brings, if they are not those in use; a re-derivable one brings its hash alone."""
+        """Use the bases a message brings, if they are not those in use; those made here come as a hash alone."""
         if not isinstance(record, ArrayRecord):
             return
         brought = bases_from_record(record)
@@ -43,26 +46,40 @@ class Worker:
             self.bases_sha256 = bases_sha256(self.model.module)
 
     def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
-        """Train one round's clients together, each from what its message says."""
-        contents: list[Any] = [message.content for message in messages]
-        for content in contents:
+        """Train clients, each from what its own message says; those whose messages agree train together."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for at, message in enumerate(messages):
+            content: Any = message.content
+            config = dict(content["config"])
+            unknown = sorted(set(config) - UNDERSTOOD)
+            if unknown:
+                raise ValueError(f"the strategy sends {', '.join(unknown)}, which this client does not act on")
             if "basis" in content:
                 self.adopt(content["basis"])
-        recipe, config = self.workplace.recipe, contents[0]["config"]
-        factor = float(config.get("lr-factor", 1.0))
+            alike.setdefault((arrays_sha256(content["arrays"]), *sorted(config.items())), []).append(at)
+        results: dict[int, ClientResult] = {}
+        for group in alike.values():
+            trained = self._train_alike(messages[group[0]].content, [clients[at] for at in group])
+            results |= dict(zip(group, trained, strict=True))
+        return [results[at] for at in range(len(messages))]
+
+    def _train_alike(self, content: Any, clients: Sequence[int]) -> list[ClientResult]:
+        recipe, config = self.workplace.recipe, content["config"]
+        factor, server_round = float(config.get("lr-factor", 1.0)), int(config["server-round"])
         training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
         work = [
-            ClientWork(
-                self.workplace.rows(client), generator(recipe.seed, "shuffle", int(config["server-round"]), client)
-            )
+            ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
             for client in clients
         ]
-        return train_cohort(self.model, to_tensors(contents[0]["arrays"]), self.workplace.train, work, training)
+        return train_cohort(self.model, to_tensors(content["arrays"]), self.workplace.train, work, training)
 
 
 @functools.lru_cache(maxsize=1)
 def worker(folder: str) -> Worker:
-    """This process' worker. Always called with the folder as its only positional argument, which is the cache's key."""
+    """This process' worker. Always called with the folder as its only positional argument, which is the cache's key.
+
+    The folder's name is a run's own; an engine in the server's process drops the worker when the run ends.
+    """
     return Worker(Workplace(Path(folder)))
 
 
@@ -70,7 +87,7 @@ class CohortClientApp(ClientApp):
     """A ClientApp that can also train several clients in one call, where an engine offers them together."""
 
     def run_cohort(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
-        """One reply a message, in order. All messages carry the same broadcast."""
+        """One reply a message, in order."""
         clients = [int(context.node_config["partition-id"]) for context in contexts]
         here = worker(str(contexts[0].run_config[WORK]))
         results = here.train(messages, clients)

@@ -115,6 +115,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
     with _blaming(strategy, number, federation, "configure_train"):
         messages = list(strategy.configure_train(number, state.arrays, config, view))
+        _check_addresses(messages, view)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
@@ -137,7 +138,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     row: dict[str, Any] = {
         "round": number,
         "loss": None,
-        "clients": len(clients),
+        "clients": len(messages),
         "failed": len(failures),
         "train_loss": _loss(metrics, good),
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
@@ -168,22 +169,27 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
         )
         for at, piece in enumerate(pieces)
     ]
-    order = [message.metadata.dst_node_id for message in messages]
+    replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages)}
     parts: list[Scores] = []
-    # At most one message a node at a time, so that replies are told apart by their node.
-    for at in range(0, len(messages), federation.clients):
-        replies = {r.metadata.src_node_id: r for r in grid.send_and_receive(messages[at : at + federation.clients])}
-        for node in order[at : at + federation.clients]:
-            reply = replies[node]
-            if reply.has_error():
-                raise FedlotrError(f"evaluation failed: {reply.error.reason}")
-            content: Any = reply.content
-            found = content["metrics"]
-            parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
+    for message in messages:
+        reply = replies[message.metadata.message_id]
+        if reply.has_error():
+            raise FedlotrError(f"evaluation failed: {reply.error.reason}")
+        content: Any = reply.content
+        found = content["metrics"]
+        parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
     scores = sum_scores(parts)
     if federation.causal:
         return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700))}
     return {"loss": scores.mean_loss, "accuracy": scores.accuracy}
+
+
+def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:
+    addressed = [message.metadata.dst_node_id for message in messages]
+    if len(set(addressed)) < len(addressed) or not set(addressed) <= set(view.nodes):
+        raise ValueError(
+            f"it addressed nodes {addressed[:5]}…; expected each of {view.get_node_ids()[:5]}… at most once"
+        )
 
 
 def _add_basis(
@@ -246,6 +252,9 @@ def _problem(reply: Message, expected: ArrayRecord, bases_sha256: str) -> str | 
     weight = metrics.get("weight")
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         return f"its weight is {weight!r}, expected a number above 0"
+    loss = metrics.get("loss")
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        return f"its loss is {loss!r}, expected a finite number"
     found = str(content["client"].get("bases-sha256"))
     if found != bases_sha256:
         return f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"

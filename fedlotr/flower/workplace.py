@@ -1,7 +1,6 @@
 """What a client process finds on its disk: the recipe of the run, its data, the bases it was sent.
 
-Everything else reaches a client in messages. The folder lies in the run directory as `.work/`; arrays in it are
-safetensors and memory-mapped, so that all processes of a machine share one copy.
+Everything else reaches a client in messages. The folder lies in the run directory, in `.work/`, while the run goes on.
 """
 
 import json

@@ -58,21 +58,25 @@ class Console:
     ) -> None:
         self.close()
 
+    def begin(self, run_dir: Path, finished_rounds: int = 0) -> None:
+        """Note where the run is kept and how many rounds of it are there already, for whoever has to explain an end."""
+        self.run_dir, self.finished_rounds = run_dir, finished_rounds
+
     def start(self, config: SimulationConfig, facts: Mapping[str, Any]) -> None:
         """Show what is about to run.
 
-        facts: what the configuration alone does not say; all may be missing. run_dir, finished_rounds (of a resumed
-        run); parameters, trained_adapter, trained_head (numbers); train_examples, test_examples, labels (names),
-        largest_class (its share of the test split), task; strategy, basis, tie, lr, head_lr, workers, threads, cohort
-        (resolved); partition: one mapping a client with client, examples and labels (name to number).
+        facts: what the configuration alone does not say; all may be missing. parameters, trained_adapter, trained_head
+        (numbers); train_examples, test_examples, labels (names), largest_class (its share of the test split), task;
+        strategy, basis, tie, lr, head_lr, workers, threads, cohort (resolved); partition: one mapping a client with
+        client, examples and labels (name to number).
         """
-        self.run_dir = Path(facts["run_dir"]) if facts.get("run_dir") else None
-        self.finished_rounds = int(facts.get("finished_rounds", 0))
         self._rounds = config.rounds
         header = Table.grid(padding=(0, 2))
         header.add_column(style="bold")
         for title, text in _header(config, facts):
             header.add_row(title, text)
+        if self.run_dir is not None:
+            header.add_row("run", str(self.run_dir))
         self._out.print(header)
         if facts.get("partition"):
             self._out.print(_partition_table(facts["partition"], facts.get("labels", ())))
@@ -244,7 +248,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
             ),
         ),
     ]
-    return [*rows, ("run", str(facts["run_dir"]))] if facts.get("run_dir") else rows
+    return rows
 
 
 def _partition_table(partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table:
@@ -297,6 +301,6 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
     if timing.get("seconds_total") is not None:
         rows.append(("seconds", f"{timing['seconds_total']:.1f}"))
     if timing.get("base_model_loads") is not None:
-        workers = f" by {_count(timing['workers'], 'worker')}" if timing.get("workers") else ""
+        workers = f" by the server and {_count(timing['workers'], 'worker')}" if timing.get("workers") else ""
         rows.append(("loads of the frozen model", f"{timing['base_model_loads']}{workers}"))
     return rows

@@ -138,7 +138,7 @@ def _backward(
     weights = np.repeat([1 / len(batch) for batch in batches], [len(batch) for batch in batches])
     rows = np.concatenate(batches)
     totals = np.zeros(len(batches))
-    for chosen in pack(examples.lengths[rows]):
+    for chosen in pack(examples.lengths[rows], model.pass_tokens(PASS_TOKENS)):
         owner = torch.from_numpy(owners[chosen])
         batch = examples.batch(rows[chosen], model.spec.pad_id)
         copied = {name: stack.index_select(0, owner) for name, stack in stacks.items()}

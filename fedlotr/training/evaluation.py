@@ -41,7 +41,7 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
     """Scores of the model, with its trained tensors as assigned, on the given rows."""
     total = Scores()
     with torch.inference_mode():
-        for chosen in pack(examples.lengths[rows], EVALUATION_TOKENS):
+        for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
             batch = examples.batch(rows[chosen], model.spec.pad_id)
             logits = model.logits(batch)
             if examples.causal:

@@ -1,4 +1,4 @@
-"""Tokenised examples of different lengths, kept flat: what the trainer reads, memory-mapped by every worker."""
+"""Tokenised examples of different lengths, kept flat: what the trainer reads."""
 
 import hashlib
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ from fedlotr.training.models import TrainableModel, example_losses
 RIDGE = 1e-2
 """Weight of half the squared norm of the head's weights beside the mean loss."""
 ITERATIONS = 100
-HEAD_DEVIATION = 0.02
-"""Standard deviation of the first layer of a head that has two, as transformers initialises it."""
 
 
 def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:

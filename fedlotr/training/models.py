@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedlotr.adapters.layer import CopiesLinear, widths
+from fedlotr.adapters.layer import CopiesLinear
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.examples import IGNORED, Batch
@@ -28,8 +29,12 @@ HEADS = ("classifier", "score")
 """What transformers calls the module that turns features into class logits."""
 
 ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}
-"""Named, since they differ in bits. In bfloat16 the backward of torch's fused attention takes a third of a whole
-training step on a CPU, ten times what the plain products take."""
+"""Named, since they differ in bits. In bfloat16 the backward of torch's fused attention took a third of a whole
+training step of MiniLM on a CPU (in float32 a twentieth)."""
+
+
+LOGITS = 2**26
+"""Numbers in the logits of one pass of a language model: 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors; the head is zero.
 
     meta: only the architecture, without weights, to look at its layers.
-    Raises OSError or ValueError as transformers does where the folder holds no such model.
+    Raises OSError or ValueError as transformers does where the folder holds no such model, and ValueError where
+    weights other than the head's are missing.
     """
     # A progress bar per load and a warning about the new head would bury the run's own lines.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -95,17 +101,25 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         torch.manual_seed(stream_key(0, "missing weights"))
         if meta:
             with torch.device("meta"):
-                model = loader.from_config(AutoConfig.from_pretrained(spec.path, **options))
+                architecture = AutoConfig.from_pretrained(spec.path, **options)
+                model = loader.from_config(architecture, attn_implementation=ATTENTION[spec.dtype])
                 model = MeanPooledClassifier(model, spec.labels) if mean_pooled else model
         else:
-            model = loader.from_pretrained(
+            model, found = loader.from_pretrained(
                 spec.path,
                 dtype=getattr(torch, spec.dtype),
                 attn_implementation=ATTENTION[spec.dtype],
                 local_files_only=True,
                 use_safetensors=True,
+                output_loading_info=True,
                 **options,
             )
+            drawn = sorted(key for key in found["missing_keys"] if key.split(".")[0] not in HEADS)
+            if drawn and not mean_pooled:
+                raise ValueError(
+                    f"its files lack {', '.join(drawn[:3])}, which would be random and is not part of the adapter; "
+                    "take a model that was saved whole"
+                )
             model = MeanPooledClassifier(model, spec.labels) if mean_pooled else model
     module: nn.Module = model
     heads = head_layers(module)
@@ -162,7 +176,10 @@ class TrainableModel:
             setattr(base.get_submodule(parent), leaf, CopiesLinear.around(layer))
         self.heads = list(head_layers(base))
         if core is not None:
-            get_peft_model(base, core)  # wraps the layers of `base` in place
+            with warnings.catch_warnings():
+                # PEFT asks transformers for a property that transformers is about to rename: no user's concern.
+                warnings.simplefilter("ignore", FutureWarning)
+                get_peft_model(base, core)  # wraps the layers of `base` in place
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
 
     @cached_property
@@ -221,16 +238,17 @@ class TrainableModel:
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits.float()
 
+    def pass_tokens(self, most: int) -> int:
+        """At most so many padded tokens in one pass; fewer where a language model's logits would fill the memory."""
+        vocabulary = getattr(self.module.config, "vocab_size", 0) if self.spec.kind == "causal-lm" else 0
+        return min(most, max(LOGITS // int(vocabulary), 1)) if vocabulary else most
+
     def losses(self, batch: Batch) -> torch.Tensor:
         """(rows,) the loss of each example: cross-entropy of its class, or the mean over its target tokens.
 
         A sequence's loss does not depend on its batch, so that examples weigh the same in any batch and any client.
         """
         return example_losses(self.logits(batch), batch.labels)
-
-    def widest_rank(self) -> int:
-        """The largest rank that every adapted layer can hold."""
-        return min(min(widths(layer)) for layer in factored_layers(self.module).values())
 
 
 def example_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""The house stands as it is drawn: imports only point downward, and Flower's private names stay in one module."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = (
+    ("errors", "files", "streams", "preflight", "adapters.methods"),
+    ("command_line",),
+    ("configuration",),
+    ("adapters",),
+    ("training",),
+    ("data",),
+    ("communication",),
+    ("flower",),
+    ("engines",),
+    ("strategies",),
+    ("reporting",),
+    ("handover", "preparation", "resumption", "run_directory", "simulation", "summary"),
+    ("cli", "simulate"),
+)
+"""From the ground up. A module stands on the floor of the longest name here that it is, or is within."""
+DOOR = ("command_line", "configuration", "preflight")
+"""How a configuration is read: on a low floor, so that it imports nothing heavy; used from reporting upward."""
+PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+MODULES = {
+    ".".join((name, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+    for folder, name in ((ROOT / "fedlotr", "fedlotr"), (ROOT / "strategies", "fedlotr.strategies"))
+    for path in sorted(folder.rglob("*.py"))
+}
+
+
+def within(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def floor(module: str) -> int:
+    found = [(len(name), n) for n, names in enumerate(FLOORS) for name in names if within(module, f"fedlotr.{name}")]
+    assert found, f"{module} has no floor: give it one in FLOORS"
+    return max(found)[1]
+
+
+def imports(module: str) -> Iterator[str]:
+    """The modules that a module names in its imports, wherever they stand."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and not node.level, f"{module}: imports are absolute"
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (
+                name if name in MODULES or node.module in ("fedlotr", "flwr") else node.module for name in below
+            )
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "fedlotr"])
+def test_imports_only_point_downward(module: str) -> None:
+    for name in imports(module):
+        if within(name, "flwr"):
+            assert within(name, *PUBLIC_FLOWER) or module == "fedlotr.flower.private", f"{name} is private to Flower"
+        if within(name, "flwr", "ray"):
+            assert not within(module, "fedlotr.adapters", "fedlotr.training"), f"{module} must run without {name}"
+        if not within(name, "fedlotr") or name in ("fedlotr", "fedlotr.__version__"):
+            continue
+        own_package = module.split(".")[1] == name.split(".")[1] and module.count(".") > 1
+        assert own_package or floor(name) < floor(module) or floor(name) == floor(module) >= len(FLOORS) - 2, (
+            f"{module} imports {name}, which stands above it"
+        )
+        if within(name, *(f"fedlotr.{door}" for door in DOOR)):
+            low = within(module, *(f"fedlotr.{door}" for door in DOOR))
+            assert low or floor(module) >= floor("fedlotr.reporting"), f"{module} knows of the configuration"
+        assert within(module, "fedlotr.strategies") or not within(name, "fedlotr.strategies"), (
+            f"{module} imports {name}: a built-in strategy has no privilege over a user's"
+        )
