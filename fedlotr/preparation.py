@@ -127,7 +127,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
             len(task.label_names) if task else 2,
             is_sentence_encoder(folder),
             _pad_id(tokenizer),
-            config.dtype,
+            "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
         )
         skeleton = attempt(lambda: _skeleton(config, spec, sure=task is not None))
         if skeleton is not None and METHODS[config.method].adapts:

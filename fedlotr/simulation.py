@@ -91,7 +91,8 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
             stack.enter_context(_log_to(directory.log))
             stack.callback(directory.remove_work)
             checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
-            dump_yaml(config, directory.path / "config.yaml")
+            if checkpoint is None:
+                dump_yaml(config, directory.path / "config.yaml")
             finished = 0 if checkpoint is None else checkpoint.round
             display.begin(directory.path, finished)
             stack.enter_context(_threads(config.threads))
@@ -100,7 +101,9 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
             prepared = prepare(checked, directory.work.absolute())
             display.start(config, facts(prepared))
             run = _Run(config, prepared, directory, grid, display, started)
-            summary = run.rounds(strategy, run.begin(strategy, checkpoint))
+            state = run.begin(strategy, checkpoint)
+            dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
+            summary = run.rounds(strategy, state)
             display.finish(summary)
         return SimulationResult(summary, run.history, directory.path)
 

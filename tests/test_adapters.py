@@ -246,7 +246,7 @@ def hash_of_bases(basis: str, threads: int) -> str:
         config = CoreConfig(r=16, basis=basis, target_modules=["square", "rectangular"])
         if basis == "update":  # one example: its gradients have the same bits on any number of threads
             config = initialize_basis(Wide(), [torch.linspace(-1, 1, 384)[None]], lambda m, x: m(x).sum(), config)
-        return bases_sha256(get_peft_model(Wide(), config))  # type: ignore[arg-type]
+        return bases_sha256(get_peft_model(Wide(), config))
     finally:
         torch.set_num_threads(before)
 

@@ -359,7 +359,7 @@ def test_an_interrupted_run_ends_with_130_and_says_what_is_saved(
 ) -> None:
     def interrupted_after(rounds: int, finished_before: int = 0) -> Any:
         def simulation(config: SimulationConfig, *, console: Any) -> Any:
-            console.begin(tmp_path, "finished_rounds": finished_before)
+            console.begin(tmp_path, finished_before)
             console.start(config, {})
             for number in range(finished_before + 1, rounds + 1):
                 console.round({"round": number, "clients": 10})
@@ -380,7 +380,8 @@ def test_a_failed_run_ends_with_one_and_its_traceback_is_in_the_log(
 ) -> None:
     def fail(error: Exception, run_dir: Path | None) -> Any:
         def simulation(config: SimulationConfig, *, console: Any) -> Any:
-            console.begin(run_dir)
+            if run_dir is not None:
+                console.begin(run_dir)
             console.start(config, {})
             raise error
 

@@ -1,8 +1,11 @@
 """The round loop keeps its promises for every strategy: order, checks, ledger, certificate, Flower's own unchanged."""
 
 import itertools
+import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,19 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedlotr.communication import communication_summary
 from fedlotr.communication.ledger import Entry, payload_bytes, read_ledger, write_part
+from fedlotr.configuration import SimulationConfig
 from fedlotr.engines import LocalGrid
 from fedlotr.errors import InputError
 from fedlotr.flower import Strategy
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.client_app import worker
 from fedlotr.flower.loop import Federation, State, StrategyError, TooManyFailuresError, run_round, sample_clients
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.records import to_record
 from fedlotr.flower.state import load_strategy_state, save_strategy
+from fedlotr.preparation import check, prepare
+from fedlotr.simulation import federation as simulated_federation
+from fedlotr.simulation import resolve
 
 CLIENTS = 6
 
@@ -118,6 +127,44 @@ def test_a_client_that_fails_is_named_and_left_out_and_the_rest_is_averaged_exac
     np.testing.assert_allclose(state.arrays["C"].numpy(), mean, rtol=1e-7)
     assert done.metrics["aggregation_error"] < 1e-15
     assert state.known == {0, 1, 3, 4, 5}, "a client that failed is sent the bases again"
+
+
+@pytest.mark.parametrize("basis", ["random", "update"])
+def test_a_real_client_with_other_bases_is_refused(basis: str, tiny_bert: Path, animals: Path, tmp_path: Path) -> None:
+    config = SimulationConfig(
+        model=str(tiny_bert),
+        data=str(animals),
+        method="lotr",
+        basis=basis,
+        rank=4,
+        clients=4,
+        sample=2,
+        public_examples=16,
+        engine="local",
+        dtype="float32",
+    )
+    prepared = prepare(check(resolve(config)), tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "other")
+    if basis == "random":  # made again by the client from its seed
+        path = tmp_path / "other" / "recipe.json"
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        recipe["core"]["seed"] += 1
+        path.write_text(json.dumps(recipe), encoding="utf-8")
+    run = simulated_federation(config, prepared)
+    if basis == "update":  # sent by the server, and damaged on the way
+        assert isinstance(run.basis, ArrayRecord)
+        run = replace(run, basis=ArrayRecord({name: Array(2 * array.numpy()) for name, array in run.basis.items()}))
+    client_app = "fedlotr.flower.client_app:app"
+    state = State(to_record(prepared.model.values()))
+    with (
+        LocalGrid(client_app, 4, run_config={"fedlotr.work": str(tmp_path / "other")}) as engine,
+        pytest.raises(TooManyFailuresError, match=r"2 of 2 clients failed .* other bases"),
+    ):
+        run_round(engine, exact(), run, state)
+    assert state.round == 0
+    with LocalGrid(client_app, 4, run_config={"fedlotr.work": str(tmp_path / "good")}) as engine:
+        assert not run_round(engine, exact(), simulated_federation(config, prepared), state).failures
+    worker.cache_clear()
 
 
 def test_too_many_failures_stop_the_run_and_leave_the_state_as_it_was() -> None:

@@ -1,8 +1,10 @@
 """From the command line to the adapter: a run does the real thing, and leaves what it promises."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -19,6 +22,11 @@ from transformers import AutoTokenizer
 
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.communication import read_ledger
+from fedlotr.errors import InputError
+from fedlotr.preparation import check, prepare
+from fedlotr.simulate import main
+from fedlotr.simulation import resolve
+from fedlotr.training.cohort import cut_cohorts
 from tests.support import Simulate, read_run
 
 TIMES = ("train_seconds", "evaluate_seconds")
@@ -139,8 +147,6 @@ def plain_logits(adapter: Path) -> torch.Tensor:
 
 def our_logits(config: SimulationConfig, result: Any, texts: list[list[str]]) -> torch.Tensor:
     """The trained model's logits, from our layers and the last checkpoint, unmerged and in float32."""
-    from fedlotr.preparation import check, prepare
-    from fedlotr.simulation import resolve
     from fedlotr.training.examples import Batch
 
     checked = check(resolve(config.model_copy(update={"out": None})))
@@ -209,6 +215,32 @@ def test_the_same_seed_gives_the_same_bytes_on_every_engine_and_any_number_of_wo
 
 
 @pytest.mark.slow
+def test_cohorts_cut_by_tokens_give_the_same_bytes_on_every_engine(
+    small: dict[str, Any], animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "test"):  # long texts, so that a round's clients are too much for one cohort
+        rows = [json.loads(line) for line in (animals / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.dumps({**row, "text": f"{row['text']}, " * 6}) + "\n" for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    cuts: list[list[slice]] = []
+
+    def noted(*given: Any) -> list[slice]:
+        cuts.append(cut_cohorts(*given))
+        return cuts[-1]
+
+    monkeypatch.setattr("fedlotr.simulation.cut_cohorts", noted)
+    found = []
+    for engine, workers in (("local", None), ("ray", 2)):
+        wanted = {**small, "data": str(tmp_path), "clients": 12, "sample": 12, "engine": engine, "workers": workers}
+        result = run_simulation(SimulationConfig(**wanted, method="lotr", out=tmp_path / engine))
+        found.append((result.summary["trained_sha256"], timeless(result.history)))
+        assert result.summary["timing"]["cohort"] == "auto"
+    assert found[0] == found[1]
+    assert len(cuts) == 4 and cuts[:2] == cuts[2:], "a cut for each round of either run"
+    assert all(2 <= len(cut) < 12 for cut in cuts), "several cohorts, and some of several clients"
+
+
+@pytest.mark.slow
 def test_the_certificate_holds_in_round_200(stories: Path, shared: Path, tmp_path: Path) -> None:
     config = SimulationConfig(
         model=str(stories),
@@ -227,33 +259,143 @@ def test_the_certificate_holds_in_round_200(stories: Path, shared: Path, tmp_pat
         eval_examples=16,
         engine="local",
         threads=1,
+        dtype="float32",
         out=tmp_path / "run",
     )
     errors = [row["aggregation_error"] for row in run_simulation(config).history]
     assert len(errors) == 200 and max(errors[0], errors[199], max(errors)) <= 1e-6
 
 
+MORTAL = """
+import os, signal
+from pathlib import Path
+
+from flwr.serverapp.strategy import FedAdam
+
+from fedlotr.flower import Strategy, weighted_mean
+
+
+def die_once(server_round):
+    flag = Path(os.environ["MORTAL_FLAG"])
+    if server_round == int(os.environ["MORTAL_ROUND"]) and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Momentum(Strategy):
+    def __init__(self, beta=0.5):
+        self.beta, self.velocity, self.last = beta, {}, {}
+
+    def combine(self, updates, server_round):
+        die_once(server_round)
+        for name, value in weighted_mean(updates).items():
+            step = value - self.last.get(name, value)
+            self.velocity[name] = self.beta * self.velocity.get(name, 0.0) + step
+            self.last[name] = self.last.get(name, value) + self.velocity[name]
+        return dict(self.last)
+
+
+class Adam(FedAdam):
+    def aggregate_train(self, server_round, replies):
+        die_once(server_round)
+        return super().aggregate_train(server_round, replies)
+"""
+"""Strategies with a state, which kill their process in the middle of a round where a flag file is not there yet."""
+
+RESULTS = ("trained_sha256", "bases_sha256", "final", "best", "initial", "communication", "aggregation_error_max")
+"""What summary.json says of the results, without the timing."""
+
+
+def assert_same_results(found: Path, wanted: Path) -> None:
+    """In two run directories: all but the seconds."""
+    (summary, rows), (expected, expected_rows) = read_run(found), read_run(wanted)
+    assert {part: summary[part] for part in RESULTS} == {part: expected[part] for part in RESULTS}
+    assert timeless(rows) == timeless(expected_rows)
+    assert read_ledger(found / "ledger") == read_ledger(wanted / "ledger")
+    weights = Path("adapter") / "adapter_model.safetensors"
+    assert (found / weights).read_bytes() == (wanted / weights).read_bytes()
+
+
+@pytest.mark.parametrize(("strategy", "number"), [("Momentum", 1), ("Momentum", 3), ("Adam", 3)])
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
-    small: dict[str, Any], simulate: Simulate, tmp_path: Path
+    strategy: str,
+    number: int,
+    small: dict[str, Any],
+    simulate: Simulate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [*flags({**small, "rounds": 6, "method": "lotr"}), "--strategy", "flwr.serverapp.strategy:FedAdam"]
-    whole = simulate(*words, "--out", "whole")
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedlotr.simulate", *words, "--out", "killed"], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
-    wait_for_round(tmp_path / "killed", 2, process)
-    process.kill()
-    process.wait()
-    refused = simulate(*words, "--out", "killed", "--resume", "--lr", "0.5")
-    assert refused.returncode == 2 and "--lr 0.5" in refused.stderr and "was begun with" in refused.stderr
-    assert simulate(*words, "--out", "killed").returncode == 2, "a folder in use needs --resume"
-    again = simulate(*words, "--out", "killed", "--resume")
-    assert again.returncode == 0, again.stderr
-    for part in ("trained_sha256", "final", "best", "communication", "initial"):
-        assert read_run(tmp_path / "killed")[0][part] == read_run(tmp_path / "whole")[0][part]
-    assert timeless(read_run(tmp_path / "killed")[1]) == timeless(read_run(tmp_path / "whole")[1])
-    assert read_ledger(tmp_path / "killed" / "ledger") == read_ledger(tmp_path / "whole" / "ledger")
+    (tmp_path / "mortal.py").write_text(MORTAL, encoding="utf-8")
+    monkeypatch.setenv("MORTAL_ROUND", str(number))
+    monkeypatch.setenv("MORTAL_FLAG", str(tmp_path / "flag"))
+    options = {**small, "rounds": 4, "method": "lotr", "strategy": f"{tmp_path}/mortal.py:{strategy}"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    died = simulate(*flags(options), "--out", killed)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert (tmp_path / "flag").exists() and not (killed / "summary.json").exists()
+    saved = {path.stem for path in killed.glob("checkpoints/*.json")}
+    assert saved == {f"round-{done:05d}" for done in range(1, number)}
+
+    before = tree(killed)
+    assert main([*flags(options), "--out", str(killed), "--resume", "--lr", "0.5"]) == 2
+    refused = capsys.readouterr().err
+    assert "--lr 0.5" in refused and "was begun with" in refused
+    assert main([*flags(options), "--out", str(killed)]) == 2, "a folder in use needs --resume"
+    assert "--resume" in capsys.readouterr().err
+    assert tree(killed) == before, "who is refused leaves no trace"
+
+    config = SimulationConfig(**options, out=killed, resume=True)
+    run_simulation(config)
+    run_simulation(config.model_copy(update={"out": whole, "resume": False}))  # the flag is there: nobody dies
+    assert_same_results(killed, whole)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files below a folder, without the log and the workers' own."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and ".work" not in path.parts]
+    return {str(path): path.read_bytes() for path in paths if path.name != "log.txt"}
+
+
+@pytest.mark.parametrize("lost", ["*", "round-00002.*"])
+def test_a_round_on_record_without_its_checkpoint_is_done_again(
+    lost: str, small: dict[str, Any], tmp_path: Path
+) -> None:
+    config = SimulationConfig(**small, method="lotr", out=tmp_path / "whole")
+    run_simulation(config)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for path in (tmp_path / "cut" / "checkpoints").glob(lost):
+        path.unlink()
+    (tmp_path / "cut" / "summary.json").unlink()
+    again = run_simulation(config.model_copy(update={"out": tmp_path / "cut", "resume": True}))
+    assert [row["round"] for row in again.history] == [1, 2]
+    assert_same_results(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_finished_run_resumed_says_the_same_again(small: dict[str, Any], tmp_path: Path) -> None:
+    config = SimulationConfig(**small, method="lotr", out=tmp_path / "run")
+    run_simulation(config)
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    run_simulation(config.model_copy(update={"resume": True}))
+    assert_same_results(tmp_path / "run", tmp_path / "before")
+
+
+def test_a_folder_in_use_is_refused_from_python_too(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        run_simulation(SimulationConfig(**small, method="lotr", out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_second_run_in_the_same_process_and_folder_takes_nothing_from_the_first(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    found = []
+    for lr in (1e-2, 2e-2, 1e-2):
+        config = SimulationConfig(**small, method="lotr", lr=lr, out=tmp_path / "run")
+        found.append(run_simulation(config).summary["trained_sha256"])
+        shutil.rmtree(tmp_path / "run")
+    assert found[0] == found[2] != found[1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(small: dict[str, Any], tmp_path: Path) -> None:
@@ -305,10 +447,37 @@ def test_ctrl_c_ends_at_once_leaves_no_process_and_keeps_what_is_finished(
     assert list((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
 
 
-def test_clients_hold_what_their_column_says(small: dict[str, Any], tmp_path: Path) -> None:
+def test_clients_hold_what_their_column_says(small: dict[str, Any]) -> None:
     options = {**small, "clients": 5, "sample": 2, "partition": "natural:client"}
-    result = run_simulation(SimulationConfig(**options, method="lotr", out=tmp_path / "run"))
-    assert result.summary["clients"] == 5
+    checked = check(resolve(SimulationConfig(**options, method="lotr")))
+    column = np.array(checked.source.train["client"][:])
+    names = [set(column[part]) for part in checked.parts]
+    assert sorted(map(tuple, names)) == [(f"farm {number}",) for number in range(5)]
+    private = np.setdiff1d(np.arange(len(column)), checked.public)
+    assert len(checked.public) == 16
+    for part, (name,) in zip(checked.parts, names, strict=True):
+        np.testing.assert_array_equal(part, private[column[private] == name])
+
+
+def test_one_client_alone_is_a_federation(small: dict[str, Any], simulate: Simulate, tmp_path: Path) -> None:
+    done = simulate(*flags({**small, "clients": 1, "sample": 1, "out": "run"}))
+    assert done.returncode == 0, done.stderr
+    summary, rows = read_run(tmp_path / "run")
+    assert [row["clients"] for row in rows] == [1, 1] and summary["aggregation_error_max"] <= 1e-6
+    assert summary["final"]["loss"] < summary["initial"]["loss"]
+
+
+@pytest.mark.parametrize("method", ["lotr", "lora-xs", "lora", "head"])
+def test_a_run_needs_no_public_examples(method: str, small: dict[str, Any], tmp_path: Path) -> None:
+    options = {**small, "public_examples": 0, "partition": "iid", "sample": 1.0, "rounds": 4}
+    result = run_simulation(SimulationConfig(**options, method=method, out=tmp_path / "run"))
+    assert result.summary["initial"]["loss"] == pytest.approx(math.log(2)), "a head of zeros knows nothing"
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+
+
+def test_a_basis_from_public_examples_needs_some(small: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="public_examples=0 with method='fed-sb': .*gradient from public examples"):
+        SimulationConfig(**{**small, "public_examples": 0}, method="fed-sb")
 
 
 def test_pairs_of_sentences_train(small: dict[str, Any], shared: Path, tmp_path: Path) -> None:
