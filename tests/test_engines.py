@@ -325,6 +325,8 @@ def start_alone(mode: str, folder: Path) -> subprocess.Popen[str]:
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         cwd=folder,
         start_new_session=True,
+        # A shell's background jobs ignore SIGINT, and so would everything that this test starts in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
