@@ -223,7 +223,9 @@ def test_examples_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
     )
     examples.save(tmp_path / "examples.safetensors")
     again = Examples.load(tmp_path / "examples.safetensors")
-    assert again.sha256() == examples.sha256() and not again.causal
+    for name in ("tokens", "offsets", "labels", "segments"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(examples, name))
+    assert not again.causal
     assert again.batch([1]).token_type_ids.tolist() == [[0, 0, 1]]  # type: ignore[union-attr]
 
 

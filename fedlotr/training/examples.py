@@ -1,6 +1,5 @@
 """Tokenised examples of different lengths, kept flat: what the trainer reads."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +80,6 @@ class Examples:
             None if types is None else torch.from_numpy(types),
             torch.from_numpy(labels),
         )
-
-    def sha256(self) -> str:
-        """Fingerprint of the content, hexadecimal."""
-        digest = hashlib.sha256(b"causal" if self.causal else b"classes")
-        for name, array in self._arrays().items():
-            digest.update(f"{name}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
