@@ -84,6 +84,13 @@ def _check_partition(given: str) -> str:
     return given
 
 
+def _check_text_columns(given: str) -> str:
+    columns = given.split(",")
+    if not all(columns) or len(columns) > 2 or len(set(columns)) < len(columns):
+        raise ValueError("expected the name of a column, or two different ones with a comma: NAME or FIRST,SECOND")
+    return given
+
+
 def _check_targets(given: str) -> str:
     try:
         re.compile(given)
@@ -125,8 +132,15 @@ class SimulationConfig(BaseModel):
     model: str = Field(default="all-MiniLM-L6-v2", description="a model folder, or an id on the Hugging Face hub")
     data: str = Field(
         default="pydoc",
-        description="pydoc (paragraphs of Python's own documentation, built in), or a folder of JSON lines",
+        description="pydoc (paragraphs of Python's own documentation, built in), a folder or a file of JSON lines, CSV "
+        "or Parquet, or an id on the Hugging Face hub",
     )
+    text_column: Annotated[str, AfterValidator(_check_text_columns)] | None = Field(
+        default=None,
+        description="column of the texts, or two with a comma: a pair, or prompt,answer (default: text; text_a,text_b; "
+        "prompt,answer)",
+    )
+    label_column: str | None = Field(default=None, description="column of the labels (default: label)")
     task: Literal["auto", "classification", "causal-lm"] = Field(
         default="auto", description="what is learnt; auto: classification where the data has labels"
     )

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedlotr.errors import nearest
+from fedlotr.hub import is_data_id
 
 BUILT_IN_DATA = ("pydoc",)
 """Data sets that need no files."""
@@ -36,9 +37,9 @@ def _model_problems(model: str) -> Iterator[str]:
 
 def _data_problems(data: str) -> Iterator[str]:
     path = Path(data).expanduser()
-    if data not in BUILT_IN_DATA and not path.exists():
+    if data not in BUILT_IN_DATA and not path.exists() and not is_data_id(data):
         hint = sibling(path) if "/" in data else nearest(data, BUILT_IN_DATA)
-        yield f"neither a built-in data set nor a folder{hint}"
+        yield f"no such data set, folder or file (nor a hub id, org/name){hint}"
 
 
 def _strategy_problems(strategy: str | None) -> Iterator[str]:

@@ -17,7 +17,7 @@ from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, initialize_basis
 from fedlotr.configuration import SimulationConfig
-from fedlotr.data import Source, Task, encode, load_source, partition, resolve_task, withhold_public
+from fedlotr.data import Names, OwnData, Source, Task, encode, load_source, partition, resolve_task, withhold_public
 from fedlotr.errors import InputError
 from fedlotr.flower.workplace import Recipe, Workplace
 from fedlotr.streams import generator
@@ -80,8 +80,10 @@ class Prepared:
     bases_sha256: str
 
 
-def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
+def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None) -> Checked:
     """Read the data and the model's architecture, and deal the examples to the clients.
+
+    data: the caller's own, instead of what the configuration names.
 
     wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
     Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
@@ -97,8 +99,16 @@ def check(config: SimulationConfig, wrong: Collection[str] = ()) -> Checked:
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
+    names = Names(
+        tuple((config.text_column or "").split(",")) if config.text_column else (),
+        config.label_column,
+        config.task == "causal-lm",
+    )
     source = attempt(
-        lambda: load_source(config.data, seed=config.seed, eval_split=config.eval_split), "data", "eval_split"
+        lambda: load_source(
+            config.data if data is None else data, seed=config.seed, eval_split=config.eval_split, names=names
+        ),
+        *("data", "eval_split", "text_column", "label_column"),
     )
     task = tokenizer = labels = dealt = spec = core = None
     if source is not None:

@@ -19,6 +19,7 @@ from fedlotr.adapters.tuner import bases_of, factored_layers
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
+from fedlotr.data import OwnData
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -83,9 +84,12 @@ def run_simulation(
     console: Console | None = None,
     engine: EngineMaker | None = None,
     start: str | None = None,
+    data: OwnData | None = None,
 ) -> SimulationResult:
     """Run a simulation and leave its run directory.
 
+    data: a data set of one's own instead of what `config.data` names: a `datasets.DatasetDict`, or a mapping of splits
+    ("train", and "test" or another of the usual names) to rows, each a mapping of column to value.
     engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
@@ -100,7 +104,7 @@ def run_simulation(
         if problems:
             raise InputError(problems)
         config = resolve(config)
-        checked, strategy = check_all(config)
+        checked, strategy = check_all(config, data=data)
         name = f"{config.method}-{checked.source.name}-{config.seed}"
         directory = RunDirectory.create(config.out, name, start)
         with ExitStack() as stack:
@@ -124,7 +128,9 @@ def run_simulation(
         return SimulationResult(summary, run.history, directory.path)
 
 
-def check_all(config: SimulationConfig, wrong: Collection[str] = ()) -> tuple[Checked, FlowerStrategy]:
+def check_all(
+    config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None
+) -> tuple[Checked, FlowerStrategy]:
     """The data, the model and the strategy that a configuration names; nothing heavy has happened yet.
 
     wrong: fields that are known to be wrong, as for `check`. Raises InputError with all mistakes.
@@ -132,7 +138,7 @@ def check_all(config: SimulationConfig, wrong: Collection[str] = ()) -> tuple[Ch
     problems: list[str] = []
     checked = strategy = None
     try:
-        checked = check(config, wrong)
+        checked = check(config, wrong, data=data)
     except InputError as error:
         problems += error.problems
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):

@@ -54,7 +54,7 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
             "--lr fast: expected a number",
             "--partition dirchlet:0.5: not a partition, did you mean 'dirichlet:0.5'?",
             "--workers 2 with --engine local: the engine 'local' works in this process; workers belong to 'ray'",
-            "--data pydocs: neither a built-in data set nor a folder, did you mean 'pydoc'?",
+            "--data pydocs: no such data set, folder or file (nor a hub id, org/name), did you mean 'pydoc'?",
             f"--model {tmp_path / 'gone'}: no such folder",
             "--momentum: expected a value",
         ]
@@ -294,7 +294,8 @@ def test_a_strategy_of_the_users_own_must_exist(tmp_path: Path) -> None:
 
 def test_preflight_of_a_python_call_names_its_keywords(tmp_path: Path) -> None:
     config = SimulationConfig(data=str(tmp_path / "gone"), out=tmp_path)
-    assert preflight_paths(config) == [f"data='{tmp_path / 'gone'}': neither a built-in data set nor a folder"]
+    (problem,) = preflight_paths(config)
+    assert problem.startswith(f"data='{tmp_path / 'gone'}': no such data set")
 
 
 def test_help_shows_every_option_once_with_its_default() -> None:

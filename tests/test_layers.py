@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    ("errors", "files", "streams", "adapters.methods"),
+    ("errors", "files", "hub", "streams", "adapters.methods"),
     ("preflight",),
     ("command_line",),
     ("configuration",),

@@ -10,12 +10,14 @@ from fedlotr.data.partition import (
     withhold_public,
 )
 from fedlotr.data.pydoc import build_pydoc
-from fedlotr.data.sources import Source, load_source
+from fedlotr.data.sources import Names, OwnData, Source, load_source
 from fedlotr.data.tasks import Task, encode, resolve_task
 
 __all__ = [
     "PARTITIONS",
     "Holding",
+    "Names",
+    "OwnData",
     "Source",
     "Task",
     "build_pydoc",

@@ -102,7 +102,7 @@ def _label_names(source: Source) -> tuple[str, ...]:
     """The classes, once every row of both splits has one."""
     splits = [(where, rows["label"][:]) for where, rows in _splits(source)]
     values = {value for _, column in splits for value in column if value is not None}
-    names = tuple(sorted(value for value in values if isinstance(value, str)))
+    names = tuple(sorted((value for value in values if isinstance(value, str)), key=_in_order))
     numbers = [int(value) for value in values if not isinstance(value, str) and value % 1 == 0]
     if names and numbers:
         raise InputError(f"--data {source.name}: labels are names in one split and numbers in the other")
@@ -117,6 +117,11 @@ def _label_names(source: Source) -> tuple[str, ...]:
     if problems:
         raise InputError(problems)
     return names
+
+
+def _in_order(name: str) -> tuple[bool, int, str]:
+    """Names in alphabetical order, after those that are numbers in theirs."""
+    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
 
 
 def _class_indices(where: str, values: list[Any], names: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], list[str]]:

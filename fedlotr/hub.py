@@ -1,0 +1,38 @@
+"""Data sets on the Hugging Face hub: what an id looks like, and the folder of its files."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedlotr.errors import InputError
+
+DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?")
+"""org/name, or org/name:folder for one of several folders of data in a repository."""
+
+
+def is_data_id(given: str) -> bool:
+    """Whether this can be a data set on the hub; a path into a folder that exists here is none."""
+    return DATA_ID.fullmatch(given) is not None and not Path(given).parent.is_dir()
+
+
+def fetch_data(given: str, suffixes: Iterable[str]) -> Path:
+    """The folder of a data set: its files with these endings, from the local cache or fetched. No code of it is run.
+
+    Raises InputError where there is none, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub_id, _, folder = given.partition(":")
+    patterns = [f"{folder}/*{suffix}" if folder else f"*{suffix}" for suffix in suffixes]
+    try:
+        fetched = Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=patterns))
+    except HFValidationError:
+        raise InputError(f"--data {given}: no such folder, and not a hub id such as org/name") from None
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"--data {given}: no such folder, and the hub cannot be reached (nor is it in the local cache)"
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(f"--data {given}: no such folder, and the hub says: {error.response.status_code}") from None
+    return fetched / folder
