@@ -114,7 +114,7 @@ def test_a_partition_that_cannot_be_read_is_refused(partition: str) -> None:
         ("--method head --basis svd", "--basis svd with --method head"),
         ("--method head --tie type", "--tie type with --method head"),
         ("--method fed-sb --public-examples 0", "--public-examples 0 with --method fed-sb"),
-        ("--method lotr --basis update --public-examples 0", "--public-examples 0 with --method lotr"),
+        ("--method lotr --basis update --public-examples 0", "--public-examples 0 with --basis update"),
         ("--method lotr --basis lora", "--basis lora with --method lotr"),
     ],
 )
