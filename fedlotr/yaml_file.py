@@ -40,7 +40,7 @@ _Reader.add_implicit_resolver(
     re.compile(rf"(?:{FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"),
     list("-+0123456789."),
 )
-_Reader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Reader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Writer.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"{FLOAT}\Z"), list("-+0123456789."))
 
 
@@ -59,7 +59,7 @@ def read_yaml(path: Path, problems: list[str]) -> dict[str, object]:
     try:
         reader = _Reader(text)
         node = reader.get_single_node()
-        content = None if node is None else reader.construct_document(node)  # type: ignore[no-untyped-call]
+        content = None if node is None else reader.construct_document(node)
     except yaml.YAMLError as error:
         problems.append(f"{shorten(path)}: not YAML ({_place(error)}){hint}")
         return {}
@@ -71,7 +71,7 @@ def read_yaml(path: Path, problems: list[str]) -> dict[str, object]:
         problems.append(f"{shorten(path)}: nested too deeply; expected lines of the form 'clients: 50'{hint}")
         return {}
     finally:
-        reader.dispose()  # type: ignore[no-untyped-call]
+        reader.dispose()
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -137,7 +137,7 @@ def _is_small(content: dict[Any, Any]) -> bool:
     return count <= MAX_VALUES
 
 
-def _repeated(node: yaml.MappingNode) -> list[str]:
+def _repeated(node: Any) -> list[str]:
     """Keys that are set twice, of which YAML would silently keep the last."""
     lines: dict[str, int] = {}
     problems = []
