@@ -71,6 +71,18 @@ def test_what_is_foretold_is_what_the_run_reports(
     assert capsys.readouterr().err == errors
 
 
+def test_a_language_model_is_foretold_too(
+    words: list[str], stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*words, f"--model={stories}", "--task=causal-lm", "--method=lotr", "--out", str(tmp_path / "run")]
+    code, report, _ = examined(given, capsys)
+    assert code == 0
+    assert simulate.main([*given, "--quiet"]) == 0
+    traffic = read_run(tmp_path / "run")[0]["communication"]
+    assert report["needs"]["upload_bytes"] == traffic["upload_payload_bytes_per_client_round"]
+    assert report["needs"]["one_off_bytes"] == traffic["one_off_bytes_per_client"] == 40
+
+
 @pytest.mark.parametrize(
     "mistakes",
     [
