@@ -257,7 +257,9 @@ def _processes(config: SimulationConfig, needs: Any) -> Finding:
     usable, busy = machine.cores().usable, (config.workers or 1) * (config.threads or 1)
     text = f"engine {config.engine}, {needs.processes} processes of {config.threads} threads"
     if busy > usable:
-        advice = f"--workers {max(1, usable // (config.threads or 1))}" if config.engine == "ray" else "fewer --threads"
+        threads = min(config.threads or 1, usable)
+        workers = f"--workers {usable // threads} " if config.engine == "ray" else ""
+        advice = f"{workers}--threads {threads}"
         return Finding("processes", "warning", f"{text}, more than {usable} cores can run at once", f"give {advice}")
     if config.workers is not None and config.workers > needs.cohorts:
         return Finding(

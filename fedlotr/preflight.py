@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -76,9 +77,10 @@ def _can_be_imported(module: str) -> bool:
     """Whether the package that a module lies in is there; nothing is imported."""
     if not all(part.isidentifier() for part in module.split(".")):
         return False
+    package = module.split(".")[0]
     try:
-        return importlib.util.find_spec(module.split(".")[0]) is not None
-    except (ImportError, ValueError):  # ValueError: of __main__, say
+        return package in sys.modules or importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
         return False
 
 

@@ -204,6 +204,7 @@ def snapshot(folder: Path) -> dict[Path, bytes | None]:
 def place(tmp_path: Path, animals: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with data and a run, that nothing may change."""
     (tmp_path / "train.jsonl").write_bytes((animals / "train.jsonl").read_bytes())
+    (tmp_path / "quits.py").write_text("raise SystemExit(0)\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("rank: 3\n")
     monkeypatch.chdir(tmp_path)
@@ -291,6 +292,7 @@ def test_mutated_configurations_that_reach_data_and_model_end_in_clear_errors(
         ["--partition=natural:nobody"],
         ["--method=lora", "--tie=type"],
         ["--strategy=json:nothing"],
+        ["--strategy=quits.py:Mine"],
         ["--strategy-arg=beta=1"],
         ["--targets=nothing"],
         ["--eval-split=nothing"],
