@@ -255,11 +255,12 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
 
 def _processes(config: SimulationConfig, needs: Any) -> Finding:
     usable, busy = machine.cores().usable, (config.workers or 1) * (config.threads or 1)
-    text = f"engine {config.engine}, {needs.processes} processes of {config.threads} threads"
+    processes = "one process" if needs.processes == 1 else f"{needs.processes} processes"
+    threads = "one thread" if config.threads == 1 else f"{config.threads} threads"
+    text = f"engine {config.engine}, {processes} of {threads}"
     if busy > usable:
-        threads = min(config.threads or 1, usable)
-        workers = f"--workers {usable // threads} " if config.engine == "ray" else ""
-        advice = f"{workers}--threads {threads}"
+        most = min(config.threads or 1, usable)
+        advice = f"{f'--workers {usable // most} ' if config.engine == 'ray' else ''}--threads {most}"
         return Finding("processes", "warning", f"{text}, more than {usable} cores can run at once", f"give {advice}")
     if config.workers is not None and config.workers > needs.cohorts:
         return Finding(
