@@ -238,6 +238,7 @@ def valid(place: Path) -> tuple[str, list[str]]:
     return text, [*words.split(), "--method=lotr", "--out=new", "--lr=1e-3", "--local-steps=3", "--quiet"]
 
 
+@pytest.mark.slow
 def test_two_thousand_mutated_configurations_end_in_clear_errors_and_change_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +262,7 @@ def test_two_thousand_mutated_configurations_end_in_clear_errors_and_change_noth
     assert 0.5 < count / (FILES + COMMAND_LINES) < 0.95  # most are wrong, and those that are not are let in
 
 
+@pytest.mark.slow
 def test_mutated_configurations_that_reach_data_and_model_end_in_clear_errors(
     place: Path, stories: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
