@@ -6,6 +6,7 @@ Flower nor Ray.
 
 import os
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 # Flower reads these as it is imported: quiet, and off the network. Here, because this runs before any other module of
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fedlotr.configuration import SimulationConfig
     from fedlotr.simulation import SimulationResult, run_simulation
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "CoreConfig",
@@ -42,6 +43,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("fedlotr")
     if name not in _HOMES:
         raise AttributeError(f"module 'fedlotr' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

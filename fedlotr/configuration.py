@@ -260,8 +260,9 @@ class SimulationConfig(BaseModel):
         description="split to evaluate on (default: test, else a validation split, else a tenth of train)",
     )
 
-    engine: Literal["ray", "local"] = Field(
-        default="ray", description="worker processes on this machine, or everything in this process"
+    engine: Literal["ray", "local", "flower"] = Field(
+        default="ray",
+        description="worker processes on this machine, or everything in this process; flower: its own, by 'flwr run .'",
     )
     workers: int | None = Field(
         default=None,

@@ -91,8 +91,10 @@ def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[s
         return None, []
     from fedlotr.resumption import continue_from
     from fedlotr.run_directory import RunDirectory
-    from fedlotr.simulation import check_all, resolve
+    from fedlotr.simulation import check_all, problems_at_the_door, resolve
 
+    if not wrong and (problems := problems_at_the_door(config)):
+        return None, problems
     try:
         resolved = config if wrong else resolve(config)
         checked, _ = check_all(resolved, wrong)

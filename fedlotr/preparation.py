@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -184,7 +185,12 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     # A client makes the others again by itself.
     bases = bases_of(model.module) if core is not None and core.basis == "update" else {}
     recipe = Recipe(
-        checked.spec, None if core is None else _fields(core), checked.training, config.weights, config.seed
+        checked.spec,
+        None if core is None else _fields(core),
+        checked.training,
+        config.weights,
+        config.seed,
+        config.threads or torch.get_num_threads(),
     )
     workplace = Workplace.write(folder, recipe, train, test, parts, bases)
     workplace.record_load()

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
+from fedlotr.flower.workplace import work_folder
 
 log = logging.getLogger("fedlotr")
 
@@ -42,27 +43,27 @@ class Checkpoint:
 class RunDirectory:
     """Paths of a run and how they are written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: str | None = None) -> None:
+        """start: what this start of the run is called (default: a name that is no other's)."""
         self.path = path
-        # A name of its own for every start, so that no process can take an older run's files for this one's.
-        self.work = path / ".work" / uuid.uuid4().hex
+        self.work = work_folder(path, start or uuid.uuid4().hex)
         self.ledger = path / "ledger"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.log = path / "log.txt"
 
     @classmethod
-    def create(cls, out: Path | None, name: str) -> "RunDirectory":
+    def create(cls, out: Path | None, name: str, start: str | None = None) -> "RunDirectory":
         """`out`, or without it the first free `runs/NAME`, `runs/NAME-2`, ..."""
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            return cls(out)
+            return cls(out, start)
         number = 1
         while True:
             path = Path("runs") / (name if number == 1 else f"{name}-{number}")
             try:
                 path.mkdir(parents=True)
-                return cls(path)
+                return cls(path, start)
             except FileExistsError:
                 number += 1
 

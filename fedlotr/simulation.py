@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
+from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
@@ -72,8 +73,20 @@ class SimulationResult:
         return float(self.summary["final"]["loss"])
 
 
-def run_simulation(config: SimulationConfig, *, console: Console | None = None) -> SimulationResult:
+EngineMaker = Callable[[SimulationConfig, Path], AbstractContextManager[Engine | FlowerGrid]]
+"""From the resolved configuration and the workplace's folder to an engine, closed at the end of the run."""
+
+
+def run_simulation(
+    config: SimulationConfig,
+    *,
+    console: Console | None = None,
+    engine: EngineMaker | None = None,
+    start: str | None = None,
+) -> SimulationResult:
     """Run a simulation and leave its run directory.
+
+    engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
     cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt.
@@ -81,12 +94,13 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
     with console or Console(quiet=True) as display:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
-        problems = preflight_paths(config)
+        problems = problems_at_the_door(config, brings_engine=engine is not None)
         if problems:
             raise InputError(problems)
         config = resolve(config)
         checked, strategy = check_all(config)
-        directory = RunDirectory.create(config.out, f"{config.method}-{checked.source.name}-{config.seed}")
+        name = f"{config.method}-{checked.source.name}-{config.seed}"
+        directory = RunDirectory.create(config.out, name, start)
         with ExitStack() as stack:
             stack.enter_context(_log_to(directory.log))
             stack.callback(directory.remove_work)
@@ -96,7 +110,7 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
             finished = 0 if checkpoint is None else checkpoint.round
             display.begin(directory.path, finished)
             stack.enter_context(_threads(config.threads))
-            grid = stack.enter_context(_engine(config, directory.work))
+            grid = stack.enter_context((engine or _engine)(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
             prepared = prepare(checked, directory.work.absolute())
             display.start(config, facts(prepared))
@@ -106,6 +120,14 @@ def run_simulation(config: SimulationConfig, *, console: Console | None = None) 
             summary = run.rounds(strategy, state)
             display.finish(summary)
         return SimulationResult(summary, run.history, directory.path)
+
+
+def problems_at_the_door(config: SimulationConfig, *, brings_engine: bool = False) -> list[str]:
+    """What keeps a valid configuration from being run here, before anything is loaded; each one line."""
+    problems = preflight_paths(config)
+    if config.engine == "flower" and not brings_engine:
+        problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
+    return problems
 
 
 def check_all(config: SimulationConfig, wrong: Collection[str] = ()) -> tuple[Checked, FlowerStrategy]:
@@ -148,7 +170,7 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     if config.dtype == "auto":
         resolved["dtype"] = before.dtype if before is not None else measured_dtype()
     if config.threads is None:
-        counted = 1 if config.engine == "ray" else cores
+        counted = cores if config.engine == "local" else 1
         resolved["threads"] = before.threads if before is not None else counted
     return config.model_copy(update=resolved)
 
@@ -161,7 +183,7 @@ class _Run:
         config: SimulationConfig,
         prepared: Prepared,
         directory: RunDirectory,
-        grid: Engine,
+        grid: Engine | FlowerGrid,
         display: Console,
         started: float,
     ) -> None:

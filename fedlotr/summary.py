@@ -14,6 +14,7 @@ from fedlotr.communication import Entry, communication_summary
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
+from fedlotr.engines.flower import FlowerGrid
 from fedlotr.flower.loop import State
 from fedlotr.flower.records import arrays_sha256
 from fedlotr.preparation import Prepared
@@ -56,7 +57,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
 def summarise(
     config: SimulationConfig,
     prepared: Prepared,
-    grid: Engine,
+    grid: Engine | FlowerGrid,
     history: Sequence[dict[str, Any]],
     entries: Sequence[Entry],
     initial: dict[str, float],

@@ -90,6 +90,7 @@ def test_a_language_model_is_foretold_too(
         ["--rank", "99", "--strategy-arg", "beta=1", "--max-length", "999"],
         ["--data", "gone", "--rank", "99", "--cleints", "5"],
         ["gone.yaml"],
+        ["--engine", "flower"],
     ],
 )
 def test_it_refuses_what_a_run_refuses_in_the_same_words(

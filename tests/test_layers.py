@@ -23,7 +23,7 @@ FLOORS = (
     ("reporting",),
     ("handover", "preparation", "resumption", "run_directory", "simulation", "summary"),
     ("forecast",),
-    ("cli", "doctor", "simulate"),
+    ("cli", "doctor", "server_app", "simulate"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight", "fedlotr.yaml_file")

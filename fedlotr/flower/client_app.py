@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
-from fedlotr.flower.workplace import Workplace, install_bases
+from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
 from fedlotr.training.evaluation import evaluate
 
 WORK = "fedlotr.work"
-"""Key of `run_config` that holds the absolute path of the workplace."""
+"""Key of `run_config` in which our engines tell the absolute path of the workplace."""
+OUT = "out"
+"""Key of `run_config` with the folder of the run, under Flower's own engine, whose clients cannot be told more."""
 
 UNDERSTOOD = {"server-round", "lr-factor"}
 """What a train message's config may say. Anything else (FedProx's proximal term, say) would be silently ignored."""
@@ -33,6 +36,7 @@ class Worker:
 
     def __init__(self, workplace: Workplace) -> None:
         self.workplace = workplace
+        torch.set_num_threads(workplace.recipe.threads)  # Flower's engine would give its own number
         self.model = workplace.build_model()
         self.bases_sha256 = bases_sha256(self.model.module)
 
@@ -74,6 +78,13 @@ class Worker:
         return train_cohort(self.model, to_tensors(content["arrays"]), self.workplace.train, work, training)
 
 
+def workplace_folder(context: Context) -> str:
+    """Where this run's clients find their data: told by our engines, else in the run's folder under Flower's run id."""
+    if WORK in context.run_config:
+        return str(context.run_config[WORK])
+    return str(work_folder(Path(str(context.run_config[OUT])), str(context.run_id)))
+
+
 @functools.lru_cache(maxsize=1)
 def worker(folder: str) -> Worker:
     """This process' worker. Always called with the folder as its only positional argument, which is the cache's key.
@@ -89,7 +100,7 @@ class CohortClientApp(ClientApp):
     def run_cohort(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
         """One reply a message, in order."""
         clients = [int(context.node_config["partition-id"]) for context in contexts]
-        here = worker(str(contexts[0].run_config[WORK]))
+        here = worker(workplace_folder(contexts[0]))
         results = here.train(messages, clients)
         weighs_examples = here.workplace.recipe.weights == "examples"
         return [
@@ -125,7 +136,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate_shard(message: Message, context: Context) -> Message:
     """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards."""
-    here = worker(str(context.run_config[WORK]))
+    here = worker(workplace_folder(context))
     content: Any = message.content
     config = content["config"]
     here.model.assign(to_tensors(content["arrays"]))

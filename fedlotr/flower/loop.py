@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -89,13 +89,9 @@ def sample_clients(federation: Federation, server_round: int) -> list[int]:
     return sorted(stream.choice(federation.clients, federation.sampled, replace=False).tolist())
 
 
-def node_of_clients(grid: Grid) -> list[int]:
-    """Node ids by client: in the order of registration where the engine tells it, else in their own order."""
-    infos = list(grid.get_nodes()) if hasattr(grid, "get_nodes") and not isinstance(grid.get_node_ids(), range) else []
-    if infos and all(getattr(info, "registered_at", "") for info in infos):
-        return [info.node_id for info in sorted(infos, key=lambda info: info.registered_at)]
-    nodes = grid.get_node_ids()
-    return nodes if isinstance(nodes, range) else sorted(nodes)  # type: ignore[return-value]
+def _nodes(grid: Grid) -> Sequence[int]:
+    """Node ids by client: every engine of ours, and `FlowerGrid`, lists them in partition order."""
+    return cast(Sequence[int], grid.get_node_ids())
 
 
 def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
@@ -106,7 +102,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     started = time.monotonic()
     number = state.round + 1
     clients = sample_clients(federation, number)
-    nodes = node_of_clients(grid)
+    nodes = _nodes(grid)
     view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
     # Flower's strategies draw from the global generator: seeded per round, a resumed run draws the same.
     random.seed(stream_key(federation.seed, "strategy", number))
@@ -159,7 +155,7 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
 
     The server's own work: it passes by the ledger. Raises FedlotrError where a shard fails.
     """
-    nodes = node_of_clients(grid)
+    nodes = _nodes(grid)
     pieces = shards(federation.held_out, EVALUATION_SHARD)
     messages = [
         Message(
@@ -220,7 +216,7 @@ def _check(
     failures: dict[int, str] = {}
     for client in sorted(nodes[message.metadata.dst_node_id] for message in messages):
         reply = by_client.get(client)
-        problem = "no reply" if reply is None else _problem(reply, expected, federation.bases_sha256)
+        problem = "no reply" if reply is None else _problem(reply, client, expected, federation.bases_sha256)
         if reply is None or problem:
             failures[client] = str(problem)
         else:
@@ -232,7 +228,7 @@ def _first(failures: Mapping[int, str]) -> str:
     return next((f"client {client}: {reason}" for client, reason in failures.items()), "no client was asked")
 
 
-def _problem(reply: Message, expected: ArrayRecord, bases_sha256: str) -> str | None:
+def _problem(reply: Message, client: int, expected: ArrayRecord, bases_sha256: str) -> str | None:
     """What makes a reply unfit to be averaged; None if nothing does."""
     if reply.has_error():
         return reply.error.reason
@@ -255,6 +251,8 @@ def _problem(reply: Message, expected: ArrayRecord, bases_sha256: str) -> str | 
     loss = metrics.get("loss")
     if not isinstance(loss, int | float) or not math.isfinite(loss):
         return f"its loss is {loss!r}, expected a finite number"
+    if content["client"].get("client") != client:
+        return f"it answers as client {content['client'].get('client')}: the engine lists its nodes in another order"
     found = str(content["client"].get("bases-sha256"))
     if found != bases_sha256:
         return f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"

@@ -25,11 +25,17 @@ from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, load_base
 
 
+def work_folder(run: Path, start: str) -> Path:
+    """The workplace of one start of a run: a name of its own for each, so that nobody takes an older one's files."""
+    return run / ".work" / start
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What every client of a run does alike.
 
     core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
+    threads: to compute with; another number gives other bits.
     """
 
     model: ModelSpec
@@ -37,6 +43,7 @@ class Recipe:
     training: LocalTraining
     weights: Literal["examples", "uniform"]
     seed: int
+    threads: int
 
 
 class Workplace:
@@ -78,6 +85,7 @@ class Workplace:
             LocalTraining(**found["training"]),
             found["weights"],
             found["seed"],
+            found["threads"],
         )
 
     @cached_property
