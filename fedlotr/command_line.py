@@ -1,4 +1,4 @@
-"""From the words of a command line, and the lines of a CONFIG.yaml, to values by key; and the help.
+"""From the words of a command line to values by key; and the help.
 
 pydantic-settings makes an argparse parser of the configuration's fields. What that parser cannot read is handed on
 as it is, for the validation to report with all other mistakes: argparse itself would stop there.
@@ -6,17 +6,16 @@ as it is, for the validation to report with all other mistakes: argparse itself 
 
 import argparse
 import ast
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from fedlotr.adapters.methods import BASES, METHODS, TIES
-from fedlotr.preflight import sibling
+from fedlotr.yaml_file import key_of
 
 _PLACEHOLDERS = {
     "sample": "COUNT|SHARE",
@@ -42,11 +41,6 @@ _YAML = (".yaml", ".yml")
 def flag_of(key: str) -> str:
     """The option of a key."""
     return "--" + key.replace("_", "-")
-
-
-def key_of(word: str) -> str:
-    """The key that an option, or the word before a colon in YAML, names."""
-    return word.lstrip("-").replace("-", "_")
 
 
 def option_parser(settings: type[BaseSettings], sections: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -77,6 +71,7 @@ def option_parser(settings: type[BaseSettings], sections: Mapping[str, str]) -> 
 
 def read_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[dict[str, object], list[str]]:
     """Values by key, also of options that do not exist; and the words that are no options, a CONFIG.yaml first."""
+    argv = [_with_hyphens(word) for word in argv]
     given = argparse.Namespace()
     unread: dict[str, object] = {}
     files: list[str] = []
@@ -103,8 +98,14 @@ def read_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[di
         pairs = [pair.partition("=") for pair in read["strategy_arg"]]
         wrong = " ".join("".join(pair) for pair in pairs if not all(pair[:2]))
         read["strategy_arg"] = wrong or {name: _literal(value) for name, _, value in pairs}
-    files.sort(key=lambda word: not (word.endswith(_YAML) or Path(word).is_file()))
+    files.sort(key=lambda word: not (word.endswith(_YAML) or os.path.isfile(word)))
     return {**read, **unread}, files
+
+
+def _with_hyphens(word: str) -> str:
+    """An option spelt like its key, --max_examples=5, as the parser knows it."""
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
 
 
 def _literal(text: str) -> object:
@@ -114,25 +115,6 @@ def _literal(text: str) -> object:
         return words[text.lower()]
     try:
         value: object = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two for brackets nested very deeply
         return text
-    return list(value) if isinstance(value, tuple) else value  # YAML, where it may be read again, has no tuples
-
-
-def read_yaml(path: Path, problems: list[str]) -> dict[str, object]:
-    """The values a file sets, by key; what is wrong with the file as such is added to the problems."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(
-            f"{path}: cannot read this configuration file ({error.strerror}){sibling(path)}; options begin with --"
-        )
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: not YAML ({' '.join(str(error).split())})")
-    else:
-        if content is None:
-            return {}
-        if isinstance(content, dict):
-            return {key_of(str(key)): value for key, value in content.items()}
-        problems.append(f"{path}: expected lines of the form 'clients: 50'")
-    return {}
+    return value

@@ -1,5 +1,7 @@
 """The one typed configuration of a run, from YAML, the command line or Python; every mistake is reported at once."""
 
+import functools
+import math
 import re
 from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -7,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,13 +25,24 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedlotr.adapters.methods import BASES, METHODS, TIES
-from fedlotr.command_line import flag_of, option_parser, read_words, read_yaml
-from fedlotr.errors import InputError, closest, nearest
+from fedlotr.command_line import flag_of, option_parser, read_words
+from fedlotr.errors import InputError, closest, nearest, shorten, written
 from fedlotr.files import write_atomically
 from fedlotr.preflight import path_problems
+from fedlotr.yaml_file import read_yaml, to_yaml
 
 PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
 """One example of each form of `partition`."""
+
+
+LARGEST = 2**31 - 1
+"""What any whole number may be at most: what counts clients, rows and tokens has to fit the ledger's 32 bits."""
+MAX_SEED = 2**63 - 1
+"""A seed travels to the clients in a message, as a number of 64 bits."""
+MAX_ROUNDS = 99_999
+"""The files of a round are in order by their names, which have five digits."""
+MAX_PROCESSES = 1024
+"""Workers, or threads of one: more is a slip of the finger, and would take the machine down."""
 
 
 def _one_of(what: str, choices: Collection[str]) -> AfterValidator:
@@ -46,21 +58,23 @@ def _read_sample(given: object) -> object:
     """Text to a number that keeps the point: '1' is one client, '1.0' all of them."""
     if isinstance(given, str):
         with_point = re.fullmatch(r"\d*\.\d+|\d+\.\d*", given.strip())
-        given = float(given) if with_point else int(given) if given.strip().isdecimal() else given
+        given = float(given) if with_point else int(given) if re.fullmatch(r"\d{1,10}", given.strip()) else given
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise ValueError("expected a number of clients (10) or a share of them with a decimal point (0.2)")
     if isinstance(given, float) and not 0 < given <= 1:
         raise ValueError("a number with a decimal point is a share of the clients: expected more than 0.0, at most 1.0")
     if isinstance(given, int) and given < 1:
         raise ValueError("expected at least 1 client")
+    if isinstance(given, int) and given > LARGEST:
+        raise ValueError(f"expected at most {LARGEST} clients")
     return given
 
 
 def _read_cohort(given: object) -> object:
     if given == "auto":
         return given
-    count = int(given) if isinstance(given, str) and given.isdecimal() else given
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    count = int(given) if isinstance(given, str) and re.fullmatch(r"\d{1,10}", given) else given
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST:
         raise ValueError("expected 'auto' or a number of clients, at least 1")
     return count
 
@@ -73,7 +87,7 @@ def _check_partition(given: str) -> str:
         valid = re.fullmatch(r"\d*\.?\d+", argument) is not None and float(argument) > 0
         expected = "expected dirichlet:ALPHA with ALPHA above 0, such as 'dirichlet:0.5'"
     elif kind == "shards":
-        valid = argument.isdecimal() and int(argument) > 0
+        valid = re.fullmatch(r"\d{1,9}", argument) is not None and int(argument) > 0
         expected = "expected shards:K with K shards a client, such as 'shards:2'"
     elif kind == "natural":
         valid, expected = bool(argument) or not colon, "expected natural or natural:COLUMN"
@@ -99,6 +113,50 @@ def _check_targets(given: str) -> str:
     return given
 
 
+def _plain(value: object, name: str) -> object:
+    """An argument of a strategy as YAML and JSON can hold it, so that config.yaml can. Raises ValueError otherwise."""
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {_plain_name(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, str):
+        _check_text(value)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name} is not a number (nan)")
+    elif not (value is None or isinstance(value, bool | int | float)):
+        raise ValueError(
+            f"{name} is of the type {type(value).__name__}; expected numbers, text, true, false, none, or lists of them"
+        )
+    return value
+
+
+def _plain_name(key: object) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"expected names of arguments, and {written(key)} is none; a name is text")
+    return key
+
+
+def _read_arguments(given: object) -> object:
+    if not isinstance(given, Mapping):
+        return given
+    return {_plain_name(key): _plain(value, str(key)) for key, value in given.items()}
+
+
+def _check_text(given: str, *, lines: bool = True) -> None:
+    """Raises ValueError for text that no file of ours can hold, or (lines=False) that no name is made of."""
+    if not given.isprintable() and any("\ud800" <= character <= "\udfff" for character in given):
+        raise ValueError("expected text in UTF-8, which this is not")
+    if not lines and (odd := next((character for character in given if ord(character) < 32), None)) is not None:
+        raise ValueError(f"expected text without control characters, such as {odd!r}")
+
+
+def _expand(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no user whose home folder {path.parts[0]} is") from None
+
+
 class SimulationConfig(BaseModel):
     """Everything a run depends on. Frozen; `InputError` names all mistakes at once.
 
@@ -110,14 +168,14 @@ class SimulationConfig(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
     )
 
-    clients: int = Field(default=50, ge=1, description="clients in the federation")
+    clients: int = Field(default=50, ge=1, le=LARGEST, description="clients in the federation")
     # A share by default, so that any number of clients goes without --sample.
     sample: Annotated[int | float, BeforeValidator(_read_sample)] = Field(
         default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
     )
-    rounds: int = Field(default=10, ge=1, description="rounds of training and averaging")
+    rounds: int = Field(default=10, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
     max_examples: int | None = Field(
-        default=64, ge=1, description="examples a client holds at most; none: all that it gets"
+        default=64, ge=1, le=LARGEST, description="examples a client holds at most; none: all that it gets"
     )
     weights: Literal["examples", "uniform"] = Field(
         default="examples", description="weight of a client in the mean: its number of examples, or the same for all"
@@ -126,7 +184,7 @@ class SimulationConfig(BaseModel):
         default=0.5, ge=0, le=1, description="share of a round's clients that may fail before the run stops"
     )
     seed: int = Field(
-        default=0, ge=0, description="same seed, same bytes: partition, sampling, bases, order of examples"
+        default=0, ge=0, le=MAX_SEED, description="same seed, same bytes: partition, sampling, bases, order of examples"
     )
 
     model: str = Field(default="all-MiniLM-L6-v2", description="a model folder, or an id on the Hugging Face hub")
@@ -147,10 +205,11 @@ class SimulationConfig(BaseModel):
     partition: Annotated[str, AfterValidator(_check_partition)] = Field(
         default="dirichlet:0.5", description="how the examples are dealt to the clients; a smaller ALPHA is more uneven"
     )
-    max_length: int = Field(default=128, ge=2, description="tokens of an example; longer ones are cut")
+    max_length: int = Field(default=128, ge=2, le=LARGEST, description="tokens of an example; longer ones are cut")
     public_examples: int = Field(
         default=256,
         ge=0,
+        le=LARGEST,
         description="rows of train withheld from every client: the head is fitted on them before the first round, "
         "and the basis 'update' takes its gradient there",
     )
@@ -158,7 +217,7 @@ class SimulationConfig(BaseModel):
     method: Annotated[str, _one_of("method", METHODS)] = Field(
         default="fed-sb", description="what the clients train and what they leave frozen"
     )
-    rank: int = Field(default=16, ge=1, description="width r of the factors; a core has r*r numbers")
+    rank: int = Field(default=16, ge=1, le=LARGEST, description="width r of the factors; a core has r*r numbers")
     alpha: float | None = Field(
         default=None, gt=0, description="the adapted term is scaled by alpha / rank (default: the method's own scale)"
     )
@@ -176,16 +235,18 @@ class SimulationConfig(BaseModel):
     strategy: str | None = Field(
         default=None, description="how the server combines the updates (default: the method's)"
     )
-    strategy_arg: dict[str, object] = Field(
+    strategy_arg: Annotated[dict[str, object], BeforeValidator(_read_arguments)] = Field(
         default={},
         description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
     )
 
-    local_epochs: int | None = Field(default=1, ge=1, description="passes of a client over its examples in a round")
-    local_steps: int | None = Field(
-        default=None, ge=1, description="steps of a client in a round, instead of --local-epochs"
+    local_epochs: int | None = Field(
+        default=1, ge=1, le=LARGEST, description="passes of a client over its examples in a round"
     )
-    batch_size: int = Field(default=8, ge=1, description="examples in a step of a client")
+    local_steps: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="steps of a client in a round, instead of --local-epochs"
+    )
+    batch_size: int = Field(default=8, ge=1, le=LARGEST, description="examples in a step of a client")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer, fresh every round")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of the optimizer sgd")
     lr: float | None = Field(
@@ -203,10 +264,10 @@ class SimulationConfig(BaseModel):
     )
 
     eval_every: int = Field(
-        default=1, ge=1, description="rounds between two evaluations; the last round is always evaluated"
+        default=1, ge=1, le=LARGEST, description="rounds between two evaluations; the last round is always evaluated"
     )
     eval_examples: int = Field(
-        default=1024, ge=0, description="seeded rows of the test split to evaluate on; 0: all of them"
+        default=1024, ge=0, le=LARGEST, description="seeded rows of the test split to evaluate on; 0: all of them"
     )
     eval_split: str | None = Field(
         default=None,
@@ -218,11 +279,15 @@ class SimulationConfig(BaseModel):
         description="worker processes on this machine, or everything in this process; flower: its own, by 'flwr run .'",
     )
     workers: int | None = Field(
-        default=None, ge=1, description="worker processes of the engine ray (default: one a core)"
+        default=None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="worker processes of the engine ray (default: one a core; more than that share the cores)",
     )
     threads: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_PROCESSES,
         description="threads of a worker; results repeat to the bit for the same number (default: 1 on ray)",
     )
     cohort: Annotated[Literal["auto"] | int, BeforeValidator(_read_cohort)] = Field(
@@ -232,7 +297,7 @@ class SimulationConfig(BaseModel):
         "auto", description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster"
     )
 
-    out: Annotated[Path, AfterValidator(Path.expanduser)] | None = Field(
+    out: Annotated[Path, AfterValidator(_expand)] | None = Field(
         default=None, description="folder of the run, new or empty (default: a new one in runs)"
     )
     resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
@@ -255,7 +320,13 @@ class SimulationConfig(BaseModel):
         """
         if given == "":
             raise ValueError("expected a value")
-        nullable = info.field_name is not None and type(None) in get_args(cls.model_fields[info.field_name].annotation)
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if isinstance(given, bool) and {int, float}.intersection(kinds):
+            return str(given)  # not the numbers 0 and 1
+        if isinstance(given, str):
+            _check_text(given, lines=False)
+        nullable = type(None) in kinds
         return None if nullable and isinstance(given, str) and given.lower() == "none" else given
 
     @model_validator(mode="wrap")
@@ -276,7 +347,8 @@ class SimulationConfig(BaseModel):
             for detail in error.errors():
                 key = str(detail["loc"][0])
                 if key not in wrong:
-                    problems.append(f"{origins.name(key, values[key])}: {_expectation(key, detail, origins)}")
+                    value = values.get(key, detail["input"])  # json_output may be given as json
+                    problems.append(f"{origins.name(key, value)}: {_expectation(key, detail, origins)}")
                 wrong.add(key)
             # Once more, with defaults in place of what is wrong, so that the other checks have something to check.
             config = handler({key: value for key, value in values.items() if key not in wrong})
@@ -330,12 +402,12 @@ class _Origins:
 
     def name(self, key: str, value: object) -> str:
         """A key with its value, as the user wrote it."""
-        shown = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        if self.spelling(key) is flag_of:
+        spelling, shown, key = self.spelling(key), shorten(value), shorten(key)
+        if spelling is flag_of:
             return flag_of(key) if value is True or shown == "" else f"{flag_of(key)} {shown}"
         if self.command_line:
-            return f"{key}: {shown} in {self.file}"
-        return f"{key}={shown!r}" if isinstance(value, Path) else f"{key}={value!r}"
+            return f"{key}: {shown} in {shorten(self.file)}"
+        return f"{key}={shown!r}" if isinstance(value, Path) else f"{key}={written(value)}"
 
 
 def _is_given(values: Mapping[str, object], field: str) -> bool:
@@ -361,18 +433,24 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
             return "expected text"
         case "dict_type":
             return "expected a name and its value, KEY=VALUE on the command line"
+        case "path_type":
+            return "expected the name of a folder"
         case "greater_than":
-            return f"expected more than {limits['gt']:g}"
+            return f"expected more than {_number(limits['gt'])}"
         case "greater_than_equal":
-            return f"expected at least {limits['ge']:g}"
+            return f"expected at least {_number(limits['ge'])}"
         case "less_than":
-            return f"expected less than {limits['lt']:g}"
+            return f"expected less than {_number(limits['lt'])}"
         case "less_than_equal":
-            return f"expected at most {limits['le']:g}"
+            return f"expected at most {_number(limits['le'])}"
         case "value_error":
             return str(limits["error"])
         case _:
             return error["msg"]
+
+
+def _number(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -394,9 +472,14 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         for field in ("alpha", "basis", "tie"):
             if getattr(config, field) is not None:
                 yield (field, "method"), "this method adapts no layer"
+        if config.targets != "all-linear":
+            yield ("targets", "method"), "this method adapts no layer"
         return
+    if config.tie not in (None, "layer") and not method.has_core:
+        yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
     if (config.basis or method.basis) == "update" and config.public_examples == 0:
-        yield ("public_examples", "method"), "the basis 'update' takes its gradient from public examples; give some"
+        decisive = "basis" if config.basis else "method"
+        yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
     if config.basis == "lora" and "B" not in method.train:
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 
@@ -418,6 +501,18 @@ DEPENDENT = {
 config.yaml, given again with --method, names the first method's basis and rates."""
 
 
+SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off")
+"""What people write after a switch; a CONFIG.yaml has another name."""
+
+
+def _why_no_file(word: str) -> str:
+    if not word.strip():
+        return "an empty word; expected a CONFIG.yaml or an option (is a variable of your shell not set?)"
+    if word.lower() in SWITCH_WORDS:
+        return "a switch takes no word after it; --quiet sets it, --no-quiet takes it back"
+    return "one CONFIG.yaml is enough, and options begin with --"
+
+
 def load(argv: Sequence[str]) -> SimulationConfig:
     """The configuration given by the words after the program's name: `[CONFIG.yaml] [options]`, where options win.
 
@@ -425,9 +520,12 @@ def load(argv: Sequence[str]) -> SimulationConfig:
         ConfigurationError: with every mistake found, in words, keys, values, combinations and files.
     """
     flags, files = read_words(argv, options())
-    problems = [f"{extra}: one CONFIG.yaml is enough, and options begin with --" for extra in files[1:]]
-    file = Path(files[0]) if files else None
+    file = Path(files[0]) if files and files[0].strip() and files[0].lower() not in SWITCH_WORDS else None
+    problems = [f"{shorten(word) or repr(word)}: {_why_no_file(word)}" for word in files[file is not None :]]
     in_file = read_yaml(file, problems) if file else {}
+    for values in (flags, in_file):
+        if "json_output" in values:  # its name in Python alone
+            values["json-output"] = values.pop("json_output")
     for given, instead in (("local_steps", "local_epochs"), ("local_epochs", "local_steps")):
         if _is_given(flags, given) and instead not in flags:
             in_file.pop(instead, None)
@@ -467,6 +565,7 @@ class _Settings(SimulationConfig, BaseSettings):
     )
 
 
+@functools.cache
 def options() -> ArgumentParser:
     """The options of the command line, and their help."""
     return option_parser(_Settings, SECTIONS)
@@ -482,5 +581,5 @@ def dump_yaml(config: SimulationConfig, path: Path) -> None:
     for name, value in values.items():
         if name in SECTIONS:
             lines.append(f"\n# {SECTIONS[name]}")
-        lines.append(yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).rstrip())
+        lines.append(to_yaml(name, value))
     write_atomically(path, "\n".join(lines) + "\n")

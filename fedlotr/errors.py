@@ -1,7 +1,14 @@
 """What can go wrong in a way that a user can mend, and the words that help them do it."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+SHOWN = 100
+"""Characters of a value that a message repeats; of a path, three times as many."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, SHOWN, SHOWN, SHOWN
 
 
 class FedlotrError(Exception):
@@ -29,3 +36,21 @@ def nearest(given: object, choices: Iterable[str]) -> str:
     names = sorted(choices)
     close = closest(given, names)
     return f", did you mean '{close}'?" if close else f"; choose one of: {', '.join(names)}"
+
+
+def shorten(value: object) -> str:
+    """A value on one line, as YAML would show it: repeated in a message it must not drown what is said of it."""
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    most = 3 * SHOWN if isinstance(value, Path) else SHOWN
+    text = str(value) if isinstance(value, str | Path | float) else written(value)
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def written(value: object) -> str:
+    """As Python writes it, shortened."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not write out whole numbers of more than 4300 digits
+        return "a number of thousands of digits"

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -18,14 +19,28 @@ def path_problems(
     model: str, data: str, strategy: str | None, out: Path | None, resume: bool
 ) -> Iterator[tuple[str, str]]:
     """What is wrong, as pairs of the configuration's field and one line; nothing where all is well."""
-    yield from (("model", text) for text in _model_problems(model))
-    yield from (("data", text) for text in _data_problems(data))
-    yield from (("strategy", text) for text in _strategy_problems(strategy))
-    yield from (("out", text) for text in _out_problems(out, resume))
+    for field, found in (
+        ("model", _model_problems(model)),
+        ("data", _data_problems(data)),
+        ("strategy", _strategy_problems(strategy)),
+        ("out", _out_problems(out, resume)),
+    ):
+        try:
+            yield from ((field, text) for text in found)
+        except OSError as error:  # a name that is too long, a folder that one may not look into
+            yield field, f"cannot be looked at ({error.strerror})"
+
+
+def expanded(given: str) -> Path:
+    """With the home folder for ~; as it stands where there is no such user."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        return Path(given)
 
 
 def _model_problems(model: str) -> Iterator[str]:
-    path = Path(model).expanduser()
+    path = expanded(model)
     # "org/name" is an id on the hub, unless there is such a folder to look into here.
     names_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir())
     if path.exists():
@@ -36,7 +51,7 @@ def _model_problems(model: str) -> Iterator[str]:
 
 
 def _data_problems(data: str) -> Iterator[str]:
-    path = Path(data).expanduser()
+    path = expanded(data)
     if data not in BUILT_IN_DATA and not path.exists() and not is_data_id(data):
         hint = sibling(path) if "/" in data else nearest(data, BUILT_IN_DATA)
         yield f"no such data set, folder or file (nor a hub id, org/name){hint}"
@@ -45,21 +60,37 @@ def _data_problems(data: str) -> Iterator[str]:
 def _strategy_problems(strategy: str | None) -> Iterator[str]:
     if strategy is None:
         return
-    where, colon, _ = strategy.rpartition(":")
+    where, colon, name = strategy.rpartition(":")
     if not colon:
         names = entry_points(group="fedlotr.strategies").names
         if strategy not in names:
             yield f"not a strategy{nearest(strategy, names)}; your own is named module:Class or file.py:Class"
+    elif not name.isidentifier():
+        yield "no name of a class after the colon; expected module:Class or file.py:Class"
     elif where.endswith(".py"):
         if not Path(where).is_file():
             yield f"no such file{sibling(Path(where))}"
-    elif not where or importlib.util.find_spec(where.split(".")[0]) is None:
+    elif not _can_be_imported(where):
         yield f"no module '{where}' can be imported; a file is named file.py:Class"
+
+
+def _can_be_imported(module: str) -> bool:
+    """Whether the package that a module lies in is there; nothing is imported."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        return False
+    package = module.split(".")[0]
+    try:
+        return package in sys.modules or importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _out_problems(out: Path | None, resume: bool) -> Iterator[str]:
     folder = out or Path("runs")
-    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    standing = standing_folder(folder)
+    if folder.is_symlink() and not folder.exists():
+        yield f"a link to {folder.readlink()}, which does not exist; make that folder or remove the link"
+        return
     if not standing.is_dir():
         yield f"{standing} is a file; expected a folder"
         return
@@ -71,14 +102,23 @@ def _out_problems(out: Path | None, resume: bool) -> Iterator[str]:
         yield f"cannot write in {standing} ({error.strerror}); choose another --out"
         return
     used = folder.is_dir() and any(folder.iterdir())
-    if resume and out is not None and not used:
-        yield "no run there to go on with; leave --resume away to start one"
+    if resume and out is not None and not (used and (folder / "config.yaml").is_file()):
+        missing = " (the folder has no config.yaml)" if used else ""
+        yield f"no run there to go on with{missing}; leave --resume away to start one"
     if used and not resume and out is not None:
         yield "this folder is not empty; choose a new one, or give --resume to go on with the run in it"
 
 
+def standing_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def sibling(path: Path) -> str:
     """A hint at an existing neighbour of a path that does not exist, or nothing."""
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError:
+        return ""
     close = difflib.get_close_matches(path.name, names, n=1)
     return f", did you mean '{path.parent / close[0]}'?" if close else ""

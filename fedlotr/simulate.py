@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse(error: InputError) -> int:
     for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {' '.join(problem.splitlines())}", file=sys.stderr)  # a library's words may have several lines
     return BAD_INPUT
 
 

@@ -98,9 +98,7 @@ def run_simulation(
     with console or Console(quiet=True) as display:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
-        problems = preflight_paths(config)
-        if config.engine == "flower" and engine is None:
-            problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
+        problems = problems_at_the_door(config, brings_engine=engine is not None)
         if problems:
             raise InputError(problems)
         config = resolve(config)
@@ -126,6 +124,14 @@ def run_simulation(
             summary = run.rounds(strategy, state)
             display.finish(summary)
         return SimulationResult(summary, run.history, directory.path)
+
+
+def problems_at_the_door(config: SimulationConfig, *, brings_engine: bool = False) -> list[str]:
+    """What keeps a valid configuration from being run here, before anything is loaded; each one line."""
+    problems = preflight_paths(config)
+    if config.engine == "flower" and not brings_engine:
+        problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
+    return problems
 
 
 def check_all(

@@ -71,7 +71,9 @@ def summarise(
     best = better(evaluated, key=lambda row: row[metric])
     errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
     seconds = sum(row["train_seconds"] for row in history)
-    examples = sum(_examples(config, len(checked.parts[entry.client])) for entry in entries if entry.kind == "update")
+    examples = sum(
+        examples_worked(config, len(checked.parts[entry.client])) for entry in entries if entry.kind == "update"
+    )
     return {
         "method": config.method,
         "strategy": config.strategy,
@@ -111,7 +113,7 @@ def summarise(
     }
 
 
-def _examples(config: SimulationConfig, held: int) -> int:
+def examples_worked(config: SimulationConfig, held: int) -> int:
     """Examples that a client which holds so many works through in a round."""
     if config.local_steps is None:
         return held * (config.local_epochs or 0)

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,8 +114,10 @@ def test_a_partition_that_cannot_be_read_is_refused(partition: str) -> None:
         ("--method head --alpha 2", "--alpha 2.0 with --method head"),
         ("--method head --basis svd", "--basis svd with --method head"),
         ("--method head --tie type", "--tie type with --method head"),
+        ("--method head --targets query", "--targets query with --method head"),
+        ("--method lora --tie type", "--tie type with --method lora"),
         ("--method fed-sb --public-examples 0", "--public-examples 0 with --method fed-sb"),
-        ("--method lotr --basis update --public-examples 0", "--public-examples 0 with --method lotr"),
+        ("--method lotr --basis update --public-examples 0", "--public-examples 0 with --basis update"),
         ("--method lotr --basis lora", "--basis lora with --method lotr"),
     ],
 )
@@ -148,6 +151,99 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path) -> None:
         f"momentum: 0.9 in {file} with --optimizer adamw: momentum belongs to the optimizer 'sgd'",
         f"rounds: none in {file}: expected a whole number",
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("rank: 3\nclients: 5\nrank: 4\n", "{}: rank is set in line 1 and again in line 3; keep one of them"),
+        ("max-examples: 5\nmax_examples: 6\n", "{}: max_examples is set in line 1 and again in line 2"),
+        ("rank: &rank [*rank]\n", "{}: more than 10,000 values, or one that holds itself"),
+        (
+            "a: &a [1, 1, 1, 1]\n"
+            + "".join(f"{n}: &{n} [*{m}, *{m}, *{m}, *{m}]\n" for m, n in zip("abcdefgh", "bcdefghi", strict=True)),
+            "{}: more than",
+        ),
+        ("rank: " + "[" * 3000, "{}: nested too deeply"),
+        ("rank: !!int three\n", "{}: a value in it cannot be read"),
+        ("rank: 3\n  clients: 5\n", "{}: not YAML (line 2, column 10: "),
+        ("rank: 3\n".encode("utf-16"), "{}: not text in UTF-8 (at byte 1)"),
+        ("x" * (2**20 + 1), "{}: 1,048,577 bytes are too many for a configuration; data are given by --data"),
+        ("rank: true\n", "rank: true in {}: expected a whole number"),
+        ("rank: 0x10\n", "rank: 0x10 in {}: expected a whole number"),
+        ("rank: 1:30\n", "rank: 1:30 in {}: expected a whole number"),
+        ("rank: 2020-01-01\n", "rank: 2020-01-01 in {}: expected a whole number"),
+        ("rank: " + "9" * 30, "rank: " + "9" * 30 + " in {}: expected at most 2147483647"),
+        ("out: [1]\n", "out: [1] in {}: expected the name of a folder"),
+        ("json_output: true\n", "json-output: true in {}: no such option, did you mean 'json'?"),
+        ('"ra\\nnk": 3\n', "ra\\nnk: 3 in {}: no such option, did you mean 'rank'?"),
+        ("strategy_arg: {1: 2}\n", "strategy_arg: {{1: 2}} in {}: expected names of arguments, and 1 is none"),
+        ("strategy_arg: {a: !!set {b}}\n", "strategy_arg: {{'a': {{'b'}}}} in {}: a is of the type set; expected"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_told_with_its_place(tmp_path: Path, content: str | bytes, problem: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    (found,) = problems(file)
+    assert found.startswith(problem.format(file))
+    assert len(found) < 400 + len(str(file))
+
+
+def test_what_is_no_file_is_not_read_as_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert problems(tmp_path) == [
+        f"{tmp_path}: a folder; expected a configuration file, did you mean '{tmp_path / 'config.yaml'}'?"
+    ]
+    assert "not a file" in problems("/dev/zero")[0]
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert problems(tmp_path / "train.jsonl")[0].endswith("; data are given by --data")
+    assert "an empty word" in problems("")[0]
+    assert "a switch takes no word after it" in problems("--quiet", "true")[0]
+    assert "cannot be the name of a file" in problems("a\0b.yaml")[0]
+    assert "File name too long" in problems("x" * 5000)[0]
+
+
+def test_numbers_in_a_file_are_those_of_json_and_survive_being_written(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 010\nlr: 1e-3\nstrategy_arg: {beta: 1e-3, name: '1e-3', day: 2020-01-01}\n")
+    config = load([str(file)])
+    assert (config.seed, config.lr) == (10, 1e-3)
+    assert config.strategy_arg == {"beta": 1e-3, "name": "1e-3", "day": "2020-01-01"}
+    dump_yaml(config, file)
+    assert load([str(file)]) == config
+    assert yaml.safe_load(file.read_text())["strategy_arg"] == config.strategy_arg  # to any reader
+    assert SimulationConfig(strategy_arg={"x": (1, (2, 3))}).strategy_arg == {"x": [1, [2, 3]]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seed", str(2**63)],
+        ["--clients", str(2**31)],
+        ["--rounds", "100000"],
+        ["--workers", "1025"],
+        ["--threads", "1025"],
+        ["--cohort", str(2**31)],
+        ["--sample", "9" * 30],
+        ["--partition", "shards:" + "9" * 30],
+        ["--max-examples", "9" * 5000],
+        ["--model", "a\0b"],
+        ["--data", "a\nb"],
+        ["--targets", "\ud800"],
+        ["--out", "~nobody-has-this-name/run"],
+        ["--out", "x" * 300],
+        ["--strategy", "..up:Mine"],
+        ["--strategy", "json:"],
+        ["--strategy-arg", "a=1j"],
+        ["--strategy-arg", "a={1: 2}"],
+        ["--json_output"],
+    ],
+)
+def test_what_no_run_could_hold_is_refused_in_one_short_line(words: list[str]) -> None:
+    (problem,) = problems(*words)
+    assert problem.startswith(words[0].replace("_", "-"))
+    assert "\n" not in problem
+    assert len(problem) < 400
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "\x00"])
@@ -263,6 +359,11 @@ def test_a_used_output_folder_needs_resume_and_an_unused_one_cannot_resume(tmp_p
     assert load(["--out", str(used), "--resume"]).resume
     assert load(["--out", str(new)]).out == new
     assert "no run there" in problems("--out", new, "--resume")[0]
+    (used / "config.yaml").rename(used / "notes.txt")
+    assert "no config.yaml" in problems("--out", used, "--resume")[0]
+    new.symlink_to(tmp_path / "gone")
+    assert "a link to" in problems("--out", new)[0]
+    new.unlink()
     assert not new.exists()
 
 

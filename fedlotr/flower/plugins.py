@@ -47,7 +47,7 @@ def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: in
     accepted = {key: value for key, value in ours.items() if parameters is None or key in parameters}
     try:
         return kind(**{**accepted, **arguments})
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module or a class may also end the program
         raise InputError(
             f"--strategy {name}: {kind.__name__} cannot be made: {type(error).__name__}: {error}; "
             "its arguments are given by --strategy-arg KEY=VALUE"
@@ -86,7 +86,7 @@ def _find(name: str) -> type[FlowerStrategy]:
                 raise InputError(f"--strategy {name}: {where} has no {attribute}{nearest(attribute, classes)}")
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module or a class may also end the program
         raise InputError(f"--strategy {name}: cannot be loaded: {type(error).__name__}: {error}") from error
     if not _is_strategy(kind):
         raise InputError(

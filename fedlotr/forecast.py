@@ -1,0 +1,177 @@
+"""What a configuration will need, reckoned from its checked parts by the code of a run, without weights or training."""
+
+import hashlib
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedlotr.adapters.tuner import CoreConfig, bases_of
+from fedlotr.communication.ledger import payload_bytes
+from fedlotr.data import encode
+from fedlotr.errors import shorten
+from fedlotr.flower.loop import Federation, sample_clients
+from fedlotr.flower.records import derivable_record
+from fedlotr.preparation import DEMO_MODEL, DEMO_SHA256, Checked
+from fedlotr.reporting.console import readable_bytes
+from fedlotr.simulation import DERIVABLE
+from fedlotr.summary import examples_worked
+from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
+from fedlotr.training.models import LOGITS, TrainableModel, load_base
+
+WIRE_BYTES = 4
+"""Of a trained number on the wire: float32."""
+COPIES_OF_TRAINED = 4
+"""What a client in a cohort keeps of each trained number: its value, its gradient, and two moments of AdamW."""
+ACTIVATIONS = 3
+"""Numbers kept for the backward by a layer and what follows it (attention, norms, copies), for each of its inputs and
+outputs and each token of a pass. A rough upper figure: with it the default run is foretold 1.7 GB a process, and its
+workers were seen to take 1.4 GB."""
+MOST_ROUNDS = 2000
+"""Rounds whose samples are drawn to count the clients that ever take part."""
+MOST_ROWS = 20_000
+"""Rows that are tokenised to see how long they are."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a run. Bytes on the wire are the payload, numbers times their width, as in summary.json.
+
+    participants: clients that take part at least once. one_off_bytes: what each of them receives once.
+    cohorts: of the first round. *_a_round: means. process_bytes: memory of one process, a rough upper figure.
+    work_bytes: of the files in the run directory while it goes on.
+    """
+
+    parameters: int
+    trained_adapter: int
+    trained_head: int
+    upload_bytes: int
+    download_bytes: int
+    one_off_bytes: int
+    participants: int
+    total_bytes: int
+    examples_a_round: float
+    tokens_a_round: float
+    cohorts: int
+    processes: int
+    weights_bytes: int
+    process_bytes: int
+    work_bytes: int
+
+
+def forecast(checked: Checked, baseline: int) -> Forecast:
+    """Reckon it. checked.config: resolved. baseline: memory of a process that has loaded the libraries."""
+    config = checked.config
+    model = architecture(checked)
+    sizes = {name: value.numel() for name, value in model.values().items()}
+    head = sum(sizes[name] for name in model.head_names)
+    payload = WIRE_BYTES * sum(sizes.values())
+    bases = bases_of(model.module)
+    one_off = 0
+    basis_bytes = WIRE_BYTES * sum(factor.numel() for pair in bases.values() for factor in pair)
+    if bases and checked.core is not None:
+        derivable = checked.core.basis in DERIVABLE
+        one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
+    rounds = _rounds(checked)
+    participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
+    work = [examples_worked(config, len(part)) for part in checked.parts]
+    examples = config.clients_per_round * sum(work) / len(work)
+    lengths = _mean_lengths(checked, rounds[0])
+    steps = [round(lengths[client] * min(len(checked.parts[client]), config.batch_size)) for client in rounds[0]]
+    cohorts = cut_cohorts(steps, None if config.cohort == "auto" else config.cohort)
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    width = 2 if config.dtype == "bfloat16" else WIRE_BYTES
+    largest = max(piece.stop - piece.start for piece in cohorts)
+    weights = width * parameters
+    return Forecast(
+        parameters=parameters,
+        trained_adapter=sum(sizes.values()) - head,
+        trained_head=head,
+        upload_bytes=payload,
+        download_bytes=payload,
+        one_off_bytes=one_off,
+        participants=participants,
+        total_bytes=config.rounds * config.clients_per_round * 2 * payload + participants * one_off,
+        examples_a_round=examples,
+        tokens_a_round=examples * sum(lengths.values()) / len(lengths),
+        cohorts=len(cohorts),
+        processes=1 if config.engine == "local" else 1 + (config.workers or 1),
+        weights_bytes=weights,
+        process_bytes=baseline + weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width),
+        # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens.
+        work_bytes=6 * payload + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
+    )
+
+
+def architecture(checked: Checked) -> TrainableModel:
+    """The model that clients train, on the meta device: shapes alone."""
+    spec, core = checked.spec, checked.core
+    with torch.device("meta"):
+        return TrainableModel(load_base(spec, meta=True), spec, None if core is None else _without_bases(core))
+
+
+def _without_bases(core: CoreConfig) -> CoreConfig:
+    """The same shapes; no basis is made, as for a saved adapter whose bases come with its state."""
+    same = copy(core)
+    same.basis, same.bases_sha256, same.bases = "update", "0" * 64, {}
+    return same
+
+
+def _rounds(checked: Checked) -> list[list[int]]:
+    """The clients of each round, as the run draws them; of the first rounds where there are very many."""
+    config = checked.config
+    federation = Federation(
+        clients=config.clients,
+        sampled=config.clients_per_round,
+        rounds=config.rounds,
+        seed=config.seed,
+        max_failed=config.max_failed,
+        lr_factor=lambda _: 1.0,
+        basis=None,
+        bases_sha256="",
+        layers=(),
+        held_out=len(checked.test_rows),
+        causal=checked.task.kind == "causal-lm",
+        method=config.method,
+    )
+    return [sample_clients(federation, number + 1) for number in range(min(config.rounds, MOST_ROUNDS))]
+
+
+def _mean_lengths(checked: Checked, clients: Sequence[int]) -> dict[int, float]:
+    """Tokens of a client's mean example; of its first ones where all together are very many."""
+    most = max(1, MOST_ROWS // len(clients))
+    rows = [checked.parts[client][:most] for client in clients]
+    chosen = checked.source.train.select([row for part in rows for row in part.tolist()])
+    lengths = encode(checked.task, chosen, checked.tokenizer, checked.config.max_length).lengths
+    means, at = {}, 0
+    for client, part in zip(clients, rows, strict=True):
+        means[client] = float(lengths[at : at + len(part)].mean())
+        at += len(part)
+    return means
+
+
+def _activations(model: TrainableModel, width: int) -> int:
+    """Bytes that one pass keeps for its backward."""
+    tokens = model.pass_tokens(PASS_TOKENS)
+    through = 0
+    for module in model.module.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
+            through += sum(weight.shape)
+    logits = 4 * LOGITS * 2 if model.spec.kind == "causal-lm" else 0
+    return tokens * through * width * ACTIVATIONS + logits
+
+
+def weights_on_disk(checked: Checked) -> str:
+    """Where a model's weights lie, how large they are, and whether they are the published ones where that is known."""
+    folder = Path(checked.spec.path)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    published = ""
+    weights = folder / "model.safetensors"
+    if checked.config.model == DEMO_MODEL and weights.is_file():
+        with open(weights, "rb") as content:
+            same = hashlib.file_digest(content, "sha256").hexdigest() == DEMO_SHA256
+        published = ", SHA-256 as published" if same else ", SHA-256 not the published one"
+    return f"{readable_bytes(size)} of safetensors{published}, in {shorten(folder)}"

@@ -1,0 +1,205 @@
+"""`fedlotr doctor`: it foretells what a run then reports, and refuses what a run refuses, in the same words."""
+
+import http.server
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedlotr import cli, doctor, machine, simulate
+from fedlotr.adapters.methods import METHODS
+from fedlotr.communication import read_ledger
+from tests.support import read_run
+
+GB = 10**9
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny_bert: Path, animals: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of a run that takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    options = "--clients 5 --sample 0.4 --rounds 3 --rank 2 --public-examples 16 --max-length 16 --partition iid"
+    options += " --max-examples 9 --engine local --threads 1 --dtype float32 --eval-every 3"
+    return [f"--model={tiny_bert}", f"--data={animals}", *options.split()]
+
+
+def examined(given: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the report, and what stands on standard error."""
+    code = doctor.main([*given, "--json"])
+    output = capsys.readouterr()
+    return code, json.loads(output.out), output.err
+
+
+def finding(report: dict[str, Any], name: str) -> dict[str, str]:
+    return next(found for found in report["findings"] if found["name"] == name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_foretold_is_what_the_run_reports(
+    method: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*words, "--method", method, "--out", str(tmp_path / "run")]
+    code, report, errors = examined(given, capsys)
+    assert (code, errors, report["would_start"]) == (0, "", True)
+    assert not (tmp_path / "run").exists()
+    needs = report["needs"]
+
+    assert simulate.main([*given, "--quiet"]) == 0
+    summary, rows = read_run(tmp_path / "run")
+    traffic, ledger = summary["communication"], read_ledger(tmp_path / "run" / "ledger")
+    assert needs["upload_bytes"] == traffic["upload_payload_bytes_per_client_round"]
+    assert needs["download_bytes"] == traffic["download_payload_bytes_per_client_round"]
+    assert needs["one_off_bytes"] == traffic["one_off_bytes_per_client"]
+    assert needs["participants"] == len({entry.client for entry in ledger})
+    payload = sum(entry.payload_bytes for entry in ledger if entry.kind in ("update", "broadcast", "basis"))
+    assert needs["total_bytes"] == payload
+    trained = sum(array.size for array in load_file(tmp_path / "run/checkpoints/round-00003.safetensors").values())
+    assert needs["trained_adapter"] + needs["trained_head"] == trained
+    assert needs["examples_a_round"] == 2 * 9
+    assert [row["clients"] for row in rows] == [2, 2, 2]
+
+    capsys.readouterr()
+    assert examined([*given, "--resume", "--rounds", "4"], capsys)[0] == 0
+    code, report, errors = examined([*given, "--resume", "--seed", "9"], capsys)
+    assert code == 2
+    assert errors.startswith("error: --seed 9: the run in")
+    assert simulate.main([*given, "--resume", "--seed", "9", "--quiet"]) == 2
+    assert capsys.readouterr().err == errors
+
+
+def test_a_language_model_is_foretold_too(
+    words: list[str], stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*words, f"--model={stories}", "--task=causal-lm", "--method=lotr", "--out", str(tmp_path / "run")]
+    code, report, _ = examined(given, capsys)
+    assert code == 0
+    assert simulate.main([*given, "--quiet"]) == 0
+    traffic = read_run(tmp_path / "run")[0]["communication"]
+    assert report["needs"]["upload_bytes"] == traffic["upload_payload_bytes_per_client_round"]
+    assert report["needs"]["one_off_bytes"] == traffic["one_off_bytes_per_client"] == 40
+
+
+@pytest.mark.parametrize(
+    "mistakes",
+    [
+        ["--method", "fedsb", "--rank", "0"],
+        ["--rank", "99", "--strategy-arg", "beta=1", "--max-length", "999"],
+        ["--data", "gone", "--rank", "99", "--cleints", "5"],
+        ["gone.yaml"],
+        ["--engine", "flower"],
+    ],
+)
+def test_it_refuses_what_a_run_refuses_in_the_same_words(
+    mistakes: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate.main([*words, *mistakes, "--quiet"]) == 2
+    expected = capsys.readouterr().err
+    code, report, errors = examined([*words, *mistakes], capsys)
+    assert (code, errors, report["needs"]) == (2, expected, None)
+    assert [f"error: {problem}" for problem in report["problems"]] == expected.splitlines()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_cannot_hold_the_run_is_a_problem_and_a_tight_one_a_warning(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(GB, GB, 10_000))
+    monkeypatch.setattr(machine, "free_bytes", lambda _: 1000)
+    code, _, errors = examined(words, capsys)
+    assert code == 2
+    assert "error: memory needed: the weights alone are" in errors
+    assert "error: files: the run writes about" in errors
+
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(GB, 10**8, None))
+    monkeypatch.setattr(machine, "free_bytes", lambda _: 10**8)
+    monkeypatch.setattr(machine, "cores", lambda: machine.Cores(8, 8, 1.5))
+    code, report, errors = examined([*words, "--threads", "2"], capsys)
+    assert (code, errors) == (0, "")
+    names = ("memory needed", "disk", "cores", "processes")
+    assert [finding(report, name)["status"] for name in names] == ["warning"] * 4
+    assert finding(report, "cores")["advice"] == "give --workers 1"
+
+
+def test_packages_are_held_against_the_ranges_that_were_tested(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(package.fits for package in machine.packages() or [])
+    assert machine.packages("no-such-project") is None
+    needs = ["torch>=2", "flwr<1", "no-such-package>=3", "pytest<1; extra == 'dev'"]
+    monkeypatch.setattr(machine, "requires", lambda _: needs)
+    code, report, errors = examined(words, capsys)
+    assert code == 2
+    assert errors == "error: no-such-package: not installed; pip install 'no-such-package>=3'\n"
+    assert finding(report, "flwr")["status"] == "warning"
+    assert "torch" in finding(report, "packages")["text"]
+
+
+def test_a_piped_report_is_a_line_a_finding_and_quiet_prints_none(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.main(words) == 0
+    *lines, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == "a run would start"
+    assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+    assert doctor.main([*words, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: fedlotr doctor")
+    assert "--clients" in text
+    assert "fedlotr.simulate" not in text
+    assert cli.main([]) == 2
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_limits_of_control_groups_are_read_of_both_versions(tmp_path: Path) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n")
+    write("proc/self/cgroup", "0::/box/inner\n")
+    write("sys/fs/cgroup/box/inner/cpu.max", "max 100000")
+    write("sys/fs/cgroup/box/cpu.max", "150000 100000")
+    write("sys/fs/cgroup/box/memory.max", "2000000000")
+    write("sys/fs/cgroup/box/inner/memory.max", "max")
+    assert machine.memory(tmp_path) == machine.Memory(8_192_000_000, 6_144_000_000, 2_000_000_000)
+    assert machine.memory(tmp_path).usable == 2_000_000_000
+    assert machine.cores(tmp_path).quota == 1.5
+    assert machine.cores(tmp_path).usable == 1
+
+    write("proc/self/cgroup", "4:memory:/old\n3:cpu,cpuacct:/old\n")
+    write("sys/fs/cgroup/memory/old/memory.limit_in_bytes", "9223372036854771712")
+    write("sys/fs/cgroup/cpu/old/cpu.cfs_quota_us", "50000")
+    write("sys/fs/cgroup/cpu/old/cpu.cfs_period_us", "100000")
+    assert machine.memory(tmp_path).limit is None
+    assert machine.cores(tmp_path).quota == 0.5
+
+
+def test_the_hub_is_asked_within_bounds_and_never_fatal(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert "HF_HUB_OFFLINE" in finding(examined(words, capsys)[1], "model hub")["text"]
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # answers 501 to all
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert machine.hub_problem()[1] is None
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setattr(machine, "HUB_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert machine.hub_problem()[1] is not None
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    code, report, _ = examined(words, capsys)
+    assert (code, finding(report, "model hub")["status"]) == (0, "warning")
