@@ -8,11 +8,12 @@ from fedlotr.errors import InputError
 
 DATA_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w./-]+)?")
 """org/name, or org/name:folder for one of several folders of data in a repository."""
+LONGEST = 200
 
 
 def is_data_id(given: str) -> bool:
     """Whether this can be a data set on the hub; a path into a folder that exists here is none."""
-    return DATA_ID.fullmatch(given) is not None and not Path(given).parent.is_dir()
+    return len(given) <= LONGEST and DATA_ID.fullmatch(given) is not None and not Path(given).parent.is_dir()
 
 
 def fetch_data(given: str, suffixes: Iterable[str]) -> Path:

@@ -175,6 +175,14 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     config, task = checked.config, checked.task
     train, parts, public = _encode_train(checked)
     test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
+    full = int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum())
+    if full:
+        log.info(
+            "%d of %d examples fill --max-length %d; what is longer is cut",
+            full,
+            len(train) + len(test),
+            config.max_length,
+        )
     try:
         base = load_base(checked.spec)
     except ValueError as error:
