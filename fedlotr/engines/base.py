@@ -109,7 +109,11 @@ def failure(message: Message, reason: str, code: int = CLIENT_RAISED) -> Outcome
 def describe(error: BaseException) -> str:
     """One line 'TypeName: text', then the innermost frames of the traceback."""
     frames = traceback.format_tb(error.__traceback__)[-TRACEBACK_FRAMES:]
-    return f"{type(error).__name__}: {error}\n{''.join(frames)}".rstrip()
+    try:
+        text = str(error)
+    except Exception:  # a client's own exception may be as broken as the client
+        text = "(its text cannot be shown)"
+    return f"{type(error).__name__}: {text}\n{''.join(frames)}".rstrip()
 
 
 @dataclass(frozen=True)
