@@ -20,7 +20,7 @@ FLOORS = (
     ("engines",),
     ("strategies",),
     ("reporting",),
-    ("handover", "preparation", "resumption", "run_directory", "simulation", "summary"),
+    ("handover", "preparation", "resumption", "run_directory", "run_log", "simulation", "summary"),
     ("cli", "simulate"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
