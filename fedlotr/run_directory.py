@@ -5,10 +5,11 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,25 @@ def _digest(record: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(record, sort_keys=True).encode())
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Which folder this is, whatever it is called; None where there is none."""
+@contextlib.contextmanager
+def _watched(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Whether a folder is still the one that it was at the start; held open, it can have no double."""
     try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders, and does not remove one in use
+        yield folder.is_dir
+        return
+
+    def stands() -> bool:
+        try:
+            return os.path.samestat(folder.stat(), os.fstat(held))
+        except OSError:
+            return False
+
+    try:
+        yield stands
+    finally:
+        os.close(held)
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,6 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.saved = 0
         """The last round that is safe on disk."""
-        self._identity = _identity(path)
 
     @classmethod
     def create(cls, out: Path | None, name: str) -> "RunDirectory":
@@ -104,29 +116,35 @@ class RunDirectory:
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
         """Turn what comes of a full disk, or of a folder that is gone, into one clear FedlotrError."""
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:
-            if self._identity is not None and _identity(self.path) != self._identity:
-                raise FedlotrError(
-                    f"the output folder {self.path} was removed or replaced while the run was going on, "
-                    "and its rounds with it: start the run again"
-                ) from error
-            full = isinstance(error, OSError) and error.errno in FULL
-            full = full or (isinstance(error, SafetensorError) and "No space left" in str(error))
-            where = str(error.filename or "") if isinstance(error, OSError) else ""
-            if not full and not where.startswith(str(self.path)):
+        with _watched(self.path) as stands:
+            try:
+                yield
+            except InputError:
                 raise
-            reason = "the disk is full" if full else f"cannot write {where} ({error.strerror})"  # type: ignore[attr-defined]
-            finished = "round 1 is" if self.saved == 1 else f"rounds 1 to {self.saved} are"
-            mend = "make room" if full else "mend that"
-            raise FedlotrError(
-                f"{reason}; {finished} safe in {self.path}: {mend}, and go on with --resume"
-                if self.saved
-                else f"{reason}; no round is on disk in {self.path} yet: {mend}, and start the run again"
-            ) from error
+            except Exception as error:
+                if not stands():
+                    raise FedlotrError(
+                        f"the output folder {self.path} was removed or replaced while the run was going on, "
+                        "and its rounds with it: start the run again"
+                    ) from error
+                if (trouble := self._trouble(error)) is None:
+                    raise
+                raise FedlotrError(trouble) from error
+
+    def _trouble(self, error: Exception) -> str | None:
+        """In a user's words, what kept a file of this folder from being written; None for any other error."""
+        full = (isinstance(error, OSError) and error.errno in FULL) or (
+            isinstance(error, SafetensorError) and "No space left" in str(error)
+        )
+        reason, mend = "the disk is full", "make room"
+        if not full:
+            if not isinstance(error, OSError) or not str(error.filename or "").startswith(str(self.path)):
+                return None
+            reason, mend = f"cannot write {error.filename} ({error.strerror})", "mend that"
+        if not self.saved:
+            return f"{reason}; no round is on disk in {self.path} yet: {mend}, and start the run again"
+        finished = "round 1 is" if self.saved == 1 else f"rounds 1 to {self.saved} are"
+        return f"{reason}; {finished} safe in {self.path}: {mend}, and go on with --resume"
 
     def open_round_folders(self) -> None:
         """Make the folders that rounds write to; should they vanish later, that is an error and not made good."""
