@@ -55,7 +55,7 @@ def continue_from(directory: RunDirectory, config: SimulationConfig, data_sha256
     before = saved_configuration(directory.path)
     if before is None:
         raise InputError(f"--resume: there is no config.yaml in {directory.path}, so no run to go on with")
-    problems = differences(before, config)
+    problems = [*directory.obstacles(), *differences(before, config)]
     checkpoint = directory.last_checkpoint()
     if checkpoint is not None:
         if not problems:

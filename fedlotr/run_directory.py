@@ -142,6 +142,8 @@ class RunDirectory:
                 return None
             reason, mend = f"cannot write {error.filename} ({error.strerror})", "mend that"
         if not self.saved:
+            if any(self.checkpoints.glob("round-*.json")):  # a run that was to be resumed, and has not got that far
+                return f"{reason}; the rounds in {self.path} are as they were: {mend}, and go on with --resume"
             return f"{reason}; no round is on disk in {self.path} yet: {mend}, and start the run again"
         finished = "round 1 is" if self.saved == 1 else f"rounds 1 to {self.saved} are"
         return f"{reason}; {finished} safe in {self.path}: {mend}, and go on with --resume"
@@ -186,6 +188,17 @@ class RunDirectory:
             if number is not None and number <= server_round - KEPT_CHECKPOINTS:
                 old.unlink()
                 old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def obstacles(self) -> Iterator[str]:
+        """Folders where the run writes files, and the other way round, each as one line."""
+        for folder in (self.ledger, self.checkpoints, self.adapter):
+            if folder.exists() and not folder.is_dir():
+                yield f"--resume: {folder} is a file, expected a folder: move it away"
+        files = [self.metrics, self.path / "config.yaml", self.path / "summary.json"]
+        files += [file for folder in (self.ledger, self.checkpoints) for file in folder.glob("round-*")]
+        for file in files:
+            if file.is_dir() and (file.parent == self.path or _round_of(file)):
+                yield f"--resume: {file} is a folder, expected a file: move it away"
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, with its ledger, or None where no round was finished yet.
