@@ -592,6 +592,7 @@ def test_two_runs_in_one_folder_are_refused(tiny: dict[str, Any], finished: Path
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 MISCHIEF = """
+import logging
 import os
 from pathlib import Path
 
@@ -612,6 +613,8 @@ class Mischief(Strategy):
                 except OSError:
                     pass
                 file.truncate(os.path.getsize(path) - 4096 * int(pages))
+            if pages == "0":  # nor is there room for the log
+                logging.getLogger("fedlotr").warning("much to say: %s", "x" * 9000)
         if server_round == 2 and what == "move":
             Path(rest).rename(rest + "-elsewhere")
         return weighted_mean(updates)
