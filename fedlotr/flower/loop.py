@@ -178,8 +178,9 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
     for message in messages:
         reply = replies[message.metadata.message_id]
         if reply.has_error():
-            log.error("evaluation failed: %s", reply.error.reason)
-            raise FedlotrError(f"evaluation failed: {reply.error.reason.partition(chr(10))[0]}")
+            reason = reply.error.reason or "no reason was given"
+            log.error("evaluation failed: %s", reason)
+            raise FedlotrError(f"evaluation failed: {_first_line(reason)}")
         content: Any = reply.content
         found = content["metrics"]
         parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
@@ -212,11 +213,16 @@ def _add_basis(
     return newcomers
 
 
+def _first_line(reason: str) -> str:
+    """Without the traceback, which the log has."""
+    return reason.partition("\n")[0]
+
+
 def _some(failures: Mapping[int, Failure]) -> str:
     """The first of each kind, in one line."""
     first: dict[str, str] = {}
     for client, failure in failures.items():
-        first.setdefault(failure.kind, f"client {client}: {failure.reason.partition(chr(10))[0]}")
+        first.setdefault(failure.kind, f"client {client}: {_first_line(failure.reason)}")
     return "; ".join(first.values()) or "no client was asked"
 
 
