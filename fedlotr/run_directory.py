@@ -138,9 +138,10 @@ class RunDirectory:
         )
         reason, mend = "the disk is full", "make room"
         if not full:
-            if not isinstance(error, OSError) or not str(error.filename or "").startswith(str(self.path)):
+            where = error.filename if isinstance(error, OSError) else None
+            if not isinstance(where, str) or not Path(where).absolute().is_relative_to(self.path.absolute()):
                 return None
-            reason, mend = f"cannot write {error.filename} ({error.strerror})", "mend that"
+            reason, mend = f"cannot read or write {where} ({error.strerror})", "mend that"  # type: ignore[attr-defined]
         if not self.saved:
             if any(self.checkpoints.glob("round-*.json")):  # a run that was to be resumed, and has not got that far
                 return f"{reason}; the rounds in {self.path} are as they were: {mend}, and go on with --resume"
