@@ -1,5 +1,6 @@
 """A run holds what it has: over kills, damage, full disks and faulty clients, to the same bytes or a clear word."""
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -298,7 +299,7 @@ def test_too_many_failures_end_the_run_with_the_last_good_round_on_disk(
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 
-def test_an_exception_that_cannot_even_be_shown_is_a_failure_like_any_other() -> None:
+def test_whatever_a_client_raises_is_a_failure_like_any_other() -> None:
     class UnspeakableError(Exception):
         def __str__(self) -> str:
             raise ValueError("no")
@@ -307,10 +308,12 @@ def test_an_exception_that_cannot_even_be_shown_is_a_failure_like_any_other() ->
 
     @app.train()
     def train(message: Message, context: Any) -> Message:
-        raise UnspeakableError
+        raise [UnspeakableError, asyncio.CancelledError][int(context.node_config["partition-id"])]
 
-    (reply,) = LocalGrid(app, 1, run_config={}).send_and_receive([Message(RecordDict(), node_of(0), "train")])
-    assert reply.has_error() and str(reply.error.reason).startswith("UnspeakableError: (its text cannot be shown)")
+    grid = LocalGrid(app, 2, run_config={})
+    first, second = grid.send_and_receive([Message(RecordDict(), node_of(client), "train") for client in (0, 1)])
+    assert str(first.error.reason).startswith("UnspeakableError: (its text cannot be shown)")
+    assert str(second.error.reason).startswith("CancelledError")
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------

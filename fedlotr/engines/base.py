@@ -134,14 +134,18 @@ class Clients:
         if len(job.messages) > 1 and self._takes_cohorts(job.messages[0]):
             try:
                 return self._call(job, states), []
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a client may raise what it likes
                 warnings.append(f"{job} failed together, each client is tried alone: {describe(error)}")
         return [self._alone(Job((message,)), states) for message in job.messages], warnings
 
     def _alone(self, job: Job, states: Mapping[int, RecordDict]) -> Outcome:
         try:
             return self._call(job, states)[0]
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return failure(job.messages[0], describe(error))
 
     def _call(self, job: Job, states: Mapping[int, RecordDict]) -> list[Outcome]:
