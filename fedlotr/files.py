@@ -1,14 +1,20 @@
-"""Writing files so that a crash leaves the old one or the new one."""
+"""Writing files so that a crash, or a full disk, leaves the old one or the new one."""
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file: a reader, or a crash, sees the old one or the new one."""
+    """Replace a file: a reader, or a crash, sees the old one or the new one; what could not be written is removed."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

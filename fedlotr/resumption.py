@@ -1,8 +1,11 @@
 """Going on with a run: only with the configuration and the data it began with."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from flwr.app import ArrayRecord
 
 from fedlotr.configuration import SimulationConfig, flag_of
 from fedlotr.errors import InputError
@@ -22,8 +25,14 @@ def saved_configuration(out: Path) -> SimulationConfig | None:
         return None
     try:
         return SimulationConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, UnicodeDecodeError, InputError) as error:
-        raise InputError(f"--resume: {path} cannot be read ({error}); start a new run with another --out") from error
+    except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--resume: {path} cannot be read ({reason}); start a new run with another --out") from error
+
+
+def fixed_values(config: SimulationConfig) -> dict[str, Any]:
+    """What a checkpoint keeps of the configuration: config.yaml may have been edited since."""
+    return config.model_dump(mode="json", exclude=MAY_CHANGE)
 
 
 def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
@@ -46,10 +55,31 @@ def continue_from(directory: RunDirectory, config: SimulationConfig, data_sha256
     before = saved_configuration(directory.path)
     if before is None:
         raise InputError(f"--resume: there is no config.yaml in {directory.path}, so no run to go on with")
-    problems = differences(before, config)
+    problems = [*directory.obstacles(), *differences(before, config)]
     checkpoint = directory.last_checkpoint()
-    if checkpoint is not None and checkpoint.extra.get("data_sha256") != data_sha256:
-        problems.append(f"--data {config.data}: its content has changed since the run in {directory.path} was begun")
+    if checkpoint is not None:
+        if not problems:
+            problems = differences(SimulationConfig(**checkpoint.extra["configuration"]), config)
+        if checkpoint.extra["data_sha256"] != data_sha256:
+            problems.append(f"--data {config.data}: its content has changed since the run in {directory.path} began")
     if problems:
         raise InputError(problems)
     return checkpoint
+
+
+def check_model(checkpoint: Checkpoint, bases_sha256: str, start: ArrayRecord) -> None:
+    """Raise InputError where the model that was made now is not the one that a checkpoint goes on with."""
+    if checkpoint.extra["bases_sha256"] != bases_sha256:
+        raise InputError(
+            f"--resume: the bases made now ({bases_sha256[:12]}…) are not those of the run "
+            f"({checkpoint.extra['bases_sha256'][:12]}…): another base model or another kind of processor"
+        )
+    wanted = _shapes({name: array.numpy() for name, array in start.items()})
+    found = _shapes({name: array for name, array in checkpoint.arrays.items() if name in wanted})
+    if found != wanted:
+        differing = sorted(name for name in wanted if found.get(name) != wanted[name])
+        raise InputError(f"--resume: the checkpoint has other tensors than this model ({', '.join(differing[:3])})")
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (str(array.dtype), tuple(array.shape)) for name, array in arrays.items()}

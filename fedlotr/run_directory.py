@@ -1,11 +1,15 @@
 """The run directory: what a run leaves on disk, each file written whole or not at all."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedlotr.errors import InputError
+from fedlotr.communication.ledger import part_path
+from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.workplace import work_folder
 
@@ -24,19 +29,58 @@ Array = npt.NDArray[Any]
 
 KEPT_CHECKPOINTS = 2
 """The last one, and the one before in case that is damaged."""
+FORMAT = 1
+"""Of the checkpoints; another number is another version's."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _round_of(path: Path) -> int:
-    """5 for round-00005.json."""
-    return int(path.name.split(".")[0].removeprefix("round-"))
+def _round_of(path: Path) -> int | None:
+    """5 for round-00005.json; None for a file of another name, which is not ours."""
+    found = re.match(r"round-(\d{5,})\.", path.name)
+    return int(found[1]) if found else None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Of what a JSON object says, however it is laid out."""
+    return _sha256(json.dumps(record, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def _watched(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Whether a folder is still the one that it was at the start; held open, it can have no double."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders, and does not remove one in use
+        yield folder.is_dir
+        return
+
+    def stands() -> bool:
+        try:
+            return os.path.samestat(folder.stat(), os.fstat(held))
+        except OSError:
+            return False
+
+    try:
+        yield stands
+    finally:
+        os.close(held)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is on disk after a round: arrays by name, and the rest as JSON."""
+    """What is on disk after a round: arrays by name, the rows of metrics.jsonl, the ledger's files by their SHA-256.
+
+    extra: the rest, as JSON.
+    """
 
     round: int
     arrays: dict[str, Array]
+    metrics: list[dict[str, Any]]
+    ledger: list[str]
     extra: dict[str, Any]
 
 
@@ -51,6 +95,9 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.log = path / "log.txt"
+        self.metrics = path / "metrics.jsonl"
+        self.saved = 0
+        """The last round that is safe on disk."""
 
     @classmethod
     def create(cls, out: Path | None, name: str, start: str | None = None) -> "RunDirectory":
@@ -67,62 +114,147 @@ class RunDirectory:
             except FileExistsError:
                 number += 1
 
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turn what comes of a full disk, or of a folder that is gone, into one clear FedlotrError."""
+        with _watched(self.path) as stands:
+            try:
+                yield
+            except InputError:
+                raise
+            except Exception as error:
+                if not stands():
+                    raise FedlotrError(
+                        f"the output folder {self.path} was removed or replaced while the run was going on, "
+                        "and its rounds with it: start the run again"
+                    ) from error
+                if (trouble := self._trouble(error)) is None:
+                    raise
+                raise FedlotrError(trouble) from error
+
+    def _trouble(self, error: Exception) -> str | None:
+        """In a user's words, what kept a file of this folder from being written; None for any other error."""
+        full = (isinstance(error, OSError) and error.errno in FULL) or (
+            isinstance(error, SafetensorError) and "No space left" in str(error)
+        )
+        reason, mend = "the disk is full", "make room"
+        if not full:
+            where = error.filename if isinstance(error, OSError) else None
+            if not isinstance(where, str) or not Path(where).absolute().is_relative_to(self.path.absolute()):
+                return None
+            reason, mend = f"cannot read or write {where} ({error.strerror})", "mend that"  # type: ignore[attr-defined]
+        if not self.saved:
+            if any(self.checkpoints.glob("round-*.json")):  # a run that was to be resumed, and has not got that far
+                return f"{reason}; the rounds in {self.path} are as they were: {mend}, and go on with --resume"
+            return f"{reason}; no round is on disk in {self.path} yet: {mend}, and start the run again"
+        finished = "round 1 is" if self.saved == 1 else f"rounds 1 to {self.saved} are"
+        return f"{reason}; {finished} safe in {self.path}: {mend}, and go on with --resume"
+
+    def open_round_folders(self) -> None:
+        """Make the folders that rounds write to; should they vanish later, that is an error and not made good."""
+        self.ledger.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """One more line of metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def write_checkpoint(self, server_round: int, arrays: Mapping[str, Array], extra: Mapping[str, Any]) -> None:
-        """`round-00005.safetensors` and then `.json`, which makes it valid; older ones than the last two go."""
-        self.checkpoints.mkdir(exist_ok=True)
+    def write_checkpoint(
+        self,
+        server_round: int,
+        arrays: Mapping[str, Array],
+        metrics: Sequence[Mapping[str, Any]],
+        ledger: Sequence[str],
+        extra: Mapping[str, Any],
+    ) -> None:
+        """`round-00005.safetensors` and then `.json`, which makes it valid; older ones than the last two go.
+
+        metrics: all rows so far. ledger: the SHA-256 of every round's file.
+        """
         stem = self.checkpoints / f"round-{server_round:05d}"
         content = save(dict(arrays))
         write_atomically(stem.with_suffix(".safetensors"), content)
-        record = {"round": server_round, "sha256": hashlib.sha256(content).hexdigest(), **extra}
-        write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1))
+        record = {
+            "format": FORMAT,
+            "round": server_round,
+            "arrays_sha256": _sha256(content),
+            **extra,
+            "ledger": list(ledger),
+            "metrics": list(metrics),
+        }
+        write_atomically(stem.with_suffix(".json"), json.dumps({"sha256": _digest(record), **record}) + "\n")
+        self.saved = server_round
         for old in self.checkpoints.glob("round-*.json"):
-            if _round_of(old) <= server_round - KEPT_CHECKPOINTS:
+            number = _round_of(old)
+            if number is not None and number <= server_round - KEPT_CHECKPOINTS:
                 old.unlink()
                 old.with_suffix(".safetensors").unlink(missing_ok=True)
 
-    def last_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None where there is none yet.
+    def obstacles(self) -> Iterator[str]:
+        """Folders where the run writes files, and the other way round, each as one line."""
+        for folder in (self.ledger, self.checkpoints, self.adapter):
+            if folder.exists() and not folder.is_dir():
+                yield f"--resume: {folder} is a file, expected a folder: move it away"
+        files = [self.metrics, self.path / "config.yaml", self.path / "summary.json"]
+        files += [file for folder in (self.ledger, self.checkpoints) for file in folder.glob("round-*")]
+        for file in files:
+            if file.is_dir() and (file.parent == self.path or _round_of(file)):
+                yield f"--resume: {file} is a folder, expected a file: move it away"
 
-        A damaged one is passed over, and said in the log. Raises InputError where all are damaged.
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, with its ledger, or None where no round was finished yet.
+
+        A damaged one is passed over, and said in the log. Raises InputError where none is whole.
         """
-        paths = sorted(self.checkpoints.glob("round-*.json"), reverse=True)
-        for path in paths:
+        problems = []
+        # Arrays without their JSON are left by a run killed in its first round; in any later one, damage.
+        names = {path.stem for path in self.checkpoints.glob("round-*.json")}
+        names |= {path.stem for path in self.checkpoints.glob("round-*.safetensors") if (_round_of(path) or 0) > 1}
+        paths = [self.checkpoints / f"{name}.json" for name in names]
+        for path in sorted((path for path in paths if _round_of(path)), key=lambda path: -(_round_of(path) or 0)):
             try:
-                extra = json.loads(path.read_text(encoding="utf-8"))
-                content = path.with_suffix(".safetensors").read_bytes()
-                if hashlib.sha256(content).hexdigest() != extra["sha256"]:
-                    raise ValueError("its checksum is wrong")
-                return Checkpoint(int(extra["round"]), load(content), extra)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                return self._read_checkpoint(path)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                problems.append(f"{path.name}: {error}")
                 log.warning("checkpoint %s is damaged and passed over: %s", path.name, error)
-        if paths:
+        if problems:
             raise InputError(
-                f"--resume: every checkpoint in {self.checkpoints} is damaged; start a new run with another --out"
+                f"--resume: no checkpoint in {self.checkpoints} is whole ({'; '.join(problems)}); "
+                "bring back what is damaged from a copy, or start a new run with another --out"
             )
         return None
 
-    def forget_after(self, server_round: int) -> list[dict[str, Any]]:
-        """Drop what a later, unfinished round has left; the rows of metrics.jsonl up to this round."""
-        path = self.path / "metrics.jsonl"
-        rows: list[dict[str, Any]] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break  # the line that was being written when the run was killed
-            if row["round"] <= server_round:
-                rows.append(row)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        for folder, pattern in ((self.ledger, "round-*.parquet"), (self.checkpoints, "round-*.*")):
-            for file in folder.glob(pattern):
-                if _round_of(file) > server_round:
+    def _read_checkpoint(self, path: Path) -> Checkpoint:
+        """Raises one of many errors for a checkpoint that is not whole."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.pop("sha256", None) != _digest(found):
+            raise ValueError("its checksum is wrong")
+        if found["format"] != FORMAT:
+            raise ValueError(f"its format is {found['format']}, expected {FORMAT}: another version of fedlotr wrote it")
+        if found["round"] != _round_of(path):
+            raise ValueError(f"it is that of round {found['round']}")
+        content = path.with_suffix(".safetensors").read_bytes()
+        if _sha256(content) != found["arrays_sha256"]:
+            raise ValueError(f"the checksum of {path.stem}.safetensors is wrong")
+        for number, wanted in enumerate(found["ledger"], start=1):
+            part = part_path(self.ledger, number)
+            if not part.is_file():
+                raise ValueError(f"{part.parent.name}/{part.name} is missing")
+            if _sha256(part.read_bytes()) != wanted:
+                raise ValueError(f"the checksum of {part.parent.name}/{part.name} is wrong")
+        return Checkpoint(found["round"], load(content), found["metrics"], found["ledger"], found)
+
+    def go_back_to(self, checkpoint: Checkpoint | None) -> None:
+        """Drop what a later, unfinished round has left; metrics.jsonl is again as the checkpoint has it."""
+        self.saved = 0 if checkpoint is None else checkpoint.round
+        lines = "".join(json.dumps(row) + "\n" for row in (checkpoint.metrics if checkpoint else [])).encode()
+        if not self.metrics.exists() or self.metrics.read_bytes() != lines:
+            write_atomically(self.metrics, lines)
+        for folder in (self.ledger, self.checkpoints):
+            for file in folder.glob("round-*"):
+                if (_round_of(file) or 0) > self.saved and file.is_file():
                     file.unlink()
-        return rows
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json."""

@@ -84,14 +84,22 @@ def _explain(error: Exception, run_dir: Path | None) -> None:
     kind = "" if isinstance(error, FedlotrError) else f"{type(error).__name__}: "
     story = "".join(traceback.format_exception(error))
     log = run_dir / "log.txt" if run_dir is not None else None
-    if log is not None and log.parent.is_dir():
-        with log.open("a", encoding="utf-8") as file:
-            file.write(story)
+    if log is not None and _append(log, story):
         print(f"error: {kind}{error} (the whole story: {log})", file=sys.stderr)
     else:
         print(f"error: {kind}{error}", file=sys.stderr)
         if not isinstance(error, FedlotrError):
             print(story, end="", file=sys.stderr)
+
+
+def _append(path: Path, text: str) -> bool:
+    """Whether there was a folder, and room on the disk."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -26,16 +26,17 @@ from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
-from fedlotr.flower.loop import Federation, Round, State, evaluate, run_round
+from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
-from fedlotr.flower.state import load_strategy_state, save_strategy
+from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.handover import write_adapter
 from fedlotr.preparation import Checked, Prepared, check, prepare
 from fedlotr.reporting.console import Console
-from fedlotr.resumption import continue_from, saved_configuration
+from fedlotr.resumption import check_model, continue_from, fixed_values, saved_configuration
 from fedlotr.run_directory import Checkpoint, RunDirectory
+from fedlotr.run_log import log_to
 from fedlotr.summary import facts, summarise
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import TrainableModel
@@ -106,7 +107,9 @@ def run_simulation(
         name = f"{config.method}-{checked.source.name}-{config.seed}"
         directory = RunDirectory.create(config.out, name, start)
         with ExitStack() as stack:
-            stack.enter_context(_log_to(directory.log))
+            stack.enter_context(directory.explaining())
+            stack.enter_context(log_to(directory.log))
+            directory.remove_work()  # what a run that was killed has left
             stack.callback(directory.remove_work)
             checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
             if checkpoint is None:
@@ -197,6 +200,8 @@ class _Run:
         self.grid, self.display, self.started = grid, display, started
         self.history: list[dict[str, Any]] = []
         self.entries: list[Entry] = []
+        self.ledger: list[str] = []
+        self.left_out: set[str] = set()
         self.initial: dict[str, float] = {}
         self.federation = federation(config, prepared)
 
@@ -211,21 +216,21 @@ class _Run:
             self.config.dtype,
             type(strategy).__name__,
         )
+        self.directory.open_round_folders()
         if checkpoint is None:
-            self.directory.forget_after(0)  # what a run that was killed in its first round has left
+            self.directory.go_back_to(None)  # a run that was killed in its first round has left something
             self.initial = evaluate(self.grid, self.federation, state.arrays)
             log.info("before the first round: %s", self.initial)
             return state
-        if checkpoint.extra["bases_sha256"] != self.prepared.bases_sha256:
-            raise InputError(
-                f"--resume: the bases made now ({self.prepared.bases_sha256[:12]}…) are not those of the run "
-                f"({checkpoint.extra['bases_sha256'][:12]}…): another base model or another kind of processor"
-            )
-        self.history = self.directory.forget_after(checkpoint.round)
+        check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
+        with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
+            load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
+        self.grid.client_states = load_clients(checkpoint.extra["clients"], checkpoint.arrays)
+        self.directory.go_back_to(checkpoint)
+        self.history, self.ledger = checkpoint.metrics, checkpoint.ledger
         self.entries = read_ledger(self.directory.ledger)
         self.initial = checkpoint.extra["initial"]
         self.started -= checkpoint.extra["seconds"]
-        load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
         trained = {name: checkpoint.arrays[name] for name in state.arrays}
         log.info("resumed after round %d", checkpoint.round)
         if checkpoint.extra["rounds"] != self.config.rounds and self.config.lr_schedule != "constant":
@@ -270,24 +275,36 @@ class _Run:
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
-        for client, reason in done.failures.items():
-            log.warning("round %d: client %d failed and is left out: %s", state.round, client, reason)
-        write_part(self.directory.ledger, state.round, done.entries)
+        self.ledger.append(write_part(self.directory.ledger, state.round, done.entries))
         self.directory.append_metrics(done.metrics)
-        packed, arrays = save_strategy(strategy)
-        arrays |= {name: array.numpy() for name, array in state.arrays.items()}
+        self.history.append(done.metrics)
+        self.entries += done.entries
+        with blaming(strategy, state.round, self.config.method, "state"):
+            packed, arrays, left_out = save_strategy(strategy)
+        for name in left_out.keys() - self.left_out:
+            self.left_out.add(name)
+            log.warning(
+                "%s.%s is not in the checkpoints (%s): a run that is resumed starts it anew",
+                type(strategy).__name__,
+                name,
+                left_out[name],
+            )
+        clients, client_arrays = save_clients(self.grid.client_states)
+        trained = {name: array.numpy() for name, array in state.arrays.items()}
         extra = {
             "known": sorted(state.known),
             "strategy": packed,
+            "clients": clients,
             "initial": self.initial,
             "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
             "bases_sha256": self.prepared.bases_sha256,
             "data_sha256": self.prepared.checked.source.sha256,
+            "configuration": fixed_values(self.config),
         }
-        self.directory.write_checkpoint(state.round, arrays, extra)
-        self.history.append(done.metrics)
-        self.entries += done.entries
+        self.directory.write_checkpoint(
+            state.round, {**arrays, **client_arrays, **trained}, self.history, self.ledger, extra
+        )
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
         self.display.round(done.metrics)
 
@@ -383,22 +400,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Write the project's log lines of this run to its file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("fedlotr")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
-        handler.close()

@@ -88,6 +88,7 @@ def summarise(
         "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
         "failed_clients": sum(row["failed"] for row in history),
+        "failures": _failures(history),
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
         "privacy": None,
@@ -111,6 +112,16 @@ def summarise(
             **{name: version(name) for name in PACKAGES},
         },
     }
+
+
+def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """What went wrong -> client -> in how many rounds."""
+    found: dict[str, dict[str, int]] = {}
+    for row in history:
+        for client, kind in row["failures"].items():
+            clients = found.setdefault(kind, {})
+            clients[client] = clients.get(client, 0) + 1
+    return found
 
 
 def examples_worked(config: SimulationConfig, held: int) -> int:

@@ -173,6 +173,19 @@ def test_the_closing_table_has_the_whole_bill() -> None:
     assert "adapter  runs/brave-otter/adapter" in text
 
 
+def test_the_closing_table_names_who_failed_and_how_and_stays_short() -> None:
+    stream = io.StringIO()
+    failures = {"not finite": {"7": 1}, "KeyError": {"12": 3, "40": 1}, "wrong shape": {str(k): 1 for k in range(1008)}}
+    Console(stream=stream).finish({"failed_clients": 1013, "failures": failures})
+    for name, value in {
+        "failed clients": "1,013",
+        "  not finite": "client 7",
+        "  KeyError": "clients 12 (3 rounds), 40",
+        "  wrong shape": "clients 0, 1, 2, 3, 4, 5 and 1,002 more",
+    }.items():
+        assert re.search(rf"│ {re.escape(name)} +│ +{re.escape(value)} │", stream.getvalue()), name
+
+
 def test_markup_in_names_is_shown_as_it_is() -> None:
     stream = io.StringIO()
     Console(stream=stream).stage("reading data[red]/x :smile:")

@@ -1,5 +1,7 @@
 """The byte ledger: a row for every record of every message between server and client, measured on the record."""
 
+import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +10,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+
+from fedlotr.files import write_atomically
 
 Direction = Literal["up", "down"]
 Kind = Literal["broadcast", "update", "basis", "control"]
@@ -44,9 +48,17 @@ class Entry:
 def payload_bytes(record: Record) -> int:
     """Numbers times their width (8 for a Python number; strings and bytes by their length)."""
     if isinstance(record, ArrayRecord):
-        return sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in record.values())
+        return sum(map(_array_bytes, record.values()))
     values = [item for value in record.values() for item in (value if isinstance(value, list) else [value])]
     return sum(len(v.encode()) if isinstance(v, str) else len(v) if isinstance(v, bytes) else 8 for v in values)
+
+
+def _array_bytes(array: Array) -> int:
+    """What an array says of itself need not be true: where it makes no sense, what it holds is counted."""
+    try:
+        return int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize
+    except TypeError:
+        return len(array.data)
 
 
 def entry(server_round: int, client: int, direction: Direction, name: str, record: Record) -> Entry:
@@ -59,13 +71,18 @@ def entry(server_round: int, client: int, direction: Direction, name: str, recor
     return Entry(server_round, client, direction, kind, payload_bytes(record), record.count_bytes())
 
 
-def write_part(folder: Path, server_round: int, entries: Sequence[Entry]) -> None:
-    """Write one round's rows as `round-00001.parquet`, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"round-{server_round:05d}.parquet"
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in entries], schema=SCHEMA), partial)
-    partial.replace(path)
+def write_part(folder: Path, server_round: int, entries: Sequence[Entry]) -> str:
+    """Write one round's rows as `round-00001.parquet`, atomically; the file's SHA-256."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in entries], schema=SCHEMA), buffer)
+    content = buffer.getvalue()
+    write_atomically(part_path(folder, server_round), content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def part_path(folder: Path, server_round: int) -> Path:
+    """The file of one round's rows."""
+    return folder / f"round-{server_round:05d}.parquet"
 
 
 def read_ledger(folder: Path) -> list[Entry]:

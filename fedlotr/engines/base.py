@@ -109,7 +109,11 @@ def failure(message: Message, reason: str, code: int = CLIENT_RAISED) -> Outcome
 def describe(error: BaseException) -> str:
     """One line 'TypeName: text', then the innermost frames of the traceback."""
     frames = traceback.format_tb(error.__traceback__)[-TRACEBACK_FRAMES:]
-    return f"{type(error).__name__}: {error}\n{''.join(frames)}".rstrip()
+    try:
+        text = str(error)
+    except Exception:  # a client's own exception may be as broken as the client
+        text = "(its text cannot be shown)"
+    return f"{type(error).__name__}: {text}\n{''.join(frames)}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -130,14 +134,18 @@ class Clients:
         if len(job.messages) > 1 and self._takes_cohorts(job.messages[0]):
             try:
                 return self._call(job, states), []
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a client may raise what it likes
                 warnings.append(f"{job} failed together, each client is tried alone: {describe(error)}")
         return [self._alone(Job((message,)), states) for message in job.messages], warnings
 
     def _alone(self, job: Job, states: Mapping[int, RecordDict]) -> Outcome:
         try:
             return self._call(job, states)[0]
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return failure(job.messages[0], describe(error))
 
     def _call(self, job: Job, states: Mapping[int, RecordDict]) -> list[Outcome]:

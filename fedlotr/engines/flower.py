@@ -17,7 +17,8 @@ POLL_SECONDS = 0.1
 class FlowerGrid(Grid):
     """Around Flower's grid, its nodes in partition order: Flower numbers them at random and lists them as it likes.
 
-    `workers` is 0: Flower does not say how many there are; nor does it replace them.
+    `workers` is 0: Flower does not say how many there are; nor does it replace them. `client_states` stays empty: Flower
+    keeps what clients put into their `Context.state`, and does not show it, so no checkpoint has it.
     """
 
     name: ClassVar[str] = "flower"
@@ -27,6 +28,7 @@ class FlowerGrid(Grid):
     def __init__(self, grid: Grid, clients: int, *, patience: float = REGISTRATION_SECONDS) -> None:
         """Waits until `clients` nodes are registered. Raises InputError where there are fewer or more."""
         self._grid = grid
+        self.client_states: dict[int, RecordDict] = {}
         end = time.monotonic() + patience
         while len(nodes := list(grid.get_nodes())) < clients and time.monotonic() < end:
             time.sleep(POLL_SECONDS)

@@ -22,6 +22,7 @@ from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
 from fedlotr.flower.records import to_arrays, to_record
+from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
@@ -80,7 +81,7 @@ class Round:
 
     metrics: dict[str, Any]
     entries: list[Entry]
-    failures: dict[int, str]
+    failures: dict[int, Failure]
 
 
 def sample_clients(federation: Federation, server_round: int) -> list[int]:
@@ -109,19 +110,21 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     np.random.seed(stream_key(federation.seed, "strategy", number) % 2**32)
 
     config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
-    with _blaming(strategy, number, federation, "configure_train"):
+    with blaming(strategy, number, federation.method, "configure_train"):
         messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
-    good, failures = _check(replies, messages, view.nodes, state.arrays, federation)
+    good, failures = check_replies(replies, messages, view.nodes, state.arrays, federation.bases_sha256)
+    for client, failure in failures.items():
+        log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):
         raise TooManyFailuresError(
             f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
-            f"{federation.max_failed}); {_first(failures)}"
+            f"{federation.max_failed}); {_some(failures)}"
         )
-    with _blaming(strategy, number, federation, "aggregate_train"):
+    with blaming(strategy, number, federation.method, "aggregate_train"):
         # Some of Flower's strategies pop arrays out of the replies.
         aggregated, metrics = strategy.aggregate_train(number, [_copy(message) for message in good])
         published = _published(aggregated, state.arrays)
@@ -136,6 +139,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "loss": None,
         "clients": len(messages),
         "failed": len(failures),
+        "failures": {str(client): failure.kind for client, failure in failures.items()},
         "train_loss": _loss(metrics, good),
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
@@ -170,7 +174,9 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
     for message in messages:
         reply = replies[message.metadata.message_id]
         if reply.has_error():
-            raise FedlotrError(f"evaluation failed: {reply.error.reason}")
+            reason = reply.error.reason or "no reason was given"
+            log.error("evaluation failed: %s", reason)
+            raise FedlotrError(f"evaluation failed: {_first_line(reason)}")
         content: Any = reply.content
         found = content["metrics"]
         parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
@@ -203,60 +209,17 @@ def _add_basis(
     return newcomers
 
 
-def _check(
-    replies: Iterable[Message],
-    messages: Iterable[Message],
-    nodes: Mapping[int, int],
-    expected: ArrayRecord,
-    federation: Federation,
-) -> tuple[list[Message], dict[int, str]]:
-    """Replies fit to be averaged, sorted by client, and the reason for every other client asked."""
-    by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
-    good: list[Message] = []
-    failures: dict[int, str] = {}
-    for client in sorted(nodes[message.metadata.dst_node_id] for message in messages):
-        reply = by_client.get(client)
-        problem = "no reply" if reply is None else _problem(reply, client, expected, federation.bases_sha256)
-        if reply is None or problem:
-            failures[client] = str(problem)
-        else:
-            good.append(reply)
-    return good, failures
+def _first_line(reason: str) -> str:
+    """Without the traceback, which the log has."""
+    return reason.partition("\n")[0]
 
 
-def _first(failures: Mapping[int, str]) -> str:
-    return next((f"client {client}: {reason}" for client, reason in failures.items()), "no client was asked")
-
-
-def _problem(reply: Message, client: int, expected: ArrayRecord, bases_sha256: str) -> str | None:
-    """What makes a reply unfit to be averaged; None if nothing does."""
-    if reply.has_error():
-        return reply.error.reason
-    content: Any = reply.content
-    if {"arrays", "metrics", "client"} - set(content):
-        return f"a reply needs the records arrays, metrics and client; this one has {', '.join(content) or 'none'}"
-    arrays, metrics = content["arrays"], content["metrics"]
-    if set(arrays) != set(expected):
-        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
-        return f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}"
-    for name, array in arrays.items():
-        wanted = expected[name]
-        if tuple(array.shape) != tuple(wanted.shape) or array.dtype != wanted.dtype:
-            return f"{name} is {array.dtype} {tuple(array.shape)}, expected {wanted.dtype} {tuple(wanted.shape)}"
-        if not np.isfinite(array.numpy()).all():
-            return f"{name} has values that are not finite"
-    weight = metrics.get("weight")
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
-        return f"its weight is {weight!r}, expected a number above 0"
-    loss = metrics.get("loss")
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
-        return f"its loss is {loss!r}, expected a finite number"
-    if content["client"].get("client") != client:
-        return f"it answers as client {content['client'].get('client')}: the engine lists its nodes in another order"
-    found = str(content["client"].get("bases-sha256"))
-    if found != bases_sha256:
-        return f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"
-    return None
+def _some(failures: Mapping[int, Failure]) -> str:
+    """The first of each kind, in one line."""
+    first: dict[str, str] = {}
+    for client, failure in failures.items():
+        first.setdefault(failure.kind, f"client {client}: {_first_line(failure.reason)}")
+    return "; ".join(first.values()) or "no client was asked"
 
 
 def _weighted(good: Sequence[Message]) -> list[Weighted]:
@@ -301,11 +264,11 @@ def _cast(published: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
     return to_record({name: published[name].numpy().astype(like[name].dtype) for name in like})
 
 
-class _blaming:  # noqa: N801 (reads as a statement)
+class blaming:  # noqa: N801 (reads as a statement)
     """Turn an exception of the strategy into a StrategyError that says whose it is and where."""
 
-    def __init__(self, strategy: FlowerStrategy, server_round: int, federation: Federation, stage: str) -> None:
-        self._where = f"strategy {type(strategy).__name__}, {stage}, round {server_round}, method {federation.method}"
+    def __init__(self, strategy: FlowerStrategy, server_round: int, method: str, stage: str) -> None:
+        self._where = f"strategy {type(strategy).__name__}, {stage}, round {server_round}, method {method}"
 
     def __enter__(self) -> None:
         pass

@@ -1,78 +1,79 @@
-"""A strategy's state as plain JSON with arrays set apart, so that a checkpoint needs no pickle.
+"""What a checkpoint keeps besides the trained tensors: the strategy's own state, and that of the clients that have one.
 
-Ours say what it is by `state()`. Of any other, the arrays, records and plain values among its attributes are kept:
-that brings Flower's FedAdam and FedAvgM back to equal bytes.
+Our strategies say what theirs is by `state()`. Of any other, the arrays, records, generators and plain values among
+its attributes are kept, also those of a strategy inside it: that brings Flower's FedAdam back to equal bytes.
 """
 
+import logging
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord
+from flwr.app import RecordDict
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-Arrays = dict[str, npt.NDArray[Any]]
+from fedlotr.flower.packing import Arrays, NotPlainError, pack, unpack
+
+STRATEGY, CLIENT = "strategy", "client-state"
+"""What the names of a checkpoint's arrays begin with, where they are not the trained tensors."""
 
 
-class _LeftOutError(TypeError):
-    """A value that is no state: a function, a logger, an object of some other kind."""
+def save_strategy(strategy: FlowerStrategy) -> tuple[Any, Arrays, dict[str, str]]:
+    """(JSON value, arrays by reference, why which attribute is left out) of the strategy's state.
 
-
-def save_strategy(strategy: FlowerStrategy) -> tuple[Any, Arrays]:
-    """(JSON value, arrays by reference) of the strategy's state.
-
-    Raises TypeError where `state()` gives something that cannot be written; attributes that cannot are left out.
+    Functions, classes, modules and loggers are no state, and left out without a word. Raises TypeError where `state()`
+    gives something that cannot be written.
     """
     arrays: Arrays = {}
-    if hasattr(strategy, "state"):
-        return _pack(strategy.state(), arrays), arrays
-    kept = []
-    for name, value in vars(strategy).items():
-        try:
-            kept.append([name, _pack(value, arrays)])
-        except _LeftOutError:
-            continue
-    return {"dict": kept}, arrays
+    if callable(state := getattr(strategy, "state", None)):
+        return pack(state(), arrays, STRATEGY), arrays, {}
+    left_out: dict[str, str] = {}
+    return _pack_attributes(strategy, arrays, left_out, ""), arrays, left_out
 
 
 def load_strategy_state(strategy: FlowerStrategy, packed: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
     """Give a strategy back what `save_strategy` took."""
-    state = _unpack(packed, arrays)
-    if hasattr(strategy, "load_state"):
-        strategy.load_state(state)
+    if isinstance(packed, dict) and "attributes" in packed:
+        _unpack_attributes(strategy, packed["attributes"], arrays)
+    elif callable(load := getattr(strategy, "load_state", None)):
+        load(unpack(packed, arrays))
     else:
-        vars(strategy).update(state)
+        vars(strategy).update(unpack(packed, arrays))
 
 
-def _pack(value: Any, arrays: Arrays) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.generic):
-        value = np.asarray(value)
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        name = f"strategy.{len(arrays)}"
-        arrays[name] = np.ascontiguousarray(value)
-        return {"array": name, "shape": list(value.shape)}
-    if isinstance(value, ArrayRecord):
-        return {"records": [[name, _pack(array.numpy(), arrays)] for name, array in value.items()]}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_pack(item, arrays) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(key, arrays), _pack(item, arrays)] for key, item in value.items()]}
-    raise _LeftOutError(f"a {type(value).__name__} cannot be part of a checkpoint; give arrays and plain values")
+def save_clients(states: Mapping[int, RecordDict]) -> tuple[Any, Arrays]:
+    """(JSON value, arrays) of the sparse store: client -> its `Context.state`; a client without one costs nothing."""
+    arrays: Arrays = {}
+    return [[client, pack(states[client], arrays, CLIENT)] for client in sorted(states)], arrays
 
 
-def _unpack(packed: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
-    match packed:
-        case {"array": name, "shape": shape}:
-            return arrays[name].reshape(shape)
-        case {"records": items}:
-            return ArrayRecord({name: Array(np.atleast_1d(_unpack(item, arrays))) for name, item in items})
-        case {"list": items}:
-            return [_unpack(item, arrays) for item in items]
-        case {"tuple": items}:
-            return tuple(_unpack(item, arrays) for item in items)
-        case {"dict": items}:
-            return {_unpack(key, arrays): _unpack(item, arrays) for key, item in items}
-    return packed
+def load_clients(packed: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, RecordDict]:
+    """What `save_clients` was given."""
+    return {client: unpack(records, arrays) for client, records in packed}
+
+
+def _pack_attributes(strategy: FlowerStrategy, arrays: Arrays, left_out: dict[str, str], path: str) -> Any:
+    kept = []
+    for name, value in vars(strategy).items():
+        if isinstance(value, FlowerStrategy):  # one that wraps another: Flower's differential privacy does
+            kept.append([name, _pack_attributes(value, arrays, left_out, f"{path}{name}.")])
+            continue
+        added: Arrays = dict(arrays)
+        try:
+            packed = pack(value, added, STRATEGY)
+        except (NotPlainError, RecursionError) as error:
+            if not callable(value) and not isinstance(value, logging.Logger | ModuleType):
+                left_out[path + name] = str(error)
+        else:
+            kept.append([name, packed])
+            arrays.update(added)
+    return {"attributes": kept}
+
+
+def _unpack_attributes(strategy: FlowerStrategy, kept: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    for name, packed in kept:
+        if isinstance(packed, dict) and "attributes" in packed:
+            _unpack_attributes(vars(strategy)[name], packed["attributes"], arrays)
+        else:
+            vars(strategy)[name] = unpack(packed, arrays)

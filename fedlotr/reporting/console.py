@@ -22,6 +22,9 @@ SHOWN_CLIENTS = 8
 SHOWN_LABELS = 8
 """Labels that get a column each in the partition table; of more labels only the number is shown."""
 
+NAMED_CLIENTS = 6
+"""Clients that the closing table names for each way in which some failed."""
+
 PLAIN_WIDTH = 100
 """Columns of the output where there is no terminal to ask."""
 
@@ -275,6 +278,13 @@ def _partition_table(partition: Sequence[Mapping[str, Any]], labels: Sequence[st
     return table
 
 
+def _named(clients: Mapping[str, int]) -> str:
+    """'client 7', 'clients 3, 12 (4 rounds) and 5 more'."""
+    names = [name if rounds == 1 else f"{name} ({rounds} rounds)" for name, rounds in clients.items()]
+    more = f" and {len(names) - NAMED_CLIENTS:,} more" if len(names) > NAMED_CLIENTS else ""
+    return f"client{'' if len(names) == 1 else 's'} {', '.join(names[:NAMED_CLIENTS])}{more}"
+
+
 def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, str]]:
     final, best = summary.get("final") or {}, summary.get("best") or {}
     traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
@@ -298,6 +308,7 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
     error = summary.get("aggregation_error_max")
     rows.append(("largest aggregation error", "not defined" if error is None else f"{error:.1e}"))
     rows.append(("failed clients", f"{failed:,}"))
+    rows += [(f"  {kind}", _named(clients)) for kind, clients in (summary.get("failures") or {}).items()]
     if timing.get("seconds_total") is not None:
         rows.append(("seconds", f"{timing['seconds_total']:.1f}"))
     if timing.get("base_model_loads") is not None:

@@ -1,0 +1,100 @@
+"""Which replies are fit to be averaged, and why the others are not."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+
+from fedlotr.flower.private import CLIENT_CRASHED
+
+RECORDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "client": ConfigRecord}
+"""What a reply consists of, ConfigRecords of other names apart."""
+METRICS = {"num-examples", "weight", "loss"}
+"""What its MetricRecord holds: Flower's strategies stop the run where one client's has other keys than the rest."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a client is left out of a round.
+
+    kind: a few words, for tables. reason: for the log, perhaps with a traceback.
+    """
+
+    kind: str
+    reason: str
+
+
+def check_replies(
+    replies: Iterable[Message],
+    messages: Iterable[Message],
+    nodes: Mapping[int, int],
+    expected: ArrayRecord,
+    bases_sha256: str,
+) -> tuple[list[Message], dict[int, Failure]]:
+    """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
+
+    nodes: node id -> client. expected: tensors whose names, shapes and dtypes a reply must have.
+    """
+    by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
+    good: list[Message] = []
+    failures: dict[int, Failure] = {}
+    for client in sorted(nodes[message.metadata.dst_node_id] for message in messages):
+        reply = by_client.get(client)
+        try:
+            failure = (
+                Failure("no reply", "no reply") if reply is None else _failure(reply, client, expected, bases_sha256)
+            )
+        except Exception as error:  # a reply is what a client sends, and may hold anything
+            failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
+        if failure is not None:
+            failures[client] = failure
+        elif reply is not None:
+            good.append(reply)
+    return good, failures
+
+
+def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: str) -> Failure | None:
+    """What makes a reply unfit to be averaged; None if nothing does."""
+    if reply.has_error():
+        reason = reply.error.reason or "no reason was given"
+        name = reason.split(":")[0].strip()
+        named = name if name.isidentifier() else "error"
+        return Failure("worker died" if reply.error.code == CLIENT_CRASHED else named, reason)
+    content: Any = reply.content
+    kinds = {name: type(record) for name, record in content.items()}
+    if RECORDS.items() - kinds.items() or any(
+        kinds[name] is not ConfigRecord for name in kinds.keys() - RECORDS.keys()
+    ):
+        found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items()) or "none"
+        return Failure("records", f"a reply needs the records arrays, metrics and client; this one has {found}")
+    arrays, metrics = content["arrays"], content["metrics"]
+    if set(arrays) != set(expected):
+        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+        return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
+    for name, array in arrays.items():
+        # Decoded, and not only by what it says of itself: that need not be so.
+        value, wanted = array.numpy(), expected[name]
+        shape, dtype = tuple(wanted.shape), wanted.dtype
+        if {tuple(array.shape), value.shape} != {shape} or {array.dtype, str(value.dtype)} != {dtype}:
+            kind = "wrong dtype" if value.shape == shape == tuple(array.shape) else "wrong shape"
+            return Failure(kind, f"{name} is {value.dtype} {value.shape}, expected {dtype} {shape}")
+        if not np.isfinite(value).all():
+            return Failure("not finite", f"{name} has values that are not finite")
+    if set(metrics) != METRICS:
+        return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(METRICS)}")
+    weight, loss = metrics["weight"], metrics["loss"]
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+        return Failure("weight", f"its weight is {weight!r}, expected a number above 0")
+    if not isinstance(loss, int | float) or not math.isfinite(loss):
+        return Failure("loss not finite", f"its loss is {loss!r}, expected a finite number")
+    sender = content["client"].get("client")
+    if sender != client:
+        return Failure("another client", f"it answers as client {sender}: the engine lists its nodes in another order")
+    found = str(content["client"].get("bases-sha256"))
+    if found != bases_sha256:
+        reason = f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"
+        return Failure("other bases", reason)
+    return None

@@ -1,0 +1,57 @@
+"""log.txt of a run: one process at a time writes it, and a disk that is full does not disturb the run."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedlotr.errors import InputError
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # where there is no such lock, two processes in one folder are the user's affair
+    flock = None  # type: ignore[assignment]
+
+
+class _LogFile(logging.FileHandler):
+    """Lines that cannot be written are lost: what goes wrong with the disk, the run itself says in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def claim(self) -> bool:
+        """False where another process writes this file; it is free again when that has ended, however it did."""
+        if flock is not None and self.stream is not None:
+            try:
+                flock(self.stream, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:  # a file system that has no locks
+                pass
+        return True
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Write the project's log lines of this run to its file. Raises InputError where another run is writing it."""
+    handler = _LogFile(path, encoding="utf-8")
+    if not handler.claim():
+        handler.close()
+        raise InputError(f"--out {path.parent}: another process is running there; wait for its end, or end it")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("fedlotr")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        handler.close()
