@@ -17,8 +17,8 @@ POLL_SECONDS = 0.1
 class FlowerGrid(Grid):
     """Around Flower's grid, its nodes in partition order: Flower numbers them at random and lists them as it likes.
 
-    `workers` is 0: Flower does not say how many there are; nor does it replace them. `client_states` stays empty: Flower
-    keeps what clients put into their `Context.state`, and does not show it, so no checkpoint has it.
+    `workers` is 0: Flower does not say how many there are; nor does it replace them. `client_states` stays empty:
+    Flower keeps what clients put into their `Context.state` and does not show it, so no checkpoint has it.
     """
 
     name: ClassVar[str] = "flower"
