@@ -173,7 +173,7 @@ class SimulationConfig(BaseModel):
     sample: Annotated[int | float, BeforeValidator(_read_sample)] = Field(
         default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
     )
-    rounds: int = Field(default=10, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
+    rounds: int = Field(default=8, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
     max_examples: int | None = Field(
         default=64, ge=1, le=LARGEST, description="examples a client holds at most; none: all that it gets"
     )
@@ -241,7 +241,7 @@ class SimulationConfig(BaseModel):
     )
 
     local_epochs: int | None = Field(
-        default=1, ge=1, le=LARGEST, description="passes of a client over its examples in a round"
+        default=2, ge=1, le=LARGEST, description="passes of a client over its examples in a round"
     )
     local_steps: int | None = Field(
         default=None, ge=1, le=LARGEST, description="steps of a client in a round, instead of --local-epochs"

@@ -36,7 +36,7 @@ def python(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_nothing_given_is_a_valid_run() -> None:
     config = load([])
-    assert (config.clients, config.clients_per_round, config.rounds) == (50, 10, 10)
+    assert (config.clients, config.clients_per_round, config.rounds) == (50, 10, 8)
     assert config == SimulationConfig()
 
 
@@ -127,7 +127,7 @@ def test_options_that_do_not_go_together_are_refused(words: str, fields: str) ->
 
 
 def test_steps_take_the_place_of_epochs() -> None:
-    assert load([]).local_epochs == 1
+    assert load([]).local_epochs == 2
     config = load(["--local-steps", "3"])
     assert (config.local_epochs, config.local_steps) == (None, 3)
 

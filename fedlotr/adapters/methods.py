@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
         tie="type",
         train=("C",),
         strategy="exact-average",
-        lr=1e-2,
+        lr=2e-2,
         head_lr=3e-2,
     ),
     "lora-xs": Method(
@@ -84,7 +84,7 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=1e-2,
+        lr=2e-2,
         head_lr=3e-2,
     ),
     "lora": Method(
