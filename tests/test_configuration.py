@@ -136,7 +136,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("clients: 7\nmax-examples: 5\nlr: 1e-3\nlocal_epochs: 2\nstrategy_arg: {a: 1, b: [1, 2]}\n")
     config = load([str(file), "--clients", "8", "--local-steps", "4", "--strategy-arg", "a=0.5"])
-    assert (config.clients, config.max_examples, config.lr, config.rounds) == (8, 5, 1e-3, 10)
+    assert (config.clients, config.max_examples, config.lr, config.rounds) == (8, 5, 1e-3, 8)
     assert (config.local_epochs, config.local_steps) == (None, 4)
     assert config.strategy_arg == {"a": 0.5, "b": [1, 2]}
 

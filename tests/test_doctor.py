@@ -59,7 +59,7 @@ def test_what_is_foretold_is_what_the_run_reports(
     assert needs["total_bytes"] == payload
     trained = sum(array.size for array in load_file(tmp_path / "run/checkpoints/round-00003.safetensors").values())
     assert needs["trained_adapter"] + needs["trained_head"] == trained
-    assert needs["examples_a_round"] == 2 * 9
+    assert needs["examples_a_round"] == 2 * 9 * 2, "two clients of nine examples, two local epochs"
     assert [row["clients"] for row in rows] == [2, 2, 2]
 
     capsys.readouterr()
