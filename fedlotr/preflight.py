@@ -53,7 +53,7 @@ def _model_problems(model: str) -> Iterator[str]:
 def _data_problems(data: str) -> Iterator[str]:
     path = expanded(data)
     if data not in BUILT_IN_DATA and not path.exists() and not is_data_id(data):
-        hint = sibling(path) if "/" in data else nearest(data, BUILT_IN_DATA)
+        hint = sibling(path) or ("" if "/" in data else nearest(data, BUILT_IN_DATA))
         yield f"no such data set, folder or file (nor a hub id, org/name){hint}"
 
 

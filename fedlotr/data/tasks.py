@@ -83,7 +83,8 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
     if not usable:
         expected = " or ".join(" + ".join([*columns, *others]) for columns in COLUMNS[kind])
         raise InputError(
-            f"--data {source.name}: --task {kind} needs the columns {expected}; train has {', '.join(present)}"
+            f"--data {source.name}: --task {kind} needs the columns {expected}; train has {', '.join(present)}; "
+            "say which are which by --text-column and --label-column"
         )
     problems: list[str] = []
     for where, rows in _splits(source):
