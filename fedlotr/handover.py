@@ -10,7 +10,7 @@ from fedlotr.adapters.export import export_lora
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import factored_layers
 from fedlotr.files import write_atomically
-from fedlotr.training.models import TrainableModel, adaptable_layers
+from fedlotr.training.models import HEADS, TrainableModel, adaptable_layers
 
 ENCODER = "encoder."
 """What `MeanPooledClassifier` calls the model inside it."""
@@ -54,7 +54,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 base, adapter = {source!r}, "."  # {base}
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForSequenceClassification.from_pretrained(
-    base, num_labels={num_labels}, pad_token_id={pad_id}, dtype=torch.float32
+    base, num_labels={num_labels}, pad_token_id={pad_id}, dtype=torch.float32, ignore_mismatched_sizes=True
 )
 model = PeftModel.from_pretrained(model, adapter).eval()
 
@@ -100,6 +100,8 @@ def write_adapter(
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
     layers = factored_layers(model.module)
     first = adaptable_layers(model.module, "all-linear")[0] if not layers else None
+    # A head that is a module of its own is saved as one; a layer drawn before it (a pooler's) by itself.
+    saved = {name.split(".")[0] if name.split(".")[0] in HEADS else name for name in model.heads}
     head = {
         f"{name}.{part}": tensor
         for name in model.heads
@@ -116,6 +118,7 @@ def write_adapter(
         base=base,
         task=task,
         head=None if mean_pooled else head,
+        modules_to_save=() if mean_pooled else sorted(saved),
         placeholder=placeholder,
     )
     if mean_pooled:

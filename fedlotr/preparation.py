@@ -29,9 +29,9 @@ from fedlotr.training.models import (
     TrainableModel,
     adaptable_layers,
     head_layers,
-    is_sentence_encoder,
     load_base,
 )
+from fedlotr.training.supported import check_folder, check_kind, fused_experts, is_sentence_encoder
 
 log = logging.getLogger("fedlotr")
 
@@ -123,7 +123,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
                 lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
             )
     # A model is not fetched for a run that will not start.
-    folder = attempt(lambda: resolve_model(config.model, fetch=not wrong and not problems), "model")
+    folder = attempt(lambda: _supported(config, fetch=not wrong and not problems), "model")
     if folder is not None:
         tokenizer = attempt(lambda: _tokenizer(folder, config))
         attempt(lambda: _check_length(folder, config), "max_length")
@@ -213,6 +213,17 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     workplace = Workplace.write(folder, recipe, train, test, parts, bases)
     workplace.record_load()
     return Prepared(checked, model, workplace, bases_sha256(model.module))
+
+
+def _supported(config: SimulationConfig, *, fetch: bool) -> Path | None:
+    """As `resolve_model`, for a model of a kind that can be used."""
+    folder = resolve_model(config.model, fetch=fetch)
+    if folder is not None:
+        try:
+            check_folder(folder)
+        except (ValueError, OSError) as error:
+            raise InputError(f"--model {config.model}: {error}") from error
+    return folder
 
 
 def resolve_model(model: str, *, fetch: bool = True) -> Path | None:
@@ -325,14 +336,24 @@ def _skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Mo
     sure: `spec` says what the model is for; where that is a guess and cannot be built, None.
     """
     try:
+        if sure:
+            check_kind(Path(spec.path), spec.kind)
         skeleton = load_base(spec, meta=True)
     except Exception as error:
         if not sure:
             return None
+        if type(error) is ValueError:
+            raise InputError(f"--model {config.model}: {error}") from error
         raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {_first_line(error)}") from error
     if sure and spec.kind == "classification" and not head_layers(skeleton):
         raise InputError(
             f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
+        )
+    experts = fused_experts(skeleton)
+    if experts is not None and config.targets == "all-linear":
+        raise InputError(
+            f"--model {config.model}: a mixture of experts whose experts are one tensor ({experts}), not linear "
+            "layers: they cannot be adapted; choose the layers that can be, as in --targets '.*attn.*'"
         )
     return skeleton
 

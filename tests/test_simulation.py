@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,16 +17,15 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.communication import read_ledger
 from fedlotr.errors import InputError
-from fedlotr.preparation import check, prepare
+from fedlotr.preparation import check
 from fedlotr.simulate import main
 from fedlotr.simulation import resolve
 from fedlotr.training.cohort import cut_cohorts
-from tests.support import Simulate, read_run
+from tests.support import TEXTS, Simulate, our_logits, plain_logits, read_run
 
 TIMES = ("train_seconds", "evaluate_seconds")
 
@@ -132,38 +130,6 @@ def test_fedits_error_is_reported_as_it_is(small: dict[str, Any], tmp_path: Path
     assert all(error > 1e-4 for error in errors)
 
 
-def plain_logits(adapter: Path) -> torch.Tensor:
-    """What the lines of adapter/README.md compute, in a process that cannot import fedlotr."""
-    code = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
-    program = (
-        "import sys; sys.modules['fedlotr'] = None\n" + code[1] + "\n"
-        "from safetensors.torch import save_file; save_file({'logits': logits.contiguous()}, sys.argv[1])\n"
-    )
-    out = adapter.parent / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", program, str(out)], cwd=adapter, check=True, env={**os.environ})
-    return load_file(out)["logits"]
-
-
-def our_logits(config: SimulationConfig, result: Any, texts: list[list[str]]) -> torch.Tensor:
-    """The trained model's logits, from our layers and the last checkpoint, unmerged and in float32."""
-    from fedlotr.training.examples import Batch
-
-    checked = check(resolve(config.model_copy(update={"out": None})))
-    model = prepare(checked, result.run_dir / "again").model
-    model.assign(load_file(sorted((result.run_dir / "checkpoints").glob("*.safetensors"))[-1]))
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    tokenizer.pad_token_id, tokenizer.padding_side = model.spec.pad_id, "right"
-    batch = tokenizer(*texts, padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        return model.logits(
-            Batch(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"), torch.zeros(0))
-        )
-
-
-TEXTS = [["A first text.", "And a second, somewhat longer text."]]
-
-
 @pytest.mark.parametrize("method", ["fed-sb", "lotr", "lora", "head"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "minilm", "llama-lm", "gpt2-lm"])
 def test_the_lines_in_the_adapters_readme_give_the_trained_models_logits(
@@ -189,8 +155,8 @@ def test_the_lines_in_the_adapters_readme_give_the_trained_models_logits(
     }[kind]()
     config = SimulationConfig(**{**options, "model": model, "lr": 0.02, "head_lr": 0.02})
     result = run_simulation(config)
-    plain = plain_logits(tmp_path / "run" / "adapter")
-    ours = our_logits(config, result, TEXTS if not kind.endswith("-lm") else [TEXTS[0][:1]])
+    (plain,) = plain_logits(tmp_path / "run" / "adapter")
+    ours = our_logits(config, result.run_dir, TEXTS if not kind.endswith("-lm") else [TEXTS[0][:1]])
     assert (plain - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max()))
     summary = result.summary
     assert summary["final"] != summary["initial"], "the adapter holds something"
@@ -490,7 +456,7 @@ def test_pairs_of_sentences_train(small: dict[str, Any], shared: Path, tmp_path:
     }
     result = run_simulation(SimulationConfig(**options, method="lotr", out=tmp_path / "run"))
     assert result.summary["final"]["loss"] < 1.2
-    assert plain_logits(tmp_path / "run" / "adapter").shape == (2, 3)
+    assert plain_logits(tmp_path / "run" / "adapter")[0].shape == (2, 3)
 
 
 def test_bfloat16_keeps_what_is_trained_in_float32(small: dict[str, Any], tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from fedlotr.training.models import (
     TrainableModel,
     adaptable_layers,
     head_layers,
-    is_sentence_encoder,
     load_base,
 )
+from fedlotr.training.supported import is_sentence_encoder
 
 SIZES = [1, 3, 9, 12, 16, 17, 30]
 """Examples of seven clients: batches of 8 give them 1 to 4 steps an epoch."""

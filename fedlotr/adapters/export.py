@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,12 +24,13 @@ def export_lora(
     base: str,
     task: TaskType | None = None,
     head: Mapping[str, torch.Tensor] | None = None,
+    modules_to_save: Sequence[str] = (),
     placeholder: tuple[str, int, int, bool] | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
     layers: by name within the base model. base: what the base model is called, for PEFT's records. head: tensors of a
-    classification head inside the model by name, saved whole (PEFT's `modules_to_save`).
+    classification head inside the model by name; modules_to_save: the modules that hold them, saved whole.
     placeholder: name, d_in, d_out and whether it is a Conv1D of a layer to adapt by zero where no layer is adapted,
     since PEFT has no adapter without a target.
     """
@@ -62,7 +63,7 @@ def export_lora(
             lora_dropout=0.0,
             fan_in_fan_out=conv,
             target_modules=sorted(ranks),
-            modules_to_save=sorted({name.split(".")[0] for name in head}) if head else None,
+            modules_to_save=sorted(modules_to_save) or None,
             inference_mode=True,
         )
     config.target_modules = sorted(ranks)  # a set is written in hash order

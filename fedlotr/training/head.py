@@ -17,12 +17,13 @@ ITERATIONS = 100
 def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
     """Fit the head in place by L-BFGS on the mean cross-entropy, the base frozen; its features are computed once.
 
-    For a head of one linear layer this is ridge-regularised logistic regression: convex, so the result does not
-    depend on where it starts. Does nothing without a head or without rows.
+    Where `classifier` or `score` is one linear layer this is ridge-regularised logistic regression: convex, so the
+    result does not depend on where it starts. Does nothing without a head or without rows.
     """
     if not model.heads or not len(rows):
         return
-    root = model.module.get_submodule(model.heads[0].split(".")[0])
+    # Layers that stand apart before it (a pooler that was drawn) make the features, and stay as they are.
+    root = model.module.get_submodule(model.heads[-1].split(".")[0])
     features: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     labels = []
     seen: dict[str, torch.Tensor] = {}
@@ -37,7 +38,7 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
     finally:
         hook.remove()
     count = sum(len(part) for part in labels)
-    parameters = [p for name in model.heads for p in model.module.get_submodule(name).parameters()]
+    parameters = list(root.parameters())
     weights = [p for p in parameters if p.dim() == 2]
     for parameter in parameters:
         parameter.requires_grad_(True)

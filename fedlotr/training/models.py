@@ -1,19 +1,17 @@
 """A frozen base with the few tensors that clients train: loading it, finding its layers, naming what moves."""
 
-import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -28,10 +26,18 @@ Tensors = dict[str, torch.Tensor]
 HEADS = ("classifier", "score")
 """What transformers calls the module that turns features into class logits."""
 
-ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}
+PLAIN_ATTENTION = "eager"
+ATTENTION = {"float32": "sdpa", "bfloat16": PLAIN_ATTENTION}
 """Named, since they differ in bits. In bfloat16 the backward of torch's fused attention took a third of a whole
 training step of MiniLM on a CPU (in float32 a twentieth)."""
 
+
+UNBATCHED = {
+    "deberta": ("pos_proj", "pos_q_proj"),
+    "deberta-v2": ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj"),
+}
+"""By architecture the last parts of the names of layers that also meet an input without a batch axis (the table of
+relative positions), whose rows have no client: copies for a cohort cannot be told apart there."""
 
 LOGITS = 2**26
 """Numbers in the logits of one pass of a language model: 256 MB in float32."""
@@ -70,19 +76,13 @@ class MeanPooledClassifier(nn.Module):
         return logits
 
 
-def is_sentence_encoder(path: Path) -> bool:
-    """Whether a folder is in the sentence-transformers layout with mean pooling."""
-    pooling = path / "1_Pooling" / "config.json"
-    if not pooling.is_file():
-        return False
-    found = json.loads(pooling.read_text(encoding="utf-8"))
-    return bool(found.get("pooling_mode_mean_tokens") or found.get("pooling_mode") == "mean")
-
-
 def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
-    """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors; the head is zero.
+    """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors; its logits are zero.
 
-    meta: only the architecture, without weights, to look at its layers.
+    The layers of the classification head are `CopiesLinear`: `classifier` or `score`, and the linear layers before it
+    that the files lack, as nearly every checkpoint on the hub lacks RoBERTa's `classifier.dense`, DistilBERT's
+    `pre_classifier` or BERT's pooler. Those are drawn, alike in every process.
+    meta: on the meta device, without reading the weights.
     Raises OSError or ValueError as transformers does where the folder holds no such model, and ValueError where
     weights other than the head's are missing.
     """
@@ -90,70 +90,100 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
-    loader: Any = AutoModelForCausalLM if spec.kind == "causal-lm" else AutoModelForSequenceClassification
-    options: dict[str, Any] = {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
-    if mean_pooled:
-        loader = AutoModel
-    if loader is not AutoModelForSequenceClassification:
-        options = {}
+    options: dict[str, Any] = {"device_map": "meta"} if meta else {}
+    loader: Any = AutoModel if mean_pooled else AutoModelForCausalLM
+    if spec.kind == "classification" and not mean_pooled:
+        loader = AutoModelForSequenceClassification
+        options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
     with torch.random.fork_rng(devices=[]):
-        # Weights that the file lacks (a pooler, a head's first layer) are drawn alike in every process.
         torch.manual_seed(stream_key(0, "missing weights"))
-        if meta:
-            with torch.device("meta"):
-                architecture = AutoConfig.from_pretrained(spec.path, **options)
-                model = loader.from_config(architecture, attn_implementation=ATTENTION[spec.dtype])
-                model = MeanPooledClassifier(model, spec.labels) if mean_pooled else model
-        else:
-            model, found = loader.from_pretrained(
-                spec.path,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=ATTENTION[spec.dtype],
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-            drawn = sorted(key for key in found["missing_keys"] if key.split(".")[0] not in HEADS)
-            if drawn and not mean_pooled:
-                raise ValueError(
-                    f"its files lack {', '.join(drawn[:3])}, which would be random and is not part of the adapter; "
-                    "take a model that was saved whole"
-                )
-            model = MeanPooledClassifier(model, spec.labels) if mean_pooled else model
+        load = partial(
+            loader.from_pretrained,
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head for other labels; any other is refused below
+            **options,
+        )
+        try:
+            model, found = load(attn_implementation=ATTENTION[spec.dtype])
+        except ValueError as error:
+            if PLAIN_ATTENTION not in str(error):
+                raise
+            model, found = load(attn_implementation=PLAIN_ATTENTION)  # Gemma 2, DeBERTa: they have no other
+        missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        if mean_pooled:
+            with torch.device("meta" if meta else "cpu"):
+                model = MeanPooledClassifier(model, spec.labels)
+            # Read out by the mean, the encoder's pooler is not used.
+            missing = {f"encoder.{key}" for key in missing if "pooler" not in key.split(".")}
+    heads = [] if spec.kind == "causal-lm" else _head_names(model, missing)
+    lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
+    if lacking:
+        raise ValueError(
+            f"its files lack {', '.join(lacking[:3])}, or hold it in another size; it would be random and is not part "
+            "of the adapter: take a model that was saved whole"
+        )
     module: nn.Module = model
-    heads = head_layers(module)
-    for name, layer in heads.items():
-        layer.float()  # the head is trained: it stays in float32 whatever the base is
-        if name == list(heads)[-1]:
-            nn.init.zeros_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    for name in heads:
+        parent, _, leaf = name.rpartition(".")
+        # The head is trained: it stays in float32 whatever the base is, and so does a norm beside its layers.
+        (module.get_submodule(parent) if parent else module.get_submodule(name)).float()
+        setattr(module.get_submodule(parent), leaf, CopiesLinear.around(cast(nn.Linear, module.get_submodule(name))))
+    for layer in list(head_layers(module).values())[-1:]:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     return module.eval().requires_grad_(False)
 
 
-def head_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the classification head by name; the last one makes the logits. Empty without a head."""
-    return {
-        name: module
+def _head_names(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """The linear layers that are the head's, in the order of the model: the last one makes the logits."""
+    trunk = getattr(model, "base_model_prefix", "encoder")
+    return [
+        name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[0] in HEADS
-    }
+        if isinstance(module, nn.Linear)
+        and (
+            name.split(".")[0] in HEADS
+            # DistilBERT's pre_classifier, which PEFT takes for a part of `classifier` by the end of its name.
+            or name.endswith(HEADS[0])
+            or (f"{name}.weight" in missing and (name.split(".")[0] != trunk or "pooler" in name.split(".")))
+        )
+    ]
+
+
+def _belongs_to_head(model: nn.Module, key: str, heads: Collection[str]) -> bool:
+    """Whether a tensor is a head layer's, or of a norm beside one, which starts as it always does: at one and zero."""
+    layer, _, _ = key.rpartition(".")
+    beside = layer.rpartition(".")[0]
+    norm = beside and model.get_submodule(layer) and model.state_dict()[key].dim() == 1
+    return layer in heads or bool(norm and any(name.rpartition(".")[0] == beside for name in heads))
+
+
+def head_layers(model: nn.Module) -> dict[str, CopiesLinear]:
+    """The linear layers of the classification head by name; the last one makes the logits. Empty without a head."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CopiesLinear)}
 
 
 def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
     """Names of the linear layers to adapt: `all-linear`, or those whose name a regular expression fully matches.
 
-    Left out of all-linear: the head, the output embedding, and under mean pooling the pooler, which is not used.
+    Never adapted: the head, the output embedding, under mean pooling the pooler, which is not used, and `UNBATCHED`.
     Raises ValueError where nothing matches, with some names that would.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    unbatched = UNBATCHED.get(str(getattr(model.config, "model_type", "")), ())
     linear = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-        and name.split(".")[0] not in HEADS
+        and not isinstance(module, CopiesLinear)
         and module is not output
+        and name.split(".")[-1] not in unbatched
         and not (isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."))
     ]
     chosen = linear if targets == "all-linear" else [name for name in linear if re.fullmatch(targets, name)]
@@ -171,9 +201,6 @@ class TrainableModel:
     """
 
     def __init__(self, base: nn.Module, spec: ModelSpec, core: CoreConfig | None) -> None:
-        for name, layer in head_layers(base).items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, CopiesLinear.around(layer))
         self.heads = list(head_layers(base))
         if core is not None:
             with warnings.catch_warnings():

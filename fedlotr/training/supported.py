@@ -1,0 +1,107 @@
+"""Which model folders can be used, told from their JSON files alone; what cannot be is refused by name."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+
+CLASSES = {
+    "classification": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classifier"),
+    "causal-lm": (MODEL_FOR_CAUSAL_LM_MAPPING, "language model"),
+}
+QUANTISERS = {"bitsandbytes": "bitsandbytes"}
+"""Kinds of quantised weights whose linear layers can be adapted, and the package that reads them."""
+PASSED_OVER = {"Transformer", "Pooling", "Normalize"}
+"""Modules of sentence-transformers that a classifier on mean-pooled tokens does as well with or without."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises ValueError where it is not a JSON object."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its config.json cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError("its config.json is not a JSON object")
+    return found
+
+
+def is_sentence_encoder(folder: Path) -> bool:
+    """Whether a folder is in the sentence-transformers layout with mean pooling.
+
+    One that pools the first token (CLS) is not: it is taken as the encoder it is, whose own classifier reads that
+    token. Raises ValueError for other pooling, and for further modules that would change what is pooled.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    on = {str(name).removeprefix("pooling_mode_") for name, value in found.items() if value is True}
+    on = (
+        {str(found["pooling_mode"])} if found.get("pooling_mode") else {name for name in on if name != "include_prompt"}
+    )
+    on = {name.removesuffix("_tokens").removesuffix("_token") for name in on}
+    if on == {"cls"}:
+        return False
+    if on != {"mean"}:
+        raise ValueError(
+            f"a sentence encoder that pools by {', '.join(sorted(on)) or 'nothing known'}; only mean and cls are known "
+            "here: remove 1_Pooling to have it as a plain encoder with its own classifier"
+        )
+    modules = folder / "modules.json"
+    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
+    further = sorted(set(kinds) - PASSED_OVER)
+    if further:
+        raise ValueError(
+            f"a sentence encoder with a further module, {', '.join(further)}, which is not applied here; "
+            "take an encoder without it, or remove 1_Pooling to have a plain encoder with its own classifier"
+        )
+    return True
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError, with the reason and the way out, for a model of a kind that cannot be used for any task."""
+    config = read_config(folder)
+    model_type = str(config.get("model_type", ""))
+    if model_type not in CONFIG_MAPPING:
+        if config.get("auto_map"):
+            raise ValueError(
+                f"model type {model_type or '(none)'!r} brings its own code (auto_map), which is never run; "
+                "take a model whose class is part of transformers"
+            )
+        raise ValueError(f"model type {model_type or '(none)'!r} is not known to this transformers")
+    if AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
+        raise ValueError(
+            f"an encoder-decoder ({model_type}), which is not supported; take an encoder (BERT and its kin) or a "
+            "decoder (GPT-2, Llama and their kin)"
+        )
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict):
+        method = str(quantised.get("quant_method", "unknown"))
+        package = QUANTISERS.get(method)
+        if package is None or importlib.util.find_spec(package) is None:
+            need = f"needs the package {package}" if package else "cannot be adapted here"
+            raise ValueError(f"its weights are quantised ({method}), which {need}; take the unquantised model")
+    is_sentence_encoder(folder)
+
+
+def check_kind(folder: Path, kind: str) -> None:
+    """Raises ValueError where transformers has no class of this architecture for `classification` or `causal-lm`."""
+    mapping, called = CLASSES[kind]
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if type(config) not in mapping:
+        raise ValueError(f"a {config.model_type} is no {called}: transformers has no class of it for --task {kind}")
+
+
+def fused_experts(model: nn.Module) -> str | None:
+    """The name of a parameter that holds all experts of a mixture in one, if there is such a layer."""
+    names = (name for name, tensor in model.named_parameters() if tensor.dim() == 3 and "experts" in name.split("."))
+    return next(names, None)
