@@ -173,6 +173,7 @@ def test_nothing_is_written_beside_the_data(tmp_path: Path) -> None:
         ("{}\n{}\n", "no column of text or numbers"),
         ('{"text": "\\ud800"}\n', "line 1: half of a surrogate pair"),
         ('{"text": "a", "label": 0}\n{"text": "b", "label": "0"}\n', "line 2: 'label' is text, but a number in line 1"),
+        ('{"text": "a", "\\u0000": 1}\n', "the name of column '.x00' has characters that cannot be printed"),
         ('{"text": "a", "label": [0, 1]}\n', "'label' is a list; expected a class index or name"),
         ('{"text": "a", "label": true}\n{"text": "b", "label": 1}\n', "line 2: 'label' is a number, but true or false"),
     ],

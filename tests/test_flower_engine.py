@@ -30,15 +30,17 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     flwr = Path(sys.executable).with_name("flwr")
     if not flwr.is_file():
         pytest.skip(f"Flower's command line is not beside {sys.executable}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as http, socket.socket() as control:
+        for free in (http, control):
+            free.bind(("127.0.0.1", 0))
+        ports = [str(free.getsockname()[1]) for free in (http, control)]
     home = str(tmp_path / "flower-home")
     yield {
         **os.environ,
         "PATH": f"{flwr.parent}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": home,
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
+        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
     mine = [process for process in psutil.process_iter() if _home(process) == home]

@@ -177,6 +177,12 @@ def pooled(folder: Path, at: Path, mode: str, *modules: str) -> Path:
     return at
 
 
+def rewritten(folder: Path, at: Path, name: str, content: str) -> Path:
+    pooled(folder, at, "mean_tokens")
+    (at / name).write_text(content, encoding="utf-8")
+    return at
+
+
 def saved(model: Any, at: Path, tokenizer: Path) -> Path:
     model.save_pretrained(at)
     hf.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(at)
@@ -220,6 +226,13 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], list[str]]] = {
     ),
     "max pooling": (lambda bert, at: pooled(bert, at, "max_tokens"), ["pools by max", "remove 1_Pooling"]),
     "dense": (lambda bert, at: pooled(bert, at, "mean_tokens", "Dense", "Normalize"), ["further module, Dense"]),
+    "dense after cls": (lambda bert, at: pooled(bert, at, "cls_token", "Dense"), ["further module, Dense"]),
+    "odd pooling": (lambda bert, at: rewritten(bert, at, "1_Pooling/config.json", "[1]"), ["is not a JSON object"]),
+    "odd modules": (lambda bert, at: rewritten(bert, at, "modules.json", '["a"]'), ["is not a list of modules"]),
+    "odd config": (
+        lambda bert, at: rewritten(bert, at, "config.json", '{"model_type": "bert", "num_labels": "x"}'),
+        ["its config.json is not one that transformers reads"],
+    ),
 }
 
 
@@ -233,6 +246,7 @@ def test_a_model_that_cannot_be_used_is_refused_by_name(
 ) -> None:
     make, parts = REFUSED[kind]
     folder = make(base("bert"), tmp_path / "model")
+    capsys.readouterr()  # transformers' progress bar of saving
     assert main([*words(model=folder, out=tmp_path / "run"), "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --model {folder}: ")

@@ -221,7 +221,9 @@ def _checked(where: object, found: Columns, numbers: Sequence[int], problems: li
         for value, number in zip(values, numbers, strict=True):
             kinds.setdefault(_kind(value), number)
         kinds.pop("null", None)
-        if len(kinds) > 1:
+        if not name.isprintable():
+            problems.append(f"{where}: the name of column {name!r} has characters that cannot be printed")
+        elif len(kinds) > 1:
             (first, above), (kind, number), *_ = kinds.items()
             problems.append(f"{where}, {unit} {number}: '{name}' is {kind}, but {first} in {unit} {above}")
         elif name == "label" and not UNREAD.isdisjoint(kinds):

@@ -24,13 +24,25 @@ PASSED_OVER = {"Transformer", "Pooling", "Normalize"}
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises ValueError where it is not a JSON object."""
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"its config.json cannot be read ({error})") from error
+    found = _read_json(folder / "config.json")
     if not isinstance(found, dict):
         raise ValueError("its config.json is not a JSON object")
     return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"its {path.name} cannot be read ({error})") from error
+
+
+def _read_architecture(folder: Path) -> Any:
+    """The configuration as transformers understands it. Raises ValueError where it does not."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers checks some fields and trips over others, each in its own way
+        raise ValueError(f"its config.json is not one that transformers reads ({error})") from error
 
 
 def is_sentence_encoder(folder: Path) -> bool:
@@ -42,21 +54,23 @@ def is_sentence_encoder(folder: Path) -> bool:
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError("its 1_Pooling/config.json is not a JSON object")
     on = {str(name).removeprefix("pooling_mode_") for name, value in found.items() if value is True}
     on = (
         {str(found["pooling_mode"])} if found.get("pooling_mode") else {name for name in on if name != "include_prompt"}
     )
     on = {name.removesuffix("_tokens").removesuffix("_token") for name in on}
-    if on == {"cls"}:
-        return False
-    if on != {"mean"}:
+    if on not in ({"cls"}, {"mean"}):
         raise ValueError(
             f"a sentence encoder that pools by {', '.join(sorted(on)) or 'nothing known'}; only mean and cls are known "
             "here: remove 1_Pooling to have it as a plain encoder with its own classifier"
         )
     modules = folder / "modules.json"
-    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    listed = _read_json(modules) if modules.is_file() else []
+    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
+        raise ValueError("its modules.json is not a list of modules")
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in listed]
     further = sorted(set(kinds) - PASSED_OVER)
     if further:
@@ -64,7 +78,7 @@ def is_sentence_encoder(folder: Path) -> bool:
             f"a sentence encoder with a further module, {', '.join(further)}, which is not applied here; "
             "take an encoder without it, or remove 1_Pooling to have a plain encoder with its own classifier"
         )
-    return True
+    return on == {"mean"}
 
 
 def check_folder(folder: Path) -> None:
@@ -78,7 +92,7 @@ def check_folder(folder: Path) -> None:
                 "take a model whose class is part of transformers"
             )
         raise ValueError(f"model type {model_type or '(none)'!r} is not known to this transformers")
-    if AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
+    if _read_architecture(folder).is_encoder_decoder:
         raise ValueError(
             f"an encoder-decoder ({model_type}), which is not supported; take an encoder (BERT and its kin) or a "
             "decoder (GPT-2, Llama and their kin)"
@@ -96,7 +110,7 @@ def check_folder(folder: Path) -> None:
 def check_kind(folder: Path, kind: str) -> None:
     """Raises ValueError where transformers has no class of this architecture for `classification` or `causal-lm`."""
     mapping, called = CLASSES[kind]
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = _read_architecture(folder)
     if type(config) not in mapping:
         raise ValueError(f"a {config.model_type} is no {called}: transformers has no class of it for --task {kind}")
 
