@@ -71,7 +71,9 @@ class Worker:
             ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
             for client in clients
         ]
-        return train_cohort(self.model, to_tensors(content["arrays"]), self.workplace.train, work, training)
+        return train_cohort(
+            self.model, to_tensors(content["arrays"]), self.workplace.train, work, training, None, server_round
+        )
 
 
 @functools.lru_cache(maxsize=1)
