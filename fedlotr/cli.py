@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from fedlotr import __version__, simulate
+from fedlotr import __version__, listing, simulate
 from fedlotr.errors import nearest
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "simulate": (simulate.main, "fine-tune a model with a federation of simulated clients"),
+    "ls": (listing.main, "list the methods or the strategies there are: fedlotr ls methods"),
 }
 """What each command runs, with the words after it, and what it is for."""
 

@@ -21,7 +21,8 @@ FLOORS = (
     ("strategies",),
     ("reporting",),
     ("handover", "preparation", "resumption", "run_directory", "simulation", "summary"),
-    ("cli", "simulate"),
+    ("testing",),
+    ("cli", "listing", "simulate"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight")

@@ -51,7 +51,8 @@ def publish_heads(theta: Theta) -> dict[str, torch.Tensor]:
 def expand_mix(theta: Theta, mixed: torch.Tensor | None) -> torch.Tensor:
     """C = Σ v_i P_i: Koohpayegani et al. 2024, NOLA (arXiv:2310.02556); Morris et al. 2026, TinyLoRA (2602.04118)."""
     assert mixed is not None
-    return torch.tensordot(theta["C"], mixed.to(theta["C"].dtype), dims=1)
+    core: torch.Tensor = torch.tensordot(theta["C"], mixed.to(theta["C"].dtype), dims=1)
+    return core
 
 
 def mixed_matrices(r: int, seed: int, tag: str) -> torch.Tensor:
