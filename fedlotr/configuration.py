@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedlotr.adapters.methods import BASES, METHODS, TIES
+from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES
 from fedlotr.command_line import flag_of, option_parser, read_words
 from fedlotr.errors import InputError, closest, nearest, shorten, written
 from fedlotr.files import write_atomically
@@ -226,7 +226,10 @@ class SimulationConfig(BaseModel):
     )
     tie: Annotated[str, _one_of("tie", TIES)] | None = Field(
         default=None,
-        description="who shares a pair B and A: each layer its own, or all of a type (default: the method's)",
+        description="who shares a pair B and A: each layer its own, or all of a type, or all (default: the method's)",
+    )
+    core: Annotated[str, _one_of("core", CORES)] | None = Field(
+        default=None, description="what C between B and A is (default: the method's)"
     )
     targets: Annotated[str, AfterValidator(_check_targets)] = Field(
         default="all-linear", description="layers to adapt: all, or those whose name matches in full"
@@ -469,7 +472,7 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
     if not method.adapts:
-        for field in ("alpha", "basis", "tie"):
+        for field in ("alpha", "basis", "tie", "core"):
             if getattr(config, field) is not None:
                 yield (field, "method"), "this method adapts no layer"
         if config.targets != "all-linear":
@@ -480,7 +483,7 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
     if (config.basis or method.basis) == "update" and config.public_examples == 0:
         decisive = "basis" if config.basis else "method"
         yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
-    if config.basis == "lora" and "B" not in method.train:
+    if (config.basis or method.basis) == "lora" and "B" not in method.train:
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 
 
@@ -494,7 +497,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 
 DEPENDENT = {
-    "method": {"basis", "tie", "alpha", "strategy", "lr", "head_lr"},
+    "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr"},
     "engine": {"workers", "threads"},
 }
 """What a file says of another method or engine than the command line asks for is not meant for that one: a run's own

@@ -47,7 +47,7 @@ class Forecast:
     parameters: int
     trained_adapter: int
     trained_head: int
-    upload_bytes: int
+    upload_bytes: float
     download_bytes: int
     one_off_bytes: int
     participants: int
@@ -68,6 +68,9 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     sizes = {name: value.numel() for name, value in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
     payload = WIRE_BYTES * sum(sizes.values())
+    down = WIRE_BYTES * sum(sizes[name] for name in model.published)
+    numbers = range(1, config.rounds + 1)
+    sent = [WIRE_BYTES * sum(sizes[name] for name in model.moving(n) & set(model.published)) for n in numbers]
     bases = bases_of(model.module)
     one_off = 0
     basis_bytes = WIRE_BYTES * sum(factor.numel() for pair in bases.values() for factor in pair)
@@ -89,11 +92,11 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         parameters=parameters,
         trained_adapter=sum(sizes.values()) - head,
         trained_head=head,
-        upload_bytes=payload,
-        download_bytes=payload,
+        upload_bytes=sum(sent) / config.rounds,
+        download_bytes=down,
         one_off_bytes=one_off,
         participants=participants,
-        total_bytes=config.rounds * config.clients_per_round * 2 * payload + participants * one_off,
+        total_bytes=config.clients_per_round * (sum(sent) + config.rounds * down) + participants * one_off,
         examples_a_round=examples,
         tokens_a_round=examples * sum(lengths.values()) / len(lengths),
         cohorts=len(cohorts),

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
-from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, initialize_basis
+from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import Names, OwnData, Source, Task, encode, load_source, partition, resolve_task, withhold_public
 from fedlotr.errors import InputError
@@ -145,7 +145,9 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
             targets = attempt(lambda: _targets(config, skeleton), "targets")
             if targets is not None:
                 attempt(lambda: _check_rank(config, skeleton, targets), "rank")
-                core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie")
+                core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
+                if core is not None and core.tie == "all":
+                    attempt(lambda: _check_one_shape(skeleton, targets), "tie")
     if problems or wrong:
         raise InputError(problems)
     assert source is not None and task is not None and tokenizer is not None and spec is not None
@@ -374,6 +376,13 @@ def _check_rank(config: SimulationConfig, skeleton: nn.Module, targets: list[str
         )
 
 
+def _check_one_shape(skeleton: nn.Module, targets: list[str]) -> None:
+    try:
+        check_one_shape([(name, skeleton.get_submodule(name)) for name in targets])
+    except ValueError as error:
+        raise InputError(f"--tie all: {error}") from error
+
+
 def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
     try:
         return CoreConfig(
@@ -382,6 +391,7 @@ def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
             alpha=config.alpha,
             basis=config.basis,
             tie=config.tie,
+            core=config.core,
             seed=config.seed,
             target_modules=targets,
         )
@@ -411,7 +421,7 @@ def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], Rows]:
 
 def _fields(core: CoreConfig) -> dict[str, Any]:
     """What `CoreConfig(**fields)` needs to be equal."""
-    names = ("method", "r", "alpha", "basis", "tie", "seed", "bases_sha256")
+    names = ("method", "r", "alpha", "basis", "tie", "core", "seed", "bases_sha256")
     return {name: getattr(core, name) for name in names} | {"target_modules": sorted(core.target_modules or ())}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
 from fedlotr.communication import read_ledger, write_part
@@ -45,7 +46,7 @@ from fedlotr.training.precision import measured_dtype
 log = logging.getLogger("fedlotr")
 
 CLIENT_APP = "fedlotr.flower.client_app:app"
-DERIVABLE = ("random", "svd")
+DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
 """Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -173,7 +174,7 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     resolved["lr"] = config.lr if config.lr is not None else row.lr
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if row.adapts:
-        resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie}
+        resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
     if config.engine == "ray":
         resolved["workers"] = config.workers or cores
     if config.dtype == "auto":
@@ -333,6 +334,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         held_out=len(prepared.workplace.test),
         causal=checked.task.kind == "causal-lm",
         method=config.method,
+        moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
     )
 
 
@@ -340,7 +342,7 @@ def certificate_layers(model: TrainableModel) -> list[Layer]:
     """The adapted layers as the certificate reads them."""
     by_module: dict[str, dict[str, str]] = {}
     for tensor, (module, part) in model.trained.items():
-        if module not in model.heads:
+        if module not in model.heads and part != "S":
             by_module.setdefault(module, {})[part] = tensor
     layers = factored_layers(model.module)
 
@@ -350,8 +352,19 @@ def certificate_layers(model: TrainableModel) -> list[Layer]:
         tensor = layers[module].factor(factor, "default")
         return None if tensor is None else tensor.detach().numpy().astype(np.float64)
 
+    def core(layer: FactoredLayer) -> Callable[[Any], Any]:
+        basis = layer.basis("default")
+        mixed = None if basis is None or basis.P is None else basis.P.double()
+        return lambda theta: layer.core["default"].expand({"C": torch.from_numpy(theta)}, mixed).numpy()
+
     return [
-        Layer(trained, frozen(module, "A"), frozen(module, "B"), layers[module].scaling["default"])
+        Layer(
+            trained,
+            frozen(module, "A"),
+            frozen(module, "B"),
+            layers[module].scaling["default"],
+            core(layers[module]),
+        )
         for module, trained in by_module.items()
     ]
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import fedlotr
 from fedlotr import cli, simulate
+from fedlotr.adapters.methods import METHODS
 from fedlotr.command_line import flag_of
 from fedlotr.configuration import ConfigurationError, SimulationConfig, dump_yaml, load, options, preflight_paths
 from fedlotr.errors import FedlotrError, InputError
@@ -147,7 +148,7 @@ def test_mistakes_in_the_file_are_named_with_the_file(tmp_path: Path) -> None:
     assert sorted(problems(file, "--seed", "x")) == [
         "--seed x: expected a whole number",
         f"cleints: 7 in {file}: no such option, did you mean 'clients'?",
-        f"method: LoTR in {file}: not a method; choose one of: fed-sb, head, lora, lora-xs, lotr",
+        f"method: LoTR in {file}: not a method; choose one of: {', '.join(sorted(METHODS))}",
         f"momentum: 0.9 in {file} with --optimizer adamw: momentum belongs to the optimizer 'sgd'",
         f"rounds: none in {file}: expected a whole number",
     ]
@@ -405,7 +406,7 @@ def test_help_shows_every_option_once_with_its_default() -> None:
         assert len(re.findall(rf"^  {flag_of(field.alias or name)}[ ,\n]", text, re.MULTILINE)) == 1, name
         assert field.description
     assert "(default: 50)" in text
-    assert "fed-sb|lotr|lora-xs|lora|head" in text
+    assert "|".join(METHODS) in text
 
 
 def test_help_is_quick_to_load_and_warns_of_nothing() -> None:

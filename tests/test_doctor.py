@@ -22,7 +22,7 @@ GB = 10**9
 def words(tmp_path: Path, tiny_bert: Path, animals: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of a run that takes seconds."""
     monkeypatch.chdir(tmp_path)
-    options = "--clients 5 --sample 0.4 --rounds 3 --rank 2 --public-examples 16 --max-length 16 --partition iid"
+    options = "--clients 5 --sample 0.4 --rounds 3 --rank 4 --public-examples 16 --max-length 16 --partition iid"
     options += " --max-examples 9 --engine local --threads 1 --dtype float32 --eval-every 3"
     return [f"--model={tiny_bert}", f"--data={animals}", *options.split()]
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedlotr.adapters.methods import BASES, METHODS, TIES, Method
+from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES, Method
 
 if TYPE_CHECKING:
     from fedlotr.adapters.layer import CopiesLinear, FactoredLayer, copies
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASES",
+    "CORES",
     "METHODS",
     "TIES",
     "CopiesLinear",

@@ -1,7 +1,8 @@
 """Where the frozen factors come from: plain functions of a `Request`, in float64 on one thread.
 
-A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`. Several matrices mean a tie:
-one pair for all of them. On one thread, because float32 decompositions differ between one and two threads.
+A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`, `nystrom` and `ldu`. Several
+matrices mean a tie: one pair for all of them. On one thread, because float32 decompositions differ between one and
+two threads.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ EXACT_SVD_WIDTH = 1024
 4096² matrix takes over a minute on one thread, and a model has hundreds."""
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
+TUCKER_SWEEPS = 3
 
 
 class Factors(NamedTuple):
@@ -88,8 +90,7 @@ def spectral_basis(request: Request) -> Factors:
             member = second.double()
             rows, columns = rows + member @ member.T, columns + member.T @ member
             second = next(matrices, None)
-        left = _fix_signs(torch.linalg.eigh(rows).eigenvectors.flip(1)[:, : request.r])[0]
-        right = _fix_signs(torch.linalg.eigh(columns).eigenvectors.flip(1)[:, : request.r])[0]
+        left, right = _leading(rows, request.r), _leading(columns, request.r)
     return _factors(right.T, left)
 
 
@@ -100,11 +101,55 @@ def lora_basis(request: Request) -> Factors:
     return _factors((2 * uniform - 1) / request.d_in**0.5, torch.zeros(request.d_out, request.r))
 
 
+def tucker_basis(request: Request) -> Factors:
+    """Tucker-2 of a tie's stacked matrices (LoTR from W): the B and A that hold most of Σ ||Bᵀ M_l Aᵀ||².
+
+    Higher-order orthogonal iteration (De Lathauwer, De Moor & Vandewalle 2000, algorithm 4.2) from the higher-order
+    SVD of `spectral_basis`: B spans the leading eigenvectors of Σ (M_l Aᵀ)(M_l Aᵀ)ᵀ, then A likewise.
+    """
+    pair = spectral_basis(request)
+    a, b = pair.A.double(), pair.B.double()
+    for _ in range(TUCKER_SWEEPS):
+        rows = sum(((m @ a.T) @ (m @ a.T).T for m in map(torch.Tensor.double, request.matrices())), torch.zeros(()))
+        b = _leading(rows, request.r)
+        columns = sum(((b.T @ m).T @ (b.T @ m) for m in map(torch.Tensor.double, request.matrices())), torch.zeros(()))
+        a = _leading(columns, request.r).T
+    return _factors(a, b)
+
+
+def nystrom_basis(request: Request) -> Factors:
+    """B = W[:, :r], A = W[:r, :]: W ≈ B (W[:r, :r])⁺ A (Guo et al. 2025, NLoRA, arXiv:2502.14482).
+
+    Not orthonormal. The core stands for the matrix in the middle, which IntTune trains; here it is what is added to it.
+    """
+    w = next(request.matrices()).double()
+    return _factors(w[: request.r, :].clone(), w[:, : request.r].clone())
+
+
+def ldu_basis(request: Request) -> Factors:
+    """B = (P L)[:, :r], A = U[:r, :] of W = P L D U, L and U unit triangular (Shi et al. 2024, LoLDU, 2410.13618).
+
+    Not orthonormal. A pivot of zero (a singular W) leaves its row of U the unit vector.
+    """
+    w = next(request.matrices()).double()
+    p, lower, upper = torch.linalg.lu(w)
+    pivots = torch.diagonal(upper).clone()
+    zero = pivots == 0
+    unit = upper / torch.where(zero, torch.ones_like(pivots), pivots)[:, None]
+    places = torch.arange(len(pivots))[zero]
+    unit[places] = 0
+    unit[places, places] = 1
+    return _factors(unit[: request.r], (p @ lower)[:, : request.r])
+
+
 MAKERS: dict[str, Callable[[Request], Factors]] = {
     "random": random_basis,
     "svd": spectral_basis,
     "update": spectral_basis,
     "lora": lora_basis,
+    "nystrom": nystrom_basis,
+    "ldu": ldu_basis,
+    "tucker": tucker_basis,
 }
 """How each basis of `methods.BASES` is made."""
 
@@ -135,6 +180,10 @@ def sha256(bases: Sequence[tuple[str, Factors]]) -> str:
             digest.update(f"{name}.{side}{tuple(factor.shape)}".encode())
             digest.update(factor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _leading(symmetric: torch.Tensor, r: int) -> torch.Tensor:
+    return _fix_signs(torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :r])[0]
 
 
 def _fix_signs(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlotr.adapters.cores import CORES, Core
+
 FACTORS = ("A", "C", "B")
 """In the order in which they meet the input."""
 
@@ -65,8 +67,12 @@ class Basis(nn.Module):
     A: torch.Tensor
     B: torch.Tensor
 
-    def __init__(self, d_in: int, d_out: int, r: int, *, persistent: bool) -> None:
+    P: torch.Tensor | None
+
+    def __init__(self, d_in: int, d_out: int, r: int, *, persistent: bool, mixed: torch.Tensor | None = None) -> None:
         super().__init__()
+        # The seeded matrices of a core that mixes them, made again from the seed wherever they are needed.
+        self.register_buffer("P", mixed, persistent=False)
         # NaN until filled or loaded: a basis that was forgotten shows in the first output.
         self.register_buffer("A", torch.full((r, d_in), torch.nan), persistent=persistent)
         self.register_buffer("B", torch.full((d_out, r), torch.nan), persistent=persistent)
@@ -75,15 +81,16 @@ class Basis(nn.Module):
 class FactoredLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, quantised) with `s·B C A` beside it.
 
-    Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters, `core_basis` the frozen ones.
+    Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters (`core_C` and `core_S` those that
+    the core's `expand` makes C of), `core_basis` the frozen ones.
     The base layer is called, never read, except to merge.
     """
 
-    adapter_layer_names = ("core_A", "core_B", "core_C")
-    other_param_names = ("core_basis", "scaling", "r")
+    adapter_layer_names = ("core_A", "core_B", "core_C", "core_S")
+    other_param_names = ("core_basis", "scaling", "r", "core")
 
     copies: Mapping[str, torch.Tensor] | None = None
-    """Copies of the active adapter's trained factors, by name "A", "B" or "C"; see `copies`."""
+    """Copies of the active adapter's trained factors, by name "A", "B", "C" or "S"; see `copies`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -91,17 +98,26 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         self.core_A = nn.ParameterDict()
         self.core_B = nn.ParameterDict()
         self.core_C = nn.ParameterDict()
+        self.core_S = nn.ParameterDict()
         self.core_basis = nn.ModuleDict()
+        self.core: dict[str, Core] = {}
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = widths(base_layer)
 
     def add(
-        self, adapter: str, *, r: int, scaling: float, basis: Basis | None, parameters: Mapping[str, torch.Tensor]
+        self,
+        adapter: str,
+        *,
+        r: int,
+        scaling: float,
+        basis: Basis | None,
+        parameters: Mapping[str, torch.Tensor],
+        core: Core = CORES["full"],
     ) -> None:
-        """Put an adapter beside the base: its frozen pair (or None) and its trained factors by name."""
-        self.r[adapter], self.scaling[adapter] = r, scaling
+        """Put an adapter beside the base: its frozen pair (or None), its trained tensors by name, and what C is."""
+        self.r[adapter], self.scaling[adapter], self.core[adapter] = r, scaling, core
         device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
         if basis is not None:
             self.core_basis[adapter] = basis.to(device)
@@ -112,13 +128,29 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
     def factor(self, name: str, adapter: str) -> torch.Tensor | None:
         """The factor "A", "B" or "C" of an adapter, trained or frozen; None for a core that is the identity."""
         trained = self._parameters_of(name)
+        if name == "C":
+            return self.expand(adapter, {})
         if adapter in trained:
             tensor: torch.Tensor = trained[adapter]
             return tensor
         basis = self.basis(adapter)
-        if basis is None or name == "C":
+        if basis is None:
             return None
         return basis.A if name == "A" else basis.B
+
+    def theta(self, adapter: str) -> dict[str, torch.Tensor]:
+        """The trained tensors that the core is made of; empty where it is the identity."""
+        found = {name: self._parameters_of(name) for name in ("C", "S")}
+        return {name: parameters[adapter] for name, parameters in found.items() if adapter in parameters}
+
+    def expand(self, adapter: str, copied: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """C (..., r, r) of the core's tensors, or of copies of them; None where the core is the identity."""
+        theta = self.theta(adapter)
+        if not theta:
+            return None
+        basis = self.basis(adapter)
+        mixed = None if basis is None else basis.P
+        return self.core[adapter].expand({name: copied.get(name, own) for name, own in theta.items()}, mixed)
 
     def basis(self, adapter: str) -> Basis | None:
         """The frozen pair of an adapter, or None where none is frozen."""
@@ -141,7 +173,10 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         copied = self.copies or {}
         h = x
         for name in FACTORS:
-            weight = copied[name] if name in copied else self.factor(name, adapter)
+            if name == "C":
+                weight = self.expand(adapter, copied)
+            else:
+                weight = copied[name] if name in copied else self.factor(name, adapter)
             if weight is not None:
                 h = grouped_linear(h.to(weight.dtype), weight)
         scale = self.scaling[adapter]

@@ -15,25 +15,40 @@ BASES: dict[str, str] = {
     "svd": "leading singular vectors of the frozen weights",
     "update": "leading singular vectors of the first step of full fine-tuning, from the public examples",
     "lora": "A Kaiming-uniform, B zero (LoRA's own start)",
+    "nystrom": "the first rows and columns of the frozen weights (not orthonormal)",
+    "ldu": "the unit triangular factors of the frozen weights (not orthonormal)",
+    "tucker": "the Tucker-2 decomposition of the frozen weights of a tie, stacked",
 }
 """Where the factors B and A come from."""
 
 TIES: dict[str, str] = {
     "layer": "each adapted matrix has its own B and A",
     "type": "all layers of one projection type share one pair",
+    "all": "all adapted layers share one pair; they must have one shape",
 }
 """Who shares B and A."""
+
+CORES: dict[str, str] = {
+    "full": "r×r numbers",
+    "diag": "the diagonal: r numbers",
+    "heads": "four blocks of r/4 × r/4 with a trainable scale each; the products are published",
+    "mix": "a combination of at most 64 seeded r×r matrices",
+    "identity": "nothing between B and A",
+}
+"""What stands between B and A."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One row.
 
-    train: the factors that move on the client; those not named are frozen and equal on every client. Without "C"
-    the core is the identity; without any factor no layer is adapted and only the classification head moves.
+    train: the factors that move on the client; those not named are frozen and equal on every client. Without any
+    factor no layer is adapted and only the classification head moves.
+    core: what C is. turns: where not empty, the factors that move and are sent in each round, in turn.
     strategy: how the server combines the updates unless told otherwise.
     lr, head_lr: default learning rates of AdamW, for the factors and for the classification head, under the cosine
-    schedule; `experiments/README.md` tells how they were chosen (that of `lora` was not searched for).
+    schedule; `experiments/README.md` tells how those of fed-sb, lotr and lora-xs were chosen. No other row's were
+    searched for.
     """
 
     title: str
@@ -44,11 +59,22 @@ class Method:
     strategy: str
     lr: float
     head_lr: float
+    core: str = "full"
+    turns: tuple[tuple[Factor, ...], ...] = ()
 
     @property
     def has_core(self) -> bool:
         """Whether clients train an r×r core between frozen factors."""
         return "C" in self.train
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a pair of frozen factors stands in the layers: A, B or both do not move."""
+        return self.adapts and not {"A", "B"} <= set(self.train)
+
+    def moving(self, server_round: int) -> tuple[Factor, ...]:
+        """The factors that clients train and send in a round, counted from 1."""
+        return self.turns[(server_round - 1) % len(self.turns)] if self.turns else self.train
 
     @property
     def adapts(self) -> bool:
@@ -87,6 +113,69 @@ METHODS: dict[str, Method] = {
         lr=2e-2,
         head_lr=3e-2,
     ),
+    "lotr-tucker": Method(
+        "a core per layer between the Tucker-2 factors of a type's stacked weights",
+        "Bershatsky et al. 2024, LoTR (cores only)",
+        basis="tucker",
+        tie="type",
+        train=("C",),
+        strategy="exact-average",
+        lr=1e-2,
+        head_lr=3e-2,
+    ),
+    "lotr-sb": Method(
+        "a core per layer between the Tucker-2 factors of a type's stacked first steps",
+        "ours: LoTR's sharing with LoRA-SB's subspace",
+        basis="update",
+        tie="type",
+        train=("C",),
+        strategy="exact-average",
+        lr=1e-2,
+        head_lr=3e-2,
+    ),
+    "ravan": Method(
+        "four small cores a layer, each with a scale of its own, between random factors",
+        "Raje et al. 2025, RAVAN",
+        basis="random",
+        tie="layer",
+        train=("C",),
+        strategy="exact-average",
+        lr=1e-2,
+        head_lr=3e-2,
+        core="heads",
+    ),
+    "loldu": Method(
+        "a diagonal between the triangular factors of the frozen weights",
+        "Shi et al. 2024, LoLDU",
+        basis="ldu",
+        tie="layer",
+        train=("C",),
+        strategy="exact-average",
+        lr=1e-2,
+        head_lr=3e-2,
+        core="diag",
+    ),
+    "int-tune": Method(
+        "cores between the first columns and rows of the frozen weights (Nyström)",
+        "Guo et al. 2025, NLoRA (IntTune)",
+        basis="nystrom",
+        tie="layer",
+        train=("C",),
+        strategy="exact-average",
+        lr=1e-2,
+        head_lr=3e-2,
+    ),
+    "tiny-lora": Method(
+        "a few numbers a layer that mix seeded cores between the weights' singular vectors",
+        "Morris et al. 2026, TinyLoRA; Koohpayegani et al. 2024, NOLA",
+        basis="svd",
+        tie="layer",
+        train=("C",),
+        strategy="exact-average",
+        lr=1e-2,
+        head_lr=3e-2,
+        core="mix",
+    ),
     "lora": Method(
         "both factors of LoRA, averaged apart",
         "Hu et al. 2021, LoRA; Zhang et al. 2023, FedIT",
@@ -96,6 +185,30 @@ METHODS: dict[str, Method] = {
         strategy="fedit",
         lr=2e-3,
         head_lr=3e-2,
+        core="identity",
+    ),
+    "ffa-lora": Method(
+        "LoRA's B alone; A stays as it was drawn",
+        "Sun et al. 2024, FFA-LoRA",
+        basis="lora",
+        tie="layer",
+        train=("B",),
+        strategy="ffa-lora",
+        lr=2e-3,
+        head_lr=3e-2,
+        core="identity",
+    ),
+    "rolora": Method(
+        "LoRA's B in odd rounds, its A in even ones",
+        "Chen et al. 2025, RoLoRA",
+        basis="lora",
+        tie="layer",
+        train=("A", "B"),
+        strategy="rolora",
+        lr=2e-3,
+        head_lr=3e-2,
+        core="identity",
+        turns=(("B",), ("A",)),
     ),
     "head": Method(
         "only the classification head: the honest floor",

@@ -23,8 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters import bases as basis_makers
 from fedlotr.adapters.bases import Factors, Request
+from fedlotr.adapters.cores import CORES as CORE_FUNCTIONS
+from fedlotr.adapters.cores import HEADS, mixed_matrices
 from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of, widths
-from fedlotr.adapters.methods import BASES, METHODS, TIES, Method
+from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES, Method
 from fedlotr.errors import nearest
 
 GRADIENT_MEMORY = 2 * 1024**3
@@ -46,6 +48,7 @@ class CoreConfig(PeftConfig):
     alpha: float | None = field(default=None, metadata={"help": "The update is scaled by alpha / r; None means 1."})
     basis: str | None = field(default=None, metadata={"help": f"Where B and A come from: {', '.join(BASES)}."})
     tie: str | None = field(default=None, metadata={"help": f"Who shares B and A: {', '.join(TIES)}."})
+    core: str | None = field(default=None, metadata={"help": f"What C is: {', '.join(CORES)}."})
     seed: int = field(default=0, metadata={"help": "Seed of random bases."})
     target_modules: list[str] | str | None = field(
         default="all-linear", metadata={"help": "Module names, a regular expression, or 'all-linear'."}
@@ -66,6 +69,7 @@ class CoreConfig(PeftConfig):
             ("method", self.method, METHODS),
             ("basis", self.basis, BASES),
             ("tie", self.tie, TIES),
+            ("core", self.core, CORES),
         ):
             if value is not None and value not in choices:
                 raise ValueError(f"{name} {value!r} is not known{nearest(value, choices)}")
@@ -75,6 +79,7 @@ class CoreConfig(PeftConfig):
                 f"method {self.method!r} adapts no layer: train the classification head without an adapter"
             )
         self.basis, self.tie = self.basis or row.basis, self.tie or row.tie
+        self.core = self.core or row.core
         if self.r < 1:
             raise ValueError(f"r is {self.r}; a rank is at least 1")
         if row.has_core and self.basis == "lora":
@@ -83,6 +88,14 @@ class CoreConfig(PeftConfig):
             )
         if not row.has_core and self.tie != "layer":
             raise ValueError(f"method {self.method!r} trains B and A in every layer, so tie {self.tie!r} cannot hold")
+        if row.has_core != (self.core != "identity"):
+            raise ValueError(
+                f"core {self.core!r} does not go with method {self.method!r}, which trains {', '.join(row.train)}"
+            )
+        if self.core == "heads" and self.r % HEADS:
+            raise ValueError(f"rank {self.r} cannot be cut into the {HEADS} blocks of core 'heads'; take a multiple")
+        if self.basis in ("nystrom", "ldu") and self.tie != "layer":
+            raise ValueError(f"basis {self.basis!r} is made from one layer's weights, so tie {self.tie!r} cannot hold")
         if isinstance(self.target_modules, list | set | tuple):
             self.target_modules = sorted(self.target_modules)
 
@@ -100,6 +113,8 @@ class CoreConfig(PeftConfig):
         """The name of the tie that a module belongs to: its own, or its projection type's with the widths."""
         if self.tie == "layer":
             return key
+        if self.tie == "all":
+            return "all"
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", key) + "@{}x{}".format(*widths(layer))
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,21 +154,32 @@ class CoreModel(BaseTuner):
         d_in, d_out, r, row = layer.in_features, layer.out_features, config.r, config.row
         if r > min(d_in, d_out):
             raise ValueError(f"rank {r} is above the width of {current_key} ({d_in} in, {d_out} out)")
-        shapes = {"A": (r, d_in), "B": (d_out, r), "C": (r, r)}
-        members = self._members[config.tag(current_key, layer)]
-        if not row.has_core:
+        core = CORE_FUNCTIONS[config.core if row.has_core else "full"]  # type: ignore[index]
+        shapes: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)} | (
+            core.shapes(r) if row.has_core else {}
+        )
+        tag = config.tag(current_key, layer)
+        members = self._members[tag]
+        if not row.freezes:
             basis = None
         elif members:
+            check_one_shape([*members, (current_key, layer)])
             basis = members[0][1].basis(adapter_name)
         else:
-            basis = Basis(d_in, d_out, r, persistent=config.basis == "update")
+            mixed = mixed_matrices(r, config.seed, tag) if config.core == "mix" else None
+            basis = Basis(d_in, d_out, r, persistent=config.basis == "update", mixed=mixed)
         members.append((current_key, layer))
         layer.add(
             adapter_name,
             r=r,
             scaling=config.scaling,
             basis=basis,
-            parameters={name: torch.zeros(shapes[name]) for name in row.train},
+            parameters={
+                name: torch.ones(shape) if name == "S" else torch.zeros(shape)
+                for name, shape in shapes.items()
+                if name in row.train or name == "S"
+            },
+            core=core,
         )
         layer.set_adapter(self.active_adapters)
         if adapter_name not in self.active_adapters:
@@ -187,6 +213,16 @@ class CoreModel(BaseTuner):
                 f"({str(config.bases_sha256)[:12]}…): another base model, or another processor's decomposition"
             )
         config.bases_sha256 = found
+
+
+def check_one_shape(members: Sequence[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError where layers that would share a pair have different widths."""
+    for name, layer in members[1:]:
+        if widths(layer) != widths(members[0][1]):
+            raise ValueError(
+                f"layers that share one pair need one shape: {members[0][0]} has {widths(members[0][1])} (in, out), "
+                f"{name} has {widths(layer)}; choose layers of one shape as targets, or tie 'type'"
+            )
 
 
 def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Factors:
@@ -234,6 +270,8 @@ def initialize_basis(
     for name, layer in target_layers(model, config).items():
         ties[config.tag(name, layer)].append((name, layer))
     steps = _first_steps(model, [member for members in ties.values() for member in members], batches, loss, memory)
+    for members in ties.values():
+        check_one_shape(members)
     config.bases = {}
     with basis_makers.one_thread():
         for tag, members in ties.items():

@@ -6,7 +6,7 @@ with Gram matrices nothing is squared, so differences far below the size of ΔW 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +21,14 @@ class Layer(NamedTuple):
     """An adapted layer: the names of its trained tensors by factor, and its frozen factors (None where trained).
 
     A (r, d_in), B (d_out, r); no core among the trained factors means the core is the identity.
+    core: what makes the r×r matrix of the published core; linear.
     """
 
     trained: Mapping[str, str]
     A: Matrix | None
     B: Matrix | None
     scale: float
+    core: Callable[[Matrix], Matrix] = lambda published: published
 
 
 class Weighted(NamedTuple):
@@ -70,14 +72,14 @@ def _squared_norm(layer: Layer, terms: Sequence[tuple[float, Arrays]]) -> float:
     if set(layer.trained) == {"C"}:
         # Linear in the core: combine the small matrices first.
         assert layer.A is not None and layer.B is not None
-        core = sum((c * arrays[layer.trained["C"]] for c, arrays in terms), np.zeros(()))
+        core = layer.core(sum((c * arrays[layer.trained["C"]] for c, arrays in terms), np.zeros(())))
         left, right = layer.B @ core, layer.A
     else:
         lefts, rights = [], []
         for coefficient, arrays in terms:
             a = layer.A if layer.A is not None else arrays[layer.trained["A"]]
             b = layer.B if layer.B is not None else arrays[layer.trained["B"]]
-            lefts.append(coefficient * (b @ arrays[layer.trained["C"]] if "C" in layer.trained else b))
+            lefts.append(coefficient * (b @ layer.core(arrays[layer.trained["C"]]) if "C" in layer.trained else b))
             rights.append(a)
         left, right = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
     upper_left, upper_right = np.linalg.qr(left).R, np.linalg.qr(right.T).R

@@ -75,7 +75,9 @@ class Worker:
             ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
             for client in clients
         ]
-        return train_cohort(self.model, to_tensors(content["arrays"]), self.workplace.train, work, training)
+        return train_cohort(
+            self.model, to_tensors(content["arrays"]), self.workplace.train, work, training, None, server_round
+        )
 
 
 def workplace_folder(context: Context) -> str:

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
-from fedlotr.flower.records import to_arrays, to_record
+from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.streams import generator, stream_key
@@ -48,7 +48,7 @@ class Federation:
     sampled: clients in a round. lr_factor: round -> what the clients' learning rates are multiplied by.
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
-    method: for error messages.
+    method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
     """
 
     clients: int
@@ -63,6 +63,7 @@ class Federation:
     held_out: int
     causal: bool
     method: str
+    moving: Callable[[int], frozenset[str]] | None = None
 
 
 @dataclass
@@ -116,7 +117,9 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
-    good, failures = check_replies(replies, messages, view.nodes, state.arrays, federation.bases_sha256)
+    names = set(state.arrays) if federation.moving is None else federation.moving(number)
+    expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
+    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):
@@ -127,13 +130,15 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     with blaming(strategy, number, federation.method, "aggregate_train"):
         # Some of Flower's strategies pop arrays out of the replies.
         aggregated, metrics = strategy.aggregate_train(number, [_copy(message) for message in good])
-        published = _published(aggregated, state.arrays)
+        published = _published(aggregated, expected)
+    # What did not move in this round stays.
+    published = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
 
     start, mean = to_arrays(state.arrays), to_arrays(published)
     sent = _cast(published, state.arrays)
     error = None
     if getattr(strategy, "averages", False):
-        error = aggregation_error(federation.layers, start, mean, _weighted(good))
+        error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start))
     row: dict[str, Any] = {
         "round": number,
         "loss": None,
@@ -222,10 +227,16 @@ def _some(failures: Mapping[int, Failure]) -> str:
     return "; ".join(first.values()) or "no client was asked"
 
 
-def _weighted(good: Sequence[Message]) -> list[Weighted]:
+def _certified(strategy: FlowerStrategy, published: Arrays) -> Arrays:
+    """What is to be the mean of the updates: what a server optimizer starts its step from, or what is published."""
+    before_step: Arrays | None = getattr(strategy, "mean_before_step", None)
+    return published if before_step is None else published | before_step
+
+
+def _weighted(good: Sequence[Message], start: Arrays) -> list[Weighted]:
     contents: list[Any] = [message.content for message in good]
     weights = [float(content["metrics"]["weight"]) for content in contents]
-    return [Weighted(to_arrays(c["arrays"]), w / sum(weights)) for c, w in zip(contents, weights, strict=True)]
+    return [Weighted(start | to_arrays(c["arrays"]), w / sum(weights)) for c, w in zip(contents, weights, strict=True)]
 
 
 def _loss(metrics: MetricRecord | None, good: Sequence[Message]) -> float:

@@ -53,9 +53,11 @@ class Strategy(FlowerStrategy):
 
     averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
     measures how far it is from that. Where it is False, `aggregation_error` is null.
+    mean_before_step: set by a server optimizer in `combine`: the mean before its step, which is certified.
     """
 
     averages: ClassVar[bool] = False
+    mean_before_step: Arrays | None = None
 
     @abstractmethod
     def combine(self, updates: Sequence[Update], server_round: int) -> Mapping[str, npt.NDArray[np.float64]]:

@@ -118,7 +118,7 @@ class Workplace:
         core = None if recipe.core is None else CoreConfig(**recipe.core)
         if core is not None:
             core.bases = self._bases()
-            if core.row.has_core:
+            if core.row.freezes:
                 core.bases_sha256 = None  # a client replies with the fingerprint of what it has; the server compares
         model = TrainableModel(load_base(recipe.model), recipe.model, core)
         self.record_load()

@@ -89,17 +89,23 @@ def train_cohort(
     cohort: Sequence[ClientWork],
     training: LocalTraining,
     transform: GradientTransform | None = None,
+    server_round: int = 1,
 ) -> list[ClientResult]:
     """Train every client of the cohort from the same start; results in the cohort's order.
 
-    start: the trained tensors by name. Equal to training the clients one after another, up to rounding.
+    start: the published tensors by name. server_round: for methods whose factors move in turn. The results hold what
+    is published of the tensors that moved. Equal to training the clients one after another, up to rounding.
     """
     plans = [client_batches(work, training) for work in cohort]
     # Longest first: the clients still active at any step are then a prefix, and stopping is slicing.
     order = sorted(range(len(cohort)), key=lambda k: -len(plans[k]))
+    begun = {name: value.detach().float() for name, value in model.start(start).items()}
+    moving = model.moving(server_round)
+    model.assign(start)  # what does not move is not copied
     stacks = {
-        name: start[name].detach().float().expand(len(cohort), *start[name].shape).clone().requires_grad_()
-        for name in model.trained
+        name: value.expand(len(cohort), *value.shape).clone().requires_grad_()
+        for name, value in begun.items()
+        if name in moving
     }
     optimizer = OPTIMIZERS[training.optimizer](training)
     rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
@@ -121,7 +127,7 @@ def train_cohort(
     seen = [sum(len(batch) for batch in plan) for plan in plans]
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
-        tensors = {name: stack.detach()[position].clone() for name, stack in stacks.items()}
+        tensors = model.publish({name: stack.detach()[position].clone() for name, stack in stacks.items()})
         results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), float(losses[k]) / max(seen[k], 1))
     return [result for result in results if result is not None]
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from fedlotr.adapters.layer import CopiesLinear
+from fedlotr.adapters.layer import CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.examples import IGNORED, Batch
@@ -215,14 +215,39 @@ class TrainableModel:
         found: dict[str, tuple[str, str]] = {
             f"base_model.model.{name}.core_{factor}": (name, factor)
             for name, layer in factored_layers(self.module).items()
-            for factor in "ABC"
-            if self.core is not None and factor in self.core.row.train and layer.factor(factor, "default") is not None
+            for factor in "ABCS"
+            if "default" in getattr(layer, f"core_{factor}")
         }
         for name in self.heads:
             for part in ("weight", "bias"):
                 if getattr(self.module.get_submodule(name), part) is not None:
                     found[f"base_model.model.{name}.{part}"] = (name, part)
         return dict(sorted(found.items()))
+
+    @cached_property
+    def published(self) -> list[str]:
+        """The trained tensors that travel; a core's scales stay on the client."""
+        return [name for name, (module, part) in self.trained.items() if module in self.heads or part != "S"]
+
+    def moving(self, server_round: int) -> frozenset[str]:
+        """The trained tensors that move in a round, counted from 1; what of them is published is sent."""
+        factors = () if self.core is None else self.core.row.moving(server_round)
+        parts = {*factors, "S"} if "C" in factors else set(factors)
+        return frozenset(name for name, (module, part) in self.trained.items() if module in self.heads or part in parts)
+
+    def publish(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """What leaves the client of some of its trained tensors, by name."""
+        sent: Tensors = {}
+        for module, parts in self.as_copies(tensors).items():
+            layer = self.module.get_submodule(module)
+            if isinstance(layer, FactoredLayer) and "C" in parts:
+                parts = {**parts, **layer.core["default"].publish(parts)}
+            sent |= {self._names[module, part]: value for part, value in parts.items() if part != "S"}
+        return dict(sorted(sent.items()))
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], str]:
+        return {where: name for name, where in self.trained.items()}
 
     @cached_property
     def head_names(self) -> frozenset[str]:
@@ -239,14 +264,19 @@ class TrainableModel:
         return parameter
 
     def values(self) -> Tensors:
-        """The trained tensors as they are now, cloned, float32."""
-        return {name: self._parameter(name).detach().clone() for name in self.trained}
+        """The published tensors as they are now, cloned, float32."""
+        return self.publish({name: self._parameter(name).detach().clone() for name in self.trained})
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Write the trained tensors. Raises KeyError for a missing one."""
+        """Write the published tensors; scales start again. Raises KeyError for a missing one."""
         with torch.no_grad():
-            for name in self.trained:
-                self._parameter(name).copy_(values[name])
+            for name, value in self.start(values).items():
+                self._parameter(name).copy_(value)
+
+    def start(self, values: Mapping[str, torch.Tensor]) -> Tensors:
+        """The trained tensors at the start of a round: the published ones, and scales of one."""
+        sent = set(self.published)
+        return {name: values[name] if name in sent else torch.ones_like(self._parameter(name)) for name in self.trained}
 
     def as_copies(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Trained tensors with copies axes, arranged for `adapters.copies`."""

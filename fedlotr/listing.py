@@ -1,0 +1,95 @@
+"""`fedlotr ls methods` and `fedlotr ls strategies`: what there is to choose from, and what each costs."""
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from fedlotr.adapters.methods import METHODS, Method
+from fedlotr.errors import nearest
+
+CORE_NUMBERS = {"full": "r²", "diag": "r", "heads": "r²/4", "mix": "min(64, r²)"}
+FACTOR_NUMBERS = {"A": "r·d_in", "B": "r·d_out"}
+USAGE = "usage: fedlotr ls methods|strategies [--json]"
+
+Row = dict[str, str]
+
+
+def upload(row: Method) -> str:
+    """Numbers that a client sends a round for each adapted layer, as a formula in r, d_in and d_out."""
+    turns = row.turns or (row.train,)
+    sums = [" + ".join(CORE_NUMBERS[row.core] if f == "C" else FACTOR_NUMBERS[f] for f in turn) for turn in turns]
+    return ", then ".join(sums) or "0"
+
+
+def one_off(row: Method) -> str:
+    """What a client receives once: the frozen factors, a seed and a hash, or nothing."""
+    if not row.freezes:
+        return "nothing"
+    if row.basis != "update":
+        return "seed and hash, 40 bytes"
+    return f"r·(d_in + d_out) {'per type' if row.tie == 'type' else 'per layer'}"
+
+
+def methods() -> list[Row]:
+    """One row a method."""
+    return [
+        {
+            "method": name,
+            "trains": ", then ".join(", ".join(turn) for turn in row.turns or (row.train,)) or "the head",
+            "basis": row.basis if row.adapts else "",
+            "tie": row.tie if row.adapts else "",
+            "core": row.core if row.adapts else "",
+            "upload a layer": upload(row),
+            "one-off": one_off(row),
+            "strategy": row.strategy,
+            "paper": row.paper,
+        }
+        for name, row in METHODS.items()
+    ]
+
+
+def strategies() -> list[Row]:
+    """One row a strategy that an installed package announces; one that cannot be loaded says why."""
+    found = []
+    for point in sorted(entry_points(group="fedlotr.strategies"), key=lambda point: point.name):
+        try:
+            kind = point.load()
+            certified = "yes" if getattr(kind, "averages", False) else "no"
+            about = (kind.__doc__ or "").strip().splitlines()
+        except Exception as error:  # a package of someone else's
+            certified, about = "?", [f"cannot be loaded: {type(error).__name__}: {error}"]
+        found.append(
+            {"strategy": point.name, "certified": certified, "what": about[0] if about else "", "from": point.value}
+        )
+    return found
+
+
+KINDS = {"methods": methods, "strategies": strategies}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one of the tables: for the eye, tab-separated where it is piped, or as JSON; exit code 0, or 2."""
+    words = [word for word in argv if word != "--json"]
+    if "-h" in words or "--help" in words:
+        print(USAGE)
+        return 0
+    if len(words) != 1 or words[0] not in KINDS:
+        known = nearest(words[0], KINDS) if words else ""
+        said = f"{words[0]}: nothing of that name to list{known}" if words else "nothing is named to list"
+        print(f"error: {said}; {USAGE}", file=sys.stderr)
+        return 2
+    rows = KINDS[words[0]]()
+    if "--json" in argv:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*row.values())
+        Console().print(table)
+    else:
+        print("\n".join("\t".join(cells) for cells in (list(rows[0]), *(row.values() for row in rows))))
+    return 0

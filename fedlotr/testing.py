@@ -1,0 +1,215 @@
+"""For authors of strategies: `check_strategy("my_strategies.py:Mine")` puts one through what ours must keep.
+
+Small models with square and rectangular, Linear and Conv1D layers, r equal to a width and α ≠ r are trained by
+clients that add seeded noise; the round loop is the real one, and a dense oracle stands beside the certificate.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlotr.adapters.layer import FactoredLayer
+from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.tuner import CoreConfig, bases_sha256, factored_layers, initialize_basis
+from fedlotr.engines import LocalGrid
+from fedlotr.flower.certificate import Layer
+from fedlotr.flower.loop import Federation, Round, State, run_round
+from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.records import to_arrays, to_record
+from fedlotr.simulation import certificate_layers
+from fedlotr.streams import generator
+from fedlotr.training.models import ModelSpec, TrainableModel
+
+CLIENTS = 5
+RANK, ALPHA = 4, 6.0
+EXACT = 1e-6
+HEAD = "head.weight"
+
+app = ClientApp()
+
+
+def _reply(arrays: Mapping[str, Any], method: str, client: int, server_round: int) -> dict[str, Any]:
+    """What a client sends: the tensors that move in this round, with noise of its own (float32)."""
+    moving = METHODS[method].moving(server_round)
+    stream = generator(7, "conformance", server_round, client)
+    return {
+        name: (value + 0.1 * stream.standard_normal(value.shape)).astype(np.float32)
+        for name, value in sorted(arrays.items())
+        if name == HEAD or name[-1] in moving
+    }
+
+
+@app.train()
+def _train(message: Message, context: Context) -> Message:
+    content: Any = message.content
+    client = int(context.node_config["partition-id"])
+    if client == context.run_config["dropped"]:
+        raise RuntimeError("this client is dropped")
+    sent = _reply(to_arrays(content["arrays"]), str(context.run_config["method"]), client, _round(content))
+    records: dict[str, Any] = {
+        "arrays": to_record(sent),
+        "metrics": MetricRecord({"num-examples": client + 1, "weight": float(client + 1), "loss": 1.0}),
+        "client": ConfigRecord({"client": client, "bases-sha256": str(context.run_config["bases"])}),
+    }
+    return Message(RecordDict(records), reply_to=message)
+
+
+def _round(content: Any) -> int:
+    return int(content["config"]["server-round"])
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(4, 4), "up": nn.Linear(4, 9), "conv": Conv1D(5, 4)})  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block["q"](x) + block["up"](x).square().mean() + block["conv"](x).sin().mean()  # type: ignore[index]
+        return x
+
+
+def _model(method: str, tie: str, dtype: torch.dtype) -> TrainableModel:
+    net = _Net()
+    stream = generator(7, "conformance")
+    for parameter in net.parameters():
+        parameter.data = torch.from_numpy(stream.standard_normal(parameter.shape)).to(dtype)
+    config = CoreConfig(method=method, r=RANK, alpha=ALPHA, tie=tie, target_modules=r".*\.(q|up|conv)")
+    if config.basis == "update":
+        x = torch.from_numpy(stream.standard_normal((8, 4))).to(dtype)
+        config = initialize_basis(net, [x], lambda model, batch: model(batch).square().sum(), config)
+    return TrainableModel(net, ModelSpec("", "causal-lm", 0, False, 0), config)
+
+
+def _dense(model: TrainableModel | None, arrays: Mapping[str, Any]) -> list[Any]:
+    """Every layer's ΔW, multiplied out in float64."""
+    if model is None:
+        return []
+    named = {name: torch.from_numpy(np.asarray(value)).double() for name, value in arrays.items()}
+    found = []
+    for name, layer in factored_layers(model.module).items():
+        found.append(_product(layer, {f: named.get(f"base_model.model.{name}.core_{f}") for f in "ABC"}))
+    return found
+
+
+def _product(layer: FactoredLayer, sent: Mapping[str, torch.Tensor | None]) -> Any:
+    pair = layer.basis("default")
+    a = sent["A"] if sent["A"] is not None else pair.A.double()  # type: ignore[union-attr]
+    b = sent["B"] if sent["B"] is not None else pair.B.double()  # type: ignore[union-attr]
+    if sent["C"] is None:
+        return (layer.scaling["default"] * b @ a).numpy()
+    mixed = None if pair is None or pair.P is None else pair.P.double()
+    core = layer.core["default"].expand({"C": sent["C"]}, mixed)
+    return (layer.scaling["default"] * b @ core @ a).numpy()
+
+
+class _Reversed(LocalGrid):
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+
+
+class _Case:
+    """One model and one strategy, driven round by round."""
+
+    def __init__(self, make: Callable[[int], Any], method: str, model: TrainableModel | None, sampled: int) -> None:
+        self.method, self.model, self.strategy = method, model, make(sampled)
+        self.layers: list[Layer] = [] if model is None else certificate_layers(model)
+        self.bases = "none" if model is None else bases_sha256(model.module)
+        arrays = {} if model is None else {name: value.numpy() for name, value in model.values().items()}
+        self.state = State(to_record({**arrays, HEAD: np.ones((3, 2), np.float32)}))
+        names = frozenset(self.state.arrays)
+        row = METHODS[method]
+        self.federation = Federation(
+            clients=sampled,
+            sampled=sampled,
+            rounds=3,
+            seed=0,
+            max_failed=0.5,
+            lr_factor=lambda server_round: 1.0,
+            basis=None,
+            bases_sha256=self.bases,
+            layers=self.layers,
+            held_out=0,
+            causal=False,
+            method=method,
+            moving=lambda n: frozenset(name for name in names if name == HEAD or name[-1] in row.moving(n)),
+        )
+
+    def round(self, kind: type[LocalGrid] = LocalGrid, dropped: int = -1) -> Round:
+        """One round; for a strategy that averages, its certificate is compared with the dense oracle."""
+        before, number = to_arrays(self.state.arrays), self.state.round + 1
+        config: Any = {"method": self.method, "bases": self.bases, "dropped": dropped}
+        with kind("fedlotr.testing:app", self.federation.clients, run_config=config) as grid:
+            done = run_round(grid, self.strategy, self.federation, self.state)
+        assert set(done.failures) == ({dropped} - {-1}), f"failures {done.failures}"
+        if not getattr(self.strategy, "averages", False):
+            return done
+        clients = [k for k in range(self.federation.clients) if k != dropped]
+        shares = [(k + 1) / sum(k + 1 for k in clients) for k in clients]
+        sent = [before | _reply(before, self.method, k, number) for k in clients]
+        stepped = getattr(self.strategy, "mean_before_step", None)
+        found = to_arrays(self.state.arrays) if stepped is None else before | stepped
+        head = sum(p * arrays[HEAD] for p, arrays in zip(shares, sent, strict=True))
+        np.testing.assert_allclose(found[HEAD], head, rtol=EXACT, err_msg="the head is not the mean of the updates")
+        dense = [_dense(self.model, arrays) for arrays in sent]
+        mean = [sum(p * w for p, w in zip(shares, layer, strict=True)) for layer in zip(*dense, strict=True)]
+        gaps = [np.square(a - b).sum() for a, b in zip(_dense(self.model, found), mean, strict=True)]
+        moves = [np.square(b - a).sum() for a, b in zip(_dense(self.model, before), mean, strict=True)]
+        error = done.metrics["aggregation_error"]
+        if not moves:
+            assert error is None
+            return done
+        oracle = float(np.sqrt(sum(gaps) / sum(moves)))
+        assert abs(error - oracle) <= EXACT, f"the certificate says {error:.3g}, a dense oracle {oracle:.3g}"
+        if len(METHODS[self.method].moving(number)) == 1:
+            assert error <= EXACT, f"round {number}: what is published is not the mean of the updates: {error:.3g}"
+        return done
+
+
+def check_strategy(name: str, arguments: Mapping[str, Any] | None = None, *, method: str = "lotr") -> None:
+    """Put a strategy, named as on the command line, through the conformance suite; raises AssertionError.
+
+    For every strategy: unequal weights, rounds that differ, one client, a dropped client, replies in another order
+    (equal bytes), layers tied and untied, a base in bfloat16. Where it says that it `averages`: the certificate equals
+    a dense oracle, and is at most 1e-6 where one factor moves.
+    """
+
+    def make(clients: int) -> Any:
+        return load_strategy(name, dict(arguments or {}), clients)
+
+    for model in _models(method):
+        here, turned = _Case(make, method, model, CLIENTS), _Case(make, method, model, CLIENTS)
+        before = here.state.arrays
+        for dropped in (-1, -1, 1):
+            here.round(dropped=dropped)
+            turned.round(_Reversed, dropped=dropped)
+            assert _bytes(here.state.arrays) != _bytes(before), "the round changed nothing"
+            assert _bytes(here.state.arrays) == _bytes(turned.state.arrays), "the order of the replies shows"
+            before = here.state.arrays
+        alone = _Case(make, method, model, 1)
+        alone.round()
+        alone.round()
+
+
+def _models(method: str) -> Iterator[TrainableModel | None]:
+    row = METHODS[method]
+    if not row.adapts:
+        yield None
+        return
+    yield _model(method, row.tie, torch.float32)
+    yield _model(method, row.tie, torch.bfloat16)
+    if row.has_core and row.basis not in ("nystrom", "ldu"):
+        yield _model(method, "type" if row.tie == "layer" else "layer", torch.float32)
+
+
+def _bytes(arrays: ArrayRecord) -> bytes:
+    return b"".join(arrays[name].numpy().tobytes() for name in sorted(arrays))

@@ -1,0 +1,239 @@
+"""One table of methods and strategies; every row through the same properties, and two rounds from the command line."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlotr import simulate
+from fedlotr.adapters import CORES, METHODS, CoreConfig
+from fedlotr.adapters.bases import Request, ldu_basis, nystrom_basis, spectral_basis, tucker_basis
+from fedlotr.adapters.cores import CORES as FUNCTIONS
+from fedlotr.adapters.cores import expand_heads, mixed_matrices
+from fedlotr.flower import Update, weighted_mean
+from fedlotr.flower.plugins import load_strategy
+from fedlotr.testing import check_strategy
+from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
+from fedlotr.training.examples import Examples
+from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from tests.support import read_run
+
+ROWS = [(method, row.strategy) for method, row in METHODS.items()]
+OTHERS = [
+    ("lotr", name) for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum")
+] + [("rolora", "fedadam"), ("ravan", "fedavgm")]
+INEXACT = ("fedit",)
+NOT_MEANS = ("median", "trimmed-mean", "krum")
+
+R, WIDE, NARROW = 4, 48, 32
+"""Rank, and the widths of the tiny BERT: in each of two blocks four 32×32 matrices and two of
+48×32, and the pooler."""
+SUM_OUT, SUM_IN = 2 * (5 * NARROW + WIDE) + NARROW, 2 * (5 * NARROW + WIDE) + NARROW
+HEAD = 2 * NARROW + 2
+NUMBERS = {
+    "loldu": 13 * R,
+    "ravan": 13 * R * R // 4,
+    "tiny-lora": 13 * min(64, R * R),
+    "lora": R * (SUM_OUT + SUM_IN),
+    "ffa-lora": R * SUM_OUT,
+    "rolora": R * SUM_OUT,  # of either factor: the sums are equal here
+    "head": 0,
+}
+"""Numbers that a client sends in a round, without the head; 13 r² for all others."""
+
+
+@pytest.mark.parametrize(("method", "strategy"), ROWS + OTHERS)
+def test_two_rounds_from_the_command_line(
+    method: str, strategy: str, tiny_bert: Path, animals: Path, tmp_path: Path
+) -> None:
+    words = f"--model {tiny_bert} --data {animals} --method {method} --strategy {strategy} --rank {R}"
+    words += (
+        " --clients 3 --sample 3 --rounds 2 --max-examples 12 --public-examples 16 --eval-examples 6 --partition iid"
+    )
+    words += f" --engine local --threads 1 --dtype float32 --quiet --out {tmp_path / 'run'}"
+    assert simulate.main(words.split()) == 0
+    summary, rows = read_run(tmp_path / "run")
+    errors = [row["aggregation_error"] for row in rows]
+    if method == "head" or strategy in NOT_MEANS:
+        assert errors == [None, None]
+    elif strategy in INEXACT:
+        assert all(error is not None and error > 1e-6 for error in errors)
+    else:
+        assert all(error is not None and error <= 1e-6 for error in errors)
+    sent = summary["communication"]["upload_payload_bytes_per_client_round"]
+    assert sent == 4 * (NUMBERS.get(method, 13 * R * R) + HEAD), "the ledger says what the formula says"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("method", "strategy"), ROWS + OTHERS)
+def test_every_row_keeps_the_properties(method: str, strategy: str) -> None:
+    check_strategy(strategy, method=method)
+
+
+@pytest.mark.parametrize("method", [method for method, row in METHODS.items() if row.adapts])
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_federated_equals_central(method: str, alpha: float | None, tiny_gpt2: Path) -> None:
+    """One full-batch SGD step a client, averaged by examples, is one step on the pooled data (Conv1D layers)."""
+    spec = ModelSpec(str(tiny_gpt2), "causal-lm", 0, False, 0)
+    base = load_base(spec)
+    config = CoreConfig(method=method, r=4, alpha=alpha, basis="svd" if METHODS[method].basis == "update" else None)
+    config.target_modules = adaptable_layers(base, "all-linear")
+    model = TrainableModel(base, spec, config)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 9, 12)
+    tokens = rng.integers(3, 500, lengths.sum()).astype(np.int32)
+    data = Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.ones(12, np.int64), causal=True)
+    training = LocalTraining(batch_size=12, optimizer="sgd", lr=0.1)
+    parts = [np.arange(0, 2), np.arange(2, 5), np.arange(5, 12)]
+    start = model.values()
+
+    def train(rows: list[Any]) -> list[Any]:
+        return train_cohort(model, start, data, [ClientWork(r, np.random.default_rng(1)) for r in rows], training)
+
+    apart = [
+        Update(k, {n: t.double().numpy() for n, t in result.tensors.items()}, result.examples)
+        for k, result in enumerate(train(parts))
+    ]
+    central = train([np.arange(12)])[0].tensors
+    for name, mean in weighted_mean(apart).items():
+        step = central[name].double().numpy()
+        scale = max(float(np.abs(step - start[name].numpy()).max()), 1e-3)
+        np.testing.assert_allclose(mean, step, rtol=0, atol=1e-6 + 1e-5 * scale, err_msg=name)
+    assert any(not torch.equal(central[name], start[name]) for name in central), "something moved"
+
+
+def test_check_strategy_sees_a_sum_where_the_weights_were_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "unweighted.py").write_text(
+        "from fedlotr.flower import Strategy\n"
+        "class Unweighted(Strategy):\n"
+        "    averages = True\n"
+        "    def combine(self, updates, server_round):\n"
+        "        return {k: sum(u.arrays[k] for u in updates) / len(updates) for k in updates[0].arrays}\n"
+        "class Hoarding(Strategy):\n"
+        "    averages = True\n"
+        "    def __init__(self): self.seen = []\n"
+        "    def combine(self, updates, server_round):\n"
+        "        self.seen += updates\n"
+        "        total = sum(u.weight for u in self.seen)\n"
+        "        return {k: sum(u.weight * u.arrays[k] for u in self.seen) / total for k in updates[0].arrays}\n"
+        "class First(Strategy):\n"
+        "    averages = True\n"
+        "    def combine(self, updates, server_round):\n"
+        "        p = updates[0].weight / sum(u.weight for u in updates)\n"
+        "        return {k: p * v for k, v in updates[0].arrays.items()}\n"
+    )
+    for name in ("Unweighted", "Hoarding", "First"):  # fed_agg.py; client_model_dicts; weighted_sindgle_weights
+        with pytest.raises(AssertionError, match="the mean of the updates"):
+            check_strategy(f"{tmp_path / 'unweighted.py'}:{name}")
+
+
+def test_every_core_starts_at_zero_and_publishes_what_it_expands_to() -> None:
+    assert set(FUNCTIONS) == set(CORES) - {"identity"}
+    mixed = mixed_matrices(8, 0, "q").double()
+    for core in FUNCTIONS.values():
+        torch.manual_seed(0)
+        theta = {name: torch.randn(3, *shape, dtype=torch.float64) for name, shape in core.shapes(8).items()}
+        whole = core.expand(theta, mixed)
+        assert whole.shape == (3, 8, 8), "copies axes lead"
+        published = core.publish(theta)
+        assert set(published) == {"C"}
+        torch.testing.assert_close(core.expand(published, mixed), whole)
+        torch.testing.assert_close(core.expand({"C": published["C"].mean(0)}, mixed), whole.mean(0))
+
+
+def test_heads_are_blocks_with_a_scale_each() -> None:
+    blocks, scales = torch.randn(4, 2, 2), torch.randn(4)
+    expected = torch.block_diag(*(s * h for s, h in zip(scales, blocks, strict=True)))
+    torch.testing.assert_close(expand_heads({"C": blocks, "S": scales}), expected)
+
+
+def request(*matrices: torch.Tensor, r: int) -> Request:
+    return Request("q", matrices[0].shape[1], matrices[0].shape[0], r, 0, lambda: iter(matrices))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_ldu_and_nystrom_are_the_papers_factors(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(shape, dtype=torch.float64)
+    r = min(shape)
+    pair = ldu_basis(request(w, r=r))
+    diagonal = torch.linalg.lu(w).U.diagonal()
+    torch.testing.assert_close(pair.B.double() @ torch.diag(diagonal) @ pair.A.double(), w, atol=1e-5, rtol=1e-5)
+    low = w[:, :2] @ w[:2, :]
+    pair = nystrom_basis(request(low, r=2))
+    middle = torch.linalg.pinv(low[:2, :2])
+    torch.testing.assert_close(pair.B.double() @ middle @ pair.A.double(), low, atol=1e-4, rtol=1e-4)
+
+
+def test_ldu_of_a_singular_matrix_is_finite() -> None:
+    pair = ldu_basis(request(torch.zeros(4, 5), r=3))
+    assert torch.isfinite(pair.A).all() and torch.isfinite(pair.B).all()
+
+
+def test_tucker_holds_at_least_what_the_higher_order_svd_holds() -> None:
+    torch.manual_seed(0)
+    members = [torch.randn(9, 7) for _ in range(4)]
+
+    def held(pair: Any) -> float:
+        return sum(float((pair.B.T @ m @ pair.A.T).square().sum()) for m in members)
+
+    best = tucker_basis(request(*members, r=2))
+    torch.testing.assert_close(best.A @ best.A.T, torch.eye(2), atol=1e-6, rtol=0)
+    assert held(best) > held(spectral_basis(request(*members, r=2)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "ravan", "r": 6}, "cannot be cut into the 4 blocks"),
+        ({"method": "loldu", "tie": "type"}, "made from one layer's weights"),
+        ({"method": "lora", "core": "diag"}, "does not go with method 'lora'"),
+        ({"method": "lotr", "core": "identity"}, "does not go with method 'lotr'"),
+        ({"core": "heds"}, "did you mean 'heads'"),
+    ],
+)
+def test_points_of_the_grid_that_cannot_work_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoreConfig(**fields)
+
+
+def test_tie_all_needs_one_shape(tiny_bert: Path, animals: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--model {tiny_bert} --data {animals} --method lotr --tie all --rank 4 --clients 3 --engine local"
+    assert simulate.main(words.split()) == 2
+    assert "--tie all: layers that share one pair need one shape" in " ".join(capsys.readouterr().err.split())
+
+
+def test_adding_lora_xs_again_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(METHODS, "again", replace(METHODS["lora-xs"], title="once more"))
+    check_strategy("exact-average", method="again")
+
+
+def test_server_optimizers_follow_their_formulas() -> None:
+    start, x = {"C": np.array([1.0, 2.0])}, {"C": np.array([1.5, 1.0])}
+    delta = x["C"] - start["C"]
+    square, tau = delta**2, 1e-3
+    wanted = {
+        "fedavgm": delta,
+        "fedadam": 1e-2 * 0.1 * delta / (np.sqrt(0.99 * tau**2 + 0.01 * square) + tau),
+        "fedyogi": 1e-2 * 0.1 * delta / (np.sqrt(tau**2 - 0.01 * square * np.sign(tau**2 - square)) + tau),
+        "fedadagrad": 1e-2 * delta / (np.sqrt(tau**2 + square) + tau),
+    }
+    for name, step in wanted.items():
+        made: Any = load_strategy(name, {}, 2)
+        made.current = start
+        np.testing.assert_allclose(made.combine([Update(0, x, 2.0)], 1)["C"], start["C"] + step)
+
+
+def test_robust_rules_ignore_one_hostile_client() -> None:
+    updates = [Update(i, {"C": np.full(3, 1.0 + 0.01 * i)}, 1.0) for i in range(6)] + [
+        Update(6, {"C": np.full(3, 1e9)}, 1.0)
+    ]
+    for name in NOT_MEANS:
+        found = load_strategy(name, {}, 7).combine(updates, 1)["C"]  # type: ignore[attr-defined]
+        assert np.all((found >= 1) & (found <= 1.05)), name
+    assert weighted_mean(updates)["C"].max() > 1e8
