@@ -78,8 +78,8 @@ def test_a_csv_split_without_labels_is_passed_over(tmp_path: Path) -> None:
     [
         (b"text,label\na,b\nc\n", "line 3: 1 fields, but the header has 2; a field that holds the separator"),
         (b"text,text\na,b\n", "line 1: expected a header of different column names, 'text' is there twice"),
-        (b"text,label\n\xe9t\xe9,b\n", "is not UTF-8 .*; save it again"),
-        (b'text,label\n"a,b\n', r"line \d: not CSV"),
+        (b"text,label\n\xe9t\xe9,b\n", "line 2: not UTF-8 .*; save it again"),
+        (b'text,label\na,b\n"c,d\ne,f\n', r"the row that begins in line 3: not CSV"),
         (b"text,label\n", "has no rows; expected a header line"),
         (b"", "has no rows; expected a header line"),
     ],
@@ -101,6 +101,41 @@ def test_parts_of_a_split_are_read_in_their_order_and_class_names_are_kept(tmp_p
     source = load_source(str(tmp_path))
     assert source.train["text"][:] == ["a", "b", "c"] and source.test_split == "validation"
     assert resolve_task("auto", source).label_names == ("no", "yes")
+
+
+def test_parts_that_are_not_there_are_missed(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-00000-of-00003.parquet", ROWS)
+    with pytest.raises(InputError, match="1 of the 3 parts of train are there"):
+        load_source(str(tmp_path))
+
+
+def test_class_names_are_those_of_the_column_that_is_the_label(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "intent": datasets.ClassLabel(names=["ask", "tell", "sing"]),
+        }
+    )
+    columns = {"text": ["a"] * 20, "label": [0, 1] * 10, "intent": [0, 1, 2, 1] * 5}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    source = load_source(str(tmp_path), names=Names(label="intent"))
+    assert resolve_task("auto", source).label_names == ("ask", "tell", "sing")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (5, r"data\['train'\] is a int; expected a datasets.Dataset, or rows"),
+        ({"train": None}, r"data\['train'\] is a NoneType"),
+        ({"train": [{7: "a"}]}, "column 7 is not named by text"),
+        ({"train": [{"text": "\ud800"}]}, r"row 1: 'text' has half of a surrogate pair"),
+        ({"test": []}, "no split 'train' among test"),
+    ],
+)
+def test_data_from_python_that_cannot_be_used_is_refused(data: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_source(data)
 
 
 def test_one_of_several_folders_of_data_has_to_be_named(tmp_path: Path) -> None:

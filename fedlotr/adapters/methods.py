@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=1e-2,
+        lr=5e-3,
         head_lr=3e-2,
     ),
     "lotr": Method(

@@ -42,8 +42,10 @@ class Table(NamedTuple):
     label_names: tuple[str, ...] | None = None
 
 
-def read_files(paths: Iterable[Path], given: str) -> Table:
-    """The rows of one split's files, one after the other. given: the option and its value, for messages.
+def read_files(paths: Iterable[Path], given: str, label: str = "label") -> Table:
+    """The rows of one split's files, one after the other.
+
+    given: the option and its value, for messages. label: the column whose class names are wanted.
 
     Raises InputError with what is wrong in each file.
     """
@@ -51,7 +53,7 @@ def read_files(paths: Iterable[Path], given: str) -> Table:
     problems: list[str] = []
     for path in paths:
         try:
-            tables.append(READERS[suffix_of(path)](path))
+            tables.append(READERS[suffix_of(path)](path, label))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -77,7 +79,7 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
 
 
-def _read_json(path: Path) -> Table:
+def _read_json(path: Path, label: str) -> Table:
     """JSON lines; those of lists or objects, which no task reads, are left out."""
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -97,7 +99,7 @@ def _read_json(path: Path) -> Table:
     return Table(_checked(path, found, numbers, problems))
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, label: str) -> Table:
     """Comma-separated values with a header line (or semicolons or tabs, where it has no comma), all of it text.
 
     Nothing is guessed from what a value looks like: "007" stays what it is. Columns without a name, such as a data
@@ -109,12 +111,15 @@ def _read_csv(path: Path) -> Table:
     header: list[str] = []
     limit = csv.field_size_limit(FIELD_LIMIT)
     try:
-        text = b"".join(_bytes(path)).decode("utf-8-sig")
-        first = text.partition("\n")[0]
+        content = b"".join(_bytes(path))
+        text = content.decode("utf-8-sig")
+        first = text.lstrip().partition("\n")[0]
         marks = ("\t",) if "tsv" in suffix_of(path) else (",", ";", "\t")
         delimiter = next((mark for mark in marks if mark in first), marks[0])
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        above = 0
         for fields in reader:
+            line, above = above + 1, reader.line_num  # a record may go over several lines
             if not fields:
                 continue  # a blank line
             if not header:
@@ -127,18 +132,19 @@ def _read_csv(path: Path) -> Table:
                     break
             elif len(fields) != len(header):
                 problems.append(
-                    f"--data: {path}, line {reader.line_num}: {len(fields)} fields, but the header has "
+                    f"--data: {path}, line {line}: {len(fields)} fields, but the header has "
                     f"{len(header)}; a field that holds the separator belongs in double quotes"
                 )
             else:
                 rows.append(fields)
-                numbers.append(reader.line_num)
+                numbers.append(line)
     except UnicodeDecodeError as error:
         problems.append(
-            f"--data: {path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it again in that encoding"
+            f"--data: {path}, line {content[: error.start].count(10) + 1}: not UTF-8 ({error.reason}); "
+            "save it again in that encoding"
         )
     except csv.Error as error:
-        problems.append(f"--data: {path}, line {reader.line_num}: not CSV ({error})")
+        problems.append(f"--data: {path}, the row that begins in line {above + 1}: not CSV ({error})")
     except (OSError, EOFError, zlib.error) as error:
         problems.append(f"--data: {path} cannot be read: {error}")
     finally:
@@ -153,7 +159,7 @@ def _twice(names: list[str]) -> str:
     return f", '{names[0]}' is there twice" if names else ""
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, label: str) -> Table:
     """Parquet, by pyarrow; class names as the `datasets` library keeps them in a file's schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -169,6 +175,7 @@ def _read_parquet(path: Path) -> Table:
                 for test in (
                     pa.types.is_string,
                     pa.types.is_large_string,
+                    pa.types.is_string_view,
                     pa.types.is_integer,
                     pa.types.is_floating,
                     pa.types.is_boolean,
@@ -176,7 +183,7 @@ def _read_parquet(path: Path) -> Table:
                 )
             )
             found[name] = column.to_pylist() if read else [[]] * table.num_rows  # as a list: no task reads it
-        names = _class_names(table.schema.metadata or {})
+        names = _class_names(table.schema.metadata or {}, label)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         words = " ".join(str(error).split())[:200]
         raise InputError(f"--data: {path} cannot be read as Parquet: {words or type(error).__name__}") from None
@@ -185,15 +192,17 @@ def _read_parquet(path: Path) -> Table:
     return Table(_checked(path, found, range(1, count + 1), problems, unit="row"), names)
 
 
-def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
+def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
+    """The names that a schema has for the classes of a column; None where it has none, or not one for each."""
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return tuple(map(str, names)) if isinstance(names, list) and names else None
+    different = isinstance(names, list) and names and len(set(map(str, names))) == len(names)
+    return tuple(map(str, names)) if different else None
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
+READERS: dict[str, Callable[[Path, str], Table]] = {
     ".jsonl": _read_json,
     ".jsonl.gz": _read_json,
     ".csv": _read_csv,
@@ -209,6 +218,11 @@ def checked_columns(where: str, found: Columns) -> Columns:
     """The columns of rows that come from no file: those that can be read, each of one kind. Raises InputError."""
     count = len(next(iter(found.values()), []))
     problems = [] if count else [f"{where} has no rows"]
+    problems += [f"{where}: column {name!r} is not named by text" for name in found if not isinstance(name, str)]
+    found = {name: values for name, values in found.items() if isinstance(name, str)}
+    for name, values in found.items():
+        broken = [row for row, value in enumerate(values, start=1) if isinstance(value, str) and not _is_text(value)]
+        problems += [f"{where}, row {row}: '{name}' has half of a surrogate pair" for row in broken]
     return _checked(where, found, range(1, count + 1), problems, unit="row")
 
 
@@ -238,6 +252,15 @@ def _checked(where: object, found: Columns, numbers: Sequence[int], problems: li
     if problems:
         raise InputError(problems)
     return columns
+
+
+def _is_text(value: str) -> bool:
+    """Whether this can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bytes(path: Path) -> Iterator[bytes]:

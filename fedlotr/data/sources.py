@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,13 +102,20 @@ def load_source(
         return _load_own(data, seed, eval_split, names or Names())
     if data == "pydoc":
         return _load_pydoc(eval_split)
+    names = names or Names()
     path, given = Path(data).expanduser(), f"--data {data}"
     name = path.resolve().name.split(".")[0] if path.is_file() else path.resolve().name
     if not path.exists() and is_data_id(data):
         path, name = fetch_data(data, READERS), data
     files = split_files(path, given)
     return _assemble(
-        name, list(files), lambda split: read_files(files[split], given), seed, eval_split, names or Names(), given
+        name,
+        list(files),
+        lambda split: read_files(files[split], given, names.label_column),
+        seed,
+        eval_split,
+        names,
+        given,
     )
 
 
@@ -149,6 +156,12 @@ def _load_pydoc(eval_split: str | None) -> Source:
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) -> Source:
     splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    for split, given in splits.items():
+        if isinstance(given, str) or not (hasattr(given, "column_names") or isinstance(given, Iterable)):
+            raise InputError(
+                f"data['{split}'] is a {type(given).__name__}; expected a datasets.Dataset, or rows that are mappings "
+                "of column to value"
+            )
     if "train" not in splits:
         raise InputError(f"data: no split 'train' among {', '.join(map(str, splits)) or 'none'}")
 

@@ -15,7 +15,7 @@ from fedlotr.streams import generator
 TEST_NAMES = ("test", "eval*", "dev", "val", "validation")
 """Splits to test on, best first."""
 
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 """What ends the name of a part of a split, as the `datasets` library writes them."""
 
 FORMS = ", ".join(READERS)
@@ -63,6 +63,12 @@ def _files(folder: Path, given: str) -> dict[str, list[Path]]:
         if others and (stem == split or not SHARD.search(others[0].name[: -len(suffix_of(others[0]))])):
             raise InputError(f"{given}: both {others[0].name} and {path.name}; keep one of them")
         others.append(path)
+    for split, paths in files.items():
+        part = SHARD.search(paths[0].name[: -len(suffix_of(paths[0]))])
+        if part and len(paths) != int(part[1]):
+            raise InputError(
+                f"{given}: {len(paths)} of the {int(part[1])} parts of {split} are there; fetch the others"
+            )
     return files
 
 

@@ -122,7 +122,7 @@ def _label_names(source: Source) -> tuple[str, ...]:
 
 def _in_order(name: str) -> tuple[bool, int, str]:
     """Names in alphabetical order, after those that are numbers in theirs."""
-    return (False, int(name), name) if name.isdecimal() else (True, 0, name)
+    return (False, int(name), name) if name.isdecimal() and len(name) < 19 else (True, 0, name)
 
 
 def _class_indices(where: str, values: list[Any], names: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], list[str]]:
