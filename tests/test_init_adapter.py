@@ -17,15 +17,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr import SimulationConfig, run_simulation
+from fedlotr.adapters import bases_of
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.layer import Basis, FactoredLayer
 from fedlotr.adapters.start import carrying
 from fedlotr.data import encode
 from fedlotr.errors import InputError
-from fedlotr.preparation import check
+from fedlotr.preparation import check, prepare
 from fedlotr.resumption import saved_configuration
 from fedlotr.simulate import main
 from fedlotr.training.examples import IGNORED
+from fedlotr.training.models import TrainableModel
 from tests.support import TEXTS, our_logits, plain_logits, read_run
 from tests.test_models import pooled
 
@@ -182,8 +184,33 @@ def test_a_sentence_encoder_starts_from_a_run_that_trained_its_head_alone(
     again["init_adapter"] = str(first.run_dir / "adapter")
     second = run_simulation(SimulationConfig(**given | again, out=tmp_path / "b"))
     assert second.summary["initial"]["loss"] == pytest.approx(first.loss, rel=1e-5)
-    assert second.summary["bases_sha256"] != first.summary["bases_sha256"], "update bases see what is carried"
     assert_exported_whole(second.run_dir, TEXTS, first.run_dir / "adapter")
+
+
+def test_the_heads_fit_and_update_bases_see_the_carried_model(
+    bert_lora: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The oracle is the LoRA without its head, merged into a base."""
+    headless = with_tensors(
+        bert_lora, tmp_path / "lora", lambda t: [t.pop(name) for name in [*t] if "classifier" in name]
+    )
+    merged = PeftModel.from_pretrained(classifier(Path(options["model"])), str(bert_lora)).merge_and_unload()
+    merged.bert.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(options["model"]).save_pretrained(tmp_path / "merged")
+    model, oracle, unlike = (
+        prepare(check(SimulationConfig(**options | changes)), tmp_path / f"work-{at}").model
+        for at, changes in enumerate([{"init_adapter": str(headless)}, {"model": str(tmp_path / "merged")}, {}])
+    )
+    for name in oracle.head_names:
+        torch.testing.assert_close(model.values()[name], oracle.values()[name], rtol=1e-2, atol=1e-3)
+        assert not torch.allclose(model.values()[name], unlike.values()[name], rtol=1e-1, atol=1e-2)
+
+    def apart(one: TrainableModel, other: TrainableModel) -> list[float]:
+        """By layer how far the subspaces of B are apart, 0 to 1."""
+        pairs = zip(bases_of(one.module).values(), bases_of(other.module).values(), strict=True)
+        return [1 - float((a.B.T @ b.B).square().sum()) / a.B.shape[1] for a, b in pairs]
+
+    assert max(apart(model, oracle)) < 0.01 and min(apart(model, unlike)) > 0.1
 
 
 def test_a_head_for_other_labels_is_fitted_anew(
