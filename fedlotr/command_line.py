@@ -27,6 +27,7 @@ _PLACEHOLDERS = {
     "basis": "|".join(BASES),
     "tie": "|".join(TIES),
     "targets": "all-linear|REGEX",
+    "init_adapter": "PATH",
     "strategy": "NAME|module:Class|file.py:Class",
     "strategy_arg": "KEY=VALUE",
     "clip_norm": "float|none",

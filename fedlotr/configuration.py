@@ -234,6 +234,10 @@ class SimulationConfig(BaseModel):
     targets: Annotated[str, AfterValidator(_check_targets)] = Field(
         default="all-linear", description="layers to adapt: all, or those whose name matches in full"
     )
+    init_adapter: str | None = Field(
+        default=None,
+        description="a PEFT LoRA of this model, or a run's folder, to start from; what is exported contains it",
+    )
 
     strategy: str | None = Field(
         default=None, description="how the server combines the updates (default: the method's)"
@@ -493,7 +497,7 @@ def preflight_paths(config: SimulationConfig) -> list[str]:
 
 
 def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
-    return path_problems(config.model, config.data, config.strategy, config.out, config.resume)
+    return path_problems(config.model, config.data, config.strategy, config.out, config.resume, config.init_adapter)
 
 
 DEPENDENT = {

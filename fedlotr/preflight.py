@@ -16,12 +16,13 @@ BUILT_IN_DATA = ("pydoc",)
 
 
 def path_problems(
-    model: str, data: str, strategy: str | None, out: Path | None, resume: bool
+    model: str, data: str, strategy: str | None, out: Path | None, resume: bool, init_adapter: str | None = None
 ) -> Iterator[tuple[str, str]]:
     """What is wrong, as pairs of the configuration's field and one line; nothing where all is well."""
     for field, found in (
         ("model", _model_problems(model)),
         ("data", _data_problems(data)),
+        ("init_adapter", _adapter_problems(init_adapter)),
         ("strategy", _strategy_problems(strategy)),
         ("out", _out_problems(out, resume)),
     ):
@@ -55,6 +56,16 @@ def _data_problems(data: str) -> Iterator[str]:
     if data not in BUILT_IN_DATA and not path.exists() and not is_data_id(data):
         hint = sibling(path) or ("" if "/" in data else nearest(data, BUILT_IN_DATA))
         yield f"no such data set, folder or file (nor a hub id, org/name){hint}"
+
+
+def _adapter_problems(adapter: str | None) -> Iterator[str]:
+    if adapter is None:
+        return
+    path = expanded(adapter)
+    if not path.exists():
+        yield f"no such folder{sibling(path)}"
+    elif not any((folder / "adapter_config.json").is_file() for folder in (path, path / "adapter")):
+        yield "no adapter_config.json there; expected a folder that PEFT's save_pretrained wrote, or a run's folder"
 
 
 def _strategy_problems(strategy: str | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import Names, OwnData, Source, Task, encode, load_source, partition, resolve_task, withhold_public
@@ -32,6 +33,7 @@ from fedlotr.training.models import (
     load_base,
 )
 from fedlotr.training.supported import check_folder, check_kind, fused_experts, is_sentence_encoder
+from fedlotr.warm_start import WarmStart, warm_start
 
 log = logging.getLogger("fedlotr")
 
@@ -63,6 +65,7 @@ class Checked:
     parts: list[Rows]
     labels: Rows
     test_rows: Rows
+    start: WarmStart | None
 
     @property
     def base_name(self) -> str:
@@ -110,7 +113,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
         ),
         *("data", "eval_split", "text_column", "label_column"),
     )
-    task = tokenizer = labels = dealt = spec = core = None
+    task = tokenizer = labels = dealt = spec = core = start = None
     if source is not None:
         task = attempt(lambda: resolve_task(config.task, source), "task")
         if task is not None and task.kind == "causal-lm" and config.method == "head":
@@ -141,6 +144,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
             "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
         )
         skeleton = attempt(lambda: _skeleton(config, spec, sure=task is not None))
+        targets: list[str] | None = []
         if skeleton is not None and METHODS[config.method].adapts:
             targets = attempt(lambda: _targets(config, skeleton), "targets")
             if targets is not None:
@@ -148,6 +152,9 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
                 core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
                 if core is not None and core.tie == "all":
                     attempt(lambda: _check_one_shape(skeleton, targets), "tie")
+        if config.init_adapter is not None and skeleton is not None and task is not None and targets is not None:
+            given, adapted = config.init_adapter, targets
+            start = attempt(lambda: warm_start(given, skeleton, adapted, config.method), "init_adapter", "method")
     if problems or wrong:
         raise InputError(problems)
     assert source is not None and task is not None and tokenizer is not None and spec is not None
@@ -169,7 +176,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
     test_rows = np.arange(count)
     if 0 < config.eval_examples < count:
         test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
-    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows)
+    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start)
 
 
 def prepare(checked: Checked, folder: Path) -> Prepared:
@@ -192,16 +199,23 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     core = checked.core
     # The head before the basis: a head of zeros passes no gradient on to the layers.
     bare = TrainableModel(base, checked.spec, None)
-    fit_head(bare, train, public)
-    if core is not None and core.basis == "update":
-        batches = [public[chosen] for chosen in pack(train.lengths[public])]
-        try:
-            core = initialize_basis(
-                base, batches, lambda _, rows: bare.losses(train.batch(rows, checked.spec.pad_id)).sum(), core
-            )
-        except ValueError as error:
-            raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error
-    model = TrainableModel(base, checked.spec, core)
+    carry = {} if checked.start is None else checked.start.layers
+    with carrying(base, carry):
+        if checked.start is not None and checked.start.head:
+            bare.assign(checked.start.head)
+        else:
+            fit_head(bare, train, public)
+        if core is not None and core.basis == "update":
+            batches = [public[chosen] for chosen in pack(train.lengths[public])]
+            try:
+                core = initialize_basis(
+                    base, batches, lambda _, rows: bare.losses(train.batch(rows, checked.spec.pad_id)).sum(), core
+                )
+            except ValueError as error:
+                raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error
+    model = TrainableModel(base, checked.spec, core, carry)
+    if checked.start is not None:
+        log.info(checked.start.in_words(has_head=bool(bare.heads)))
     # A client makes the others again by itself.
     bases = bases_of(model.module) if core is not None and core.basis == "update" else {}
     recipe = Recipe(
@@ -212,7 +226,7 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
         config.seed,
         config.threads or torch.get_num_threads(),
     )
-    workplace = Workplace.write(folder, recipe, train, test, parts, bases)
+    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry)
     workplace.record_load()
     return Prepared(checked, model, workplace, bases_sha256(model.module))
 

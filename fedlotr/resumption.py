@@ -47,10 +47,13 @@ def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
     ]
 
 
-def continue_from(directory: RunDirectory, config: SimulationConfig, data_sha256: str) -> Checkpoint | None:
+def continue_from(
+    directory: RunDirectory, config: SimulationConfig, data_sha256: str, adapter_sha256: str | None = None
+) -> Checkpoint | None:
     """The last good checkpoint of the run in a directory, or None where no round was finished yet.
 
-    Raises InputError, with every difference, where the configuration or the data is another.
+    adapter_sha256: of the adapter that the run starts from, if any.
+    Raises InputError, with every difference, where the configuration, the data or that adapter is another.
     """
     before = saved_configuration(directory.path)
     if before is None:
@@ -62,6 +65,10 @@ def continue_from(directory: RunDirectory, config: SimulationConfig, data_sha256
             problems = differences(SimulationConfig(**checkpoint.extra["configuration"]), config)
         if checkpoint.extra["data_sha256"] != data_sha256:
             problems.append(f"--data {config.data}: its content has changed since the run in {directory.path} began")
+        if config.init_adapter and checkpoint.extra.get("init_adapter_sha256") != adapter_sha256 and not problems:
+            problems.append(
+                f"--init-adapter {config.init_adapter}: its content has changed since the run in {directory.path} began"
+            )
     if problems:
         raise InputError(problems)
     return checkpoint

@@ -112,7 +112,10 @@ def run_simulation(
             stack.enter_context(log_to(directory.log))
             directory.remove_work()  # what a run that was killed has left
             stack.callback(directory.remove_work)
-            checkpoint = continue_from(directory, config, checked.source.sha256) if config.resume else None
+            checkpoint = None
+            if config.resume:
+                adapter = checked.start.sha256 if checked.start else None
+                checkpoint = continue_from(directory, config, checked.source.sha256, adapter)
             if checkpoint is None:
                 dump_yaml(config, directory.path / "config.yaml")
             finished = 0 if checkpoint is None else checkpoint.round
@@ -292,6 +295,7 @@ class _Run:
             )
         clients, client_arrays = save_clients(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
+        start = self.prepared.checked.start
         extra = {
             "known": sorted(state.known),
             "strategy": packed,
@@ -301,6 +305,7 @@ class _Run:
             "seconds": time.monotonic() - self.started,
             "bases_sha256": self.prepared.bases_sha256,
             "data_sha256": self.prepared.checked.source.sha256,
+            "init_adapter_sha256": None if start is None else start.sha256,
             "configuration": fixed_values(self.config),
         }
         self.directory.write_checkpoint(

@@ -21,7 +21,7 @@ FLOORS = (
     ("engines",),
     ("strategies",),
     ("reporting",),
-    ("handover", "preparation", "resumption", "run_directory", "run_log", "simulation", "summary"),
+    ("handover", "preparation", "resumption", "run_directory", "run_log", "simulation", "summary", "warm_start"),
     ("forecast", "testing"),
     ("cli", "doctor", "listing", "server_app", "simulate"),
 )

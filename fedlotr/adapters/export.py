@@ -1,9 +1,12 @@
 """A plain PEFT LoRA adapter out of trained factors: it needs nothing of ours to be used.
 
-`s·B C A` becomes `lora_B · lora_A` with lora_A = A, lora_B = s·B·C (multiplied in float64) and alpha = r.
+`s·B C A` becomes `lora_B · lora_A` with lora_A = A, lora_B = s·B·C (multiplied in float64) and alpha = r. What a layer
+started from is stacked onto them: lora_A = [V; A], lora_B = [U, s·B·C], which is exact at the rank k + r.
 """
 
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,9 +44,12 @@ def export_lora(
         a, b, c = (layer.factor(factor, "default") for factor in "ABC")
         assert a is not None and b is not None
         left = b.double() if c is None else b.double() @ c.double()
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.detach().float().clone().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = (layer.scaling["default"] * left).detach().float().contiguous()
-        ranks[name] = layer.r["default"]
+        lora_a, lora_b = a.detach().float(), (layer.scaling["default"] * left).detach().float()
+        if (carry := layer.carry("default")) is not None:
+            lora_a, lora_b = torch.cat([carry.A, lora_a]), torch.cat([carry.B, lora_b], dim=1)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a.clone().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
+        ranks[name] = lora_a.shape[0]
         conv = conv or isinstance(layer.get_base_layer(), Conv1D)
     if not layers and placeholder is not None:
         name, d_in, d_out, conv = placeholder
@@ -51,7 +57,9 @@ def export_lora(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(d_out, 1)
         ranks[name] = 1
     tensors |= {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in (head or {}).items()}
-    r = next(iter(ranks.values()))
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    # Regular expressions that PEFT looks for at the end of a layer's name, hence the ^. The scale is 1 everywhere.
+    others = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != r}
     with warnings.catch_warnings():
         # PEFT warns that it sets fan_in_fan_out by itself for a base that it has not seen.
         warnings.simplefilter("ignore")
@@ -60,6 +68,8 @@ def export_lora(
             base_model_name_or_path=base,
             r=r,
             lora_alpha=r,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
             lora_dropout=0.0,
             fan_in_fan_out=conv,
             target_modules=sorted(ranks),

@@ -1,5 +1,7 @@
 """The factored layer `y = W x + s·B C A x`, with copies of its trained factors for clients and examples.
 
+A run that starts from an adapter has that one beside W as a constant: `y = W x + s·B C A x + U V x`.
+
 While training, a trained factor may carry leading axes, (K,) for K clients or (K, b) for b examples of each: the rows
 of the input are then K (or K·b) equal groups in that order, and each group meets its own copy. The frozen base is
 shared by all of them, so K clients train in one forward and one backward.
@@ -39,6 +41,11 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     if bias is not None:
         y = y + bias.reshape(-1, 1, d_out)
     return y.reshape(*x.shape[:-1], d_out)
+
+
+def low_rank(x: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """`U V x` in the dtype of the pair. x: (..., d_in), v: (k, d_in), u: (d_out, k)."""
+    return F.linear(F.linear(x.to(v.dtype), v), u)
 
 
 class CopiesLinear(nn.Linear):
@@ -82,12 +89,12 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, quantised) with `s·B C A` beside it.
 
     Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters (`core_C` and `core_S` those that
-    the core's `expand` makes C of), `core_basis` the frozen ones.
-    The base layer is called, never read, except to merge.
+    the core's `expand` makes C of), `core_basis` the frozen ones, `core_carry` the pair V and U (as A and B) of an
+    adapter that training starts from. The base layer is called, never read, except to merge.
     """
 
     adapter_layer_names = ("core_A", "core_B", "core_C", "core_S")
-    other_param_names = ("core_basis", "scaling", "r", "core")
+    other_param_names = ("core_basis", "core_carry", "scaling", "r", "core")
 
     copies: Mapping[str, torch.Tensor] | None = None
     """Copies of the active adapter's trained factors, by name "A", "B", "C" or "S"; see `copies`."""
@@ -101,6 +108,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         self.core_S = nn.ParameterDict()
         self.core_basis = nn.ModuleDict()
         self.core: dict[str, Core] = {}
+        self.core_carry = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         self.merged_adapters: list[str] = []
@@ -124,6 +132,18 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         for name, value in parameters.items():
             # Only the device follows the base: cast to its dtype, orthonormal factors would be rounded.
             self._parameters_of(name)[adapter] = nn.Parameter(value.to(device))
+
+    def add_carry(self, adapter: str, v: torch.Tensor, u: torch.Tensor) -> None:
+        """Let an adapter contain a constant `U V x` too. v: (k, d_in), u: (d_out, k); kept in float32."""
+        carry = Basis(self.in_features, self.out_features, v.shape[0], persistent=False)
+        carry.A.copy_(v)
+        carry.B.copy_(u)
+        device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
+        self.core_carry[adapter] = carry.to(device)
+
+    def carry(self, adapter: str) -> Basis | None:
+        """The pair V (as A) and U (as B) that an adapter started from, or None."""
+        return cast(Basis, self.core_carry[adapter]) if adapter in self.core_carry else None
 
     def factor(self, name: str, adapter: str) -> torch.Tensor | None:
         """The factor "A", "B" or "C" of an adapter, trained or frozen; None for a core that is the identity."""
@@ -166,6 +186,8 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 y = y + self._update(x, adapter).to(y.dtype)
+                if (carry := self.carry(adapter)) is not None:
+                    y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
         return y
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
@@ -183,11 +205,14 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         return h if scale == 1 else h * scale
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """s·B C A (d_out, d_in), multiplied in float64, in the factors' dtype."""
+        """s·B C A + U V (d_out, d_in), multiplied in float64, in the factors' dtype."""
         a, b, c = (self.factor(name, adapter) for name in "ABC")
         assert a is not None and b is not None
         left = b.double() if c is None else b.double() @ c.double()
-        return (self.scaling[adapter] * (left @ a.double())).to(a.dtype)
+        delta = self.scaling[adapter] * (left @ a.double())
+        if (carry := self.carry(adapter)) is not None:
+            delta = delta + carry.B.double() @ carry.A.double()
+        return delta.to(a.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters' updates to the base weight; `safe_merge` refuses a result that is not finite."""

@@ -61,17 +61,19 @@ class Workplace:
         test: Examples,
         parts: Sequence[npt.NDArray[np.int64]],
         bases: Mapping[str, Factors],
+        carry: Mapping[str, Factors],
     ) -> "Workplace":
-        """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`; none where none is frozen."""
+        """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`; none where none is frozen.
+
+        carry: by layer the pair of the adapter that the run starts from, which is to clients a part of the base.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         train.save(folder / "train.safetensors")
         test.save(folder / "test.safetensors")
         offsets = np.cumsum([0, *(len(part) for part in parts)])
         save_file({"rows": np.concatenate(parts), "offsets": offsets}, folder / "clients.safetensors")
-        tensors = {f"{name}.{side}": t for name, pair in bases.items() for side, t in zip("AB", pair, strict=True)}
-        save_tensors(
-            {name: t.detach().contiguous().clone() for name, t in tensors.items()}, folder / "bases.safetensors"
-        )
+        _save_pairs(bases, folder / "bases.safetensors")
+        _save_pairs(carry, folder / "carry.safetensors")
         (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
         return cls(folder)
 
@@ -117,16 +119,13 @@ class Workplace:
         recipe = self.recipe
         core = None if recipe.core is None else CoreConfig(**recipe.core)
         if core is not None:
-            core.bases = self._bases()
+            core.bases = _load_pairs(self.folder / "bases.safetensors")
             if core.row.freezes:
                 core.bases_sha256 = None  # a client replies with the fingerprint of what it has; the server compares
-        model = TrainableModel(load_base(recipe.model), recipe.model, core)
+        carry = _load_pairs(self.folder / "carry.safetensors")
+        model = TrainableModel(load_base(recipe.model), recipe.model, core, carry)
         self.record_load()
         return model
-
-    def _bases(self) -> dict[str, Factors]:
-        found = load_tensors(self.folder / "bases.safetensors")
-        return {name[:-2]: Factors(found[name], found[f"{name[:-2]}.B"]) for name in found if name.endswith(".A")}
 
     def record_load(self) -> None:
         """Note that this process loaded the frozen base once more."""
@@ -137,6 +136,16 @@ class Workplace:
         """The process that loaded the base, for each time it was loaded."""
         path = self.folder / "loads"
         return [int(line) for line in path.read_text(encoding="utf-8").split()] if path.exists() else []
+
+
+def _save_pairs(pairs: Mapping[str, Factors], path: Path) -> None:
+    tensors = {f"{name}.{side}": t for name, pair in pairs.items() for side, t in zip("AB", pair, strict=True)}
+    save_tensors({name: t.detach().contiguous().clone() for name, t in tensors.items()}, path)
+
+
+def _load_pairs(path: Path) -> dict[str, Factors]:
+    found = load_tensors(path)
+    return {name[:-2]: Factors(found[name], found[f"{name[:-2]}.B"]) for name in found if name.endswith(".A")}
 
 
 def install_bases(model: TrainableModel, bases: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.layer import CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
@@ -200,13 +201,19 @@ class TrainableModel:
     Names are PEFT's: `base_model.model.<module>.core_C` for factors, `base_model.model.<head>.weight` for the head.
     """
 
-    def __init__(self, base: nn.Module, spec: ModelSpec, core: CoreConfig | None) -> None:
+    def __init__(
+        self, base: nn.Module, spec: ModelSpec, core: CoreConfig | None, carry: Mapping[str, Factors] | None = None
+    ) -> None:
+        """carry: by layer the pair of an adapter that training starts from, a constant beside the base."""
         self.heads = list(head_layers(base))
         if core is not None:
             with warnings.catch_warnings():
                 # PEFT asks transformers for a property that transformers is about to rename: no user's concern.
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
+        layers = factored_layers(base)
+        for name, pair in (carry or {}).items():
+            layers[name].add_carry("default", pair.A, pair.B)
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
 
     @cached_property

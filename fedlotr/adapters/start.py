@@ -1,0 +1,145 @@
+"""A plain PEFT LoRA folder read as what training starts from: pairs U V beside frozen layers, and a head's tensors."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.export import PREFIX
+from fedlotr.adapters.layer import low_rank
+from fedlotr.errors import InputError
+
+CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+PLAIN_STARTS = (True, False, None, "gaussian", "eva")
+"""Values of `init_lora_weights` that leave the base weights as they are; PiSSA and its kin subtract from them."""
+MORE_THAN_LORA = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+"""Options of PEFT that make an adapter something else than `W + s·B A`."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter as its folder holds it.
+
+    layers: by the name of the layer within the base, V (k, d_in) as A and U (d_out, k) as B, float32, the scale folded
+    into U. others: all further tensors by name. head: those of a mean-pooled adapter's head.safetensors.
+    sha256: of all its files.
+    """
+
+    layers: dict[str, Factors]
+    others: dict[str, torch.Tensor]
+    head: dict[str, torch.Tensor]
+    sha256: str
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder of an adapter: the one given, or `adapter/` in a run directory."""
+    inside = path / "adapter"
+    return inside if not (path / CONFIG).is_file() and (inside / CONFIG).is_file() else path
+
+
+def read_lora(path: Path) -> Lora:
+    """Read an adapter. Raises InputError where it is not there, cannot be read, or is more than a plain LoRA."""
+    folder = adapter_folder(path)
+    config = _configuration(folder)
+    if not (folder / WEIGHTS).is_file():
+        if list(folder.glob("adapter_model.*")):
+            raise InputError(f"no {WEIGHTS} there (pickled weights are not read); save it again with safetensors")
+        raise InputError(f"no {WEIGHTS} there; expected a folder that PEFT's save_pretrained wrote")
+    tensors = {_bare(name): tensor for name, tensor in _tensors(folder / WEIGHTS).items()}
+    head = _tensors(folder / HEAD) if (folder / HEAD).is_file() else {}
+    broken = [name for name, t in (tensors | head).items() if not (t.is_floating_point() and t.isfinite().all())]
+    if broken:
+        raise InputError(f"{broken[0]} holds values that are not finite numbers")
+    layers: dict[str, Factors] = {}
+    for name in sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")):
+        a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight", None)
+        if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise InputError(f"{name}: its lora_A {tuple(a.shape)} has no lora_B that fits")
+        scale = _scale(config, name, a.shape[0])
+        layers[name] = Factors(a.float().contiguous(), (scale * b.double()).float().contiguous())
+    digest = hashlib.sha256()
+    for file in (CONFIG, WEIGHTS, HEAD):
+        if (folder / file).is_file():
+            digest.update(hashlib.sha256((folder / file).read_bytes()).digest())
+    return Lora(layers, tensors, head, digest.hexdigest())
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a plain LoRA."""
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"no {CONFIG} there; expected a folder that PEFT's save_pretrained wrote, or a run's")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"its {CONFIG} cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise InputError(f"an adapter of the type {kind!r}; only LORA can be started from")
+    found = [name for name in MORE_THAN_LORA if config.get(name)]
+    if found:
+        raise InputError(f"more than a plain LoRA ({', '.join(found)}); merge it and give the result by --model")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"it trains biases too (bias={config['bias']!r}); train it with bias='none'")
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise InputError(f"its start {start!r} changes the base weights; convert it to a plain LoRA with PEFT first")
+    return config
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """alpha / r of a layer, as PEFT reckons it."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    try:
+        r = ranks.get(get_pattern_key(list(ranks), name), config["r"])
+        alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"its {CONFIG} has no rank and alpha for {name} ({type(error).__name__}: {error})") from error
+    if r != rank or not math.isfinite(alpha):
+        raise InputError(f"{name}: its tensors have rank {rank}, its {CONFIG} says r {r!r} and alpha {alpha!r}")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"its {path.name} cannot be read ({' '.join(str(error).split())})") from error
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+@contextmanager
+def carrying(model: nn.Module, layers: Mapping[str, Factors]) -> Iterator[None]:
+    """Let the layers of a bare model, whose weights are not touched, compute `W x + U V x`."""
+
+    def hook(pair: Factors) -> Any:
+        return lambda _, inputs, y: y + low_rank(inputs[0], pair.A, pair.B).to(y.dtype)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(pair)) for name, pair in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
