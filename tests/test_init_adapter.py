@@ -299,6 +299,11 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Path], dict[str, Any], list[str]
     "biases": (lambda lora, at: changed(lora, at, bias="all"), {}, ["bias='all'"]),
     "pissa": (lambda lora, at: changed(lora, at, init_lora_weights="pissa"), {}, ["'pissa' changes the base"]),
     "another rank": (lambda lora, at: changed(lora, at, rank_pattern={}), {}, ["have rank 2", "says r 3"]),
+    "a broken pattern": (
+        lambda lora, at: changed(lora, at, alpha_pattern={"(": 2}),
+        {},
+        ["no rank and alpha for bert.encoder.layer.0."],
+    ),
     "no such layer": (
         lambda lora, at: with_tensors(
             lora, at, lambda t: t.update({k.replace("layer.1", "layer.7"): t.pop(k) for k in [*t] if "layer.1" in k})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,9 +113,9 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     try:
         r = ranks.get(get_pattern_key(list(ranks), name), config["r"])
         alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"its {CONFIG} has no rank and alpha for {name} ({type(error).__name__}: {error})") from error
-    if r != rank or not math.isfinite(alpha):
+    if r != rank or not rank or not math.isfinite(alpha):
         raise InputError(f"{name}: its tensors have rank {rank}, its {CONFIG} says r {r!r} and alpha {alpha!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
