@@ -14,7 +14,8 @@ from fedlotr.data import encode
 from fedlotr.errors import shorten
 from fedlotr.flower.loop import Federation, sample_clients
 from fedlotr.flower.records import derivable_record
-from fedlotr.preparation import DEMO_MODEL, DEMO_SHA256, Checked
+from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
+from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.simulation import DERIVABLE
 from fedlotr.summary import examples_worked

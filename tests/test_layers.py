@@ -21,7 +21,10 @@ FLOORS = (
     ("engines",),
     ("strategies",),
     ("reporting",),
-    ("handover", "preparation", "resumption", "run_directory", "run_log", "simulation", "summary", "warm_start"),
+    (
+        *("handover", "model_source", "preparation", "resumption", "run_directory", "run_log", "simulation", "summary"),
+        "warm_start",
+    ),
     ("forecast", "testing"),
     ("cli", "doctor", "listing", "server_app", "simulate"),
 )
