@@ -28,12 +28,15 @@ from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES
 from fedlotr.command_line import flag_of, option_parser, read_words
 from fedlotr.errors import InputError, closest, nearest, shorten, written
 from fedlotr.files import write_atomically
+from fedlotr.own import is_own
 from fedlotr.preflight import path_problems
 from fedlotr.yaml_file import read_yaml, to_yaml
 
 PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
 """One example of each form of `partition`."""
 
+
+TASKS = ("auto", "classification", "causal-lm")
 
 LARGEST = 2**31 - 1
 """What any whole number may be at most: what counts clients, rows and tokens has to fit the ledger's 32 bits."""
@@ -102,6 +105,12 @@ def _check_text_columns(given: str) -> str:
     columns = given.split(",")
     if not all(columns) or len(columns) > 2 or len(set(columns)) < len(columns):
         raise ValueError("expected the name of a column, or two different ones with a comma: NAME or FIRST,SECOND")
+    return given
+
+
+def _check_task(given: str) -> str:
+    if given not in TASKS and not is_own(given):
+        raise ValueError(f"not a task{nearest(given, TASKS)}")
     return given
 
 
@@ -199,8 +208,9 @@ class SimulationConfig(BaseModel):
         "prompt,answer)",
     )
     label_column: str | None = Field(default=None, description="column of the labels (default: label)")
-    task: Literal["auto", "classification", "causal-lm"] = Field(
-        default="auto", description="what is learnt; auto: classification where the data has labels"
+    task: Annotated[str, AfterValidator(_check_task)] = Field(
+        default="auto",
+        description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",
     )
     partition: Annotated[str, AfterValidator(_check_partition)] = Field(
         default="dirichlet:0.5", description="how the examples are dealt to the clients; a smaller ALPHA is more uneven"
@@ -491,13 +501,22 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 
 
-def preflight_paths(config: SimulationConfig) -> list[str]:
-    """Problems with the files and folders a configuration names, each one line; cheap, nothing is loaded."""
-    return [f"{_Origins().name(field, getattr(config, field))}: {text}" for field, text in _path_problems(config)]
+def preflight_paths(config: SimulationConfig, brought: Collection[str] = ()) -> list[str]:
+    """Problems with the files and folders a configuration names, each one line; cheap, nothing is loaded.
+
+    brought: fields for which the caller has something of their own, whatever they name.
+    """
+    return [
+        f"{_Origins().name(field, getattr(config, field))}: {text}"
+        for field, text in _path_problems(config)
+        if field not in brought
+    ]
 
 
 def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
-    return path_problems(config.model, config.data, config.strategy, config.out, config.resume, config.init_adapter)
+    return path_problems(
+        config.model, config.data, config.strategy, config.out, config.resume, config.init_adapter, config.task
+    )
 
 
 DEPENDENT = {

@@ -10,18 +10,26 @@ from pathlib import Path
 
 from fedlotr.errors import nearest
 from fedlotr.hub import is_data_id
+from fedlotr.own import bring_again, is_own
 
 BUILT_IN_DATA = ("pydoc",)
 """Data sets that need no files."""
 
 
 def path_problems(
-    model: str, data: str, strategy: str | None, out: Path | None, resume: bool, init_adapter: str | None = None
+    model: str,
+    data: str,
+    strategy: str | None,
+    out: Path | None,
+    resume: bool,
+    init_adapter: str | None = None,
+    task: str = "auto",
 ) -> Iterator[tuple[str, str]]:
     """What is wrong, as pairs of the configuration's field and one line; nothing where all is well."""
     for field, found in (
         ("model", _model_problems(model)),
         ("data", _data_problems(data)),
+        ("task", iter([bring_again("task")] if is_own(task) else [])),
         ("init_adapter", _adapter_problems(init_adapter)),
         ("strategy", _strategy_problems(strategy)),
         ("out", _out_problems(out, resume)),
@@ -41,6 +49,9 @@ def expanded(given: str) -> Path:
 
 
 def _model_problems(model: str) -> Iterator[str]:
+    if is_own(model):
+        yield bring_again("model")
+        return
     path = expanded(model)
     # "org/name" is an id on the hub, unless there is such a folder to look into here.
     names_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir())
@@ -52,6 +63,9 @@ def _model_problems(model: str) -> Iterator[str]:
 
 
 def _data_problems(data: str) -> Iterator[str]:
+    if is_own(data):
+        yield bring_again("data")
+        return
     path = expanded(data)
     if data not in BUILT_IN_DATA and not path.exists() and not is_data_id(data):
         hint = sibling(path) or ("" if "/" in data else nearest(data, BUILT_IN_DATA))

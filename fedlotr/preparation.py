@@ -28,6 +28,7 @@ from fedlotr.model_source import (
     pad_id,
     supported_folder,
 )
+from fedlotr.own import other_than_named
 from fedlotr.streams import generator
 from fedlotr.training.cohort import LocalTraining, Rows, pack
 from fedlotr.training.examples import Examples
@@ -87,7 +88,7 @@ class Prepared:
 def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None) -> Checked:
     """Read the data and the model's architecture, and deal the examples to the clients.
 
-    data: the caller's own, instead of what the configuration names.
+    data: the caller's own, instead of what the configuration names; the one in the result then names it.
 
     wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
     Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
@@ -128,6 +129,10 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
             )
     # A model is not fetched for a run that will not start.
     folder = attempt(lambda: supported_folder(config, fetch=not wrong and not problems), "model")
+    if source is not None and data is not None:
+        problem = other_than_named("data", config.data, source.name)
+        problems += [problem] if problem else []
+        config = config.model_copy(update={"data": source.name})
     if folder is not None:
         tokenizer = attempt(lambda: load_tokenizer(folder, config))
         attempt(lambda: check_length(folder, config), "max_length")

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord
 
 from fedlotr.configuration import SimulationConfig, flag_of
 from fedlotr.errors import InputError
+from fedlotr.own import is_own
 from fedlotr.run_directory import Checkpoint, RunDirectory
 
 MAY_CHANGE = {"workers", "quiet", "json_output", "out", "resume"}
@@ -38,13 +39,18 @@ def fixed_values(config: SimulationConfig) -> dict[str, Any]:
 def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
     """What keeps a run from being continued with `now`, one line an option; more rounds are welcome."""
     return [
-        f"{flag_of(name)} {getattr(now, name)}: the run in {now.out} was begun with {getattr(before, name)}; "
+        f"{flag_of(name)} {getattr(now, name)}: the run in {now.out} was begun with {_in_words(before, name)}; "
         "--resume needs the same, or start a new run with another --out"
         for name in SimulationConfig.model_fields
         if name not in MAY_CHANGE
         and getattr(before, name) != getattr(now, name)
         and not (name == "rounds" and now.rounds > before.rounds)
     ]
+
+
+def _in_words(before: SimulationConfig, name: str) -> str:
+    value = getattr(before, name)
+    return f"{value}, the caller's own (run_simulation({name}=...))" if is_own(value) else str(value)
 
 
 def continue_from(
@@ -63,7 +69,7 @@ def continue_from(
     if checkpoint is not None:
         if not problems:
             problems = differences(SimulationConfig(**checkpoint.extra["configuration"]), config)
-        if checkpoint.extra["data_sha256"] != data_sha256:
+        if checkpoint.extra["data_sha256"] != data_sha256 and not (is_own(config.data) and problems):
             problems.append(f"--data {config.data}: its content has changed since the run in {directory.path} began")
         if config.init_adapter and checkpoint.extra.get("init_adapter_sha256") != adapter_sha256 and not problems:
             problems.append(

@@ -33,6 +33,7 @@ from fedlotr.flower.records import bases_record, derivable_record, to_record, to
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.handover import write_adapter
+from fedlotr.own import PREFIX
 from fedlotr.preparation import Checked, Prepared, check, prepare
 from fedlotr.reporting.console import Console
 from fedlotr.resumption import check_model, continue_from, fixed_values, saved_configuration
@@ -100,12 +101,14 @@ def run_simulation(
     with console or Console(quiet=True) as display:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
-        problems = problems_at_the_door(config, brings_engine=engine is not None)
+        brought = {"data"} if data is not None else set()
+        problems = problems_at_the_door(config, brings_engine=engine is not None, brought=brought)
         if problems:
             raise InputError(problems)
         config = resolve(config)
         checked, strategy = check_all(config, data=data)
-        name = f"{config.method}-{checked.source.name}-{config.seed}"
+        config = checked.config
+        name = f"{config.method}-{checked.source.name}-{config.seed}".replace(PREFIX, "own-")
         directory = RunDirectory.create(config.out, name, start)
         with ExitStack() as stack:
             stack.enter_context(directory.explaining())
@@ -133,9 +136,14 @@ def run_simulation(
         return SimulationResult(summary, run.history, directory.path)
 
 
-def problems_at_the_door(config: SimulationConfig, *, brings_engine: bool = False) -> list[str]:
-    """What keeps a valid configuration from being run here, before anything is loaded; each one line."""
-    problems = preflight_paths(config)
+def problems_at_the_door(
+    config: SimulationConfig, *, brings_engine: bool = False, brought: Collection[str] = ()
+) -> list[str]:
+    """What keeps a valid configuration from being run here, before anything is loaded; each one line.
+
+    brought: fields for which the caller has something of their own.
+    """
+    problems = preflight_paths(config, brought)
     if config.engine == "flower" and not brings_engine:
         problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
     return problems

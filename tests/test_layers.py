@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    ("errors", "files", "hub", "streams", "adapters.methods"),
+    ("errors", "files", "hub", "own", "streams", "adapters.methods"),
     ("machine", "preflight"),
     ("yaml_file",),
     ("command_line",),

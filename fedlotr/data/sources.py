@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,13 @@ from fedlotr.data.readers import READERS, Columns, Table, checked_columns, read_
 from fedlotr.data.splits import choose_test, split_files, split_tenth
 from fedlotr.errors import InputError, nearest
 from fedlotr.hub import fetch_data, is_data_id
+from fedlotr.own import own_name
 
 if TYPE_CHECKING:
     import datasets
 
 PYDOC_SPLIT_SEED = 0
 """Fixed, so that runs of different seeds are tested on the same paragraphs."""
-
-OWN = "custom"
-"""What a data set of the caller's own is called."""
 
 OwnData = Mapping[str, Any]
 """Split -> `datasets.Dataset` or rows (mappings of column to value); a `datasets.DatasetDict` is one."""
@@ -32,9 +30,9 @@ OwnData = Mapping[str, Any]
 class Source:
     """The rows of a data set.
 
-    name: "pydoc", the folder's or file's name, or the hub id. train: rows in file order. test: the split to evaluate
-    on, with those of its columns that train has too. test_split: where test came from, in words. label_names: the
-    classes where their names are known. sha256: of the rows of both, whatever the files' form.
+    name: "pydoc", the folder's or file's name, the hub id, or own:HASH. train: rows in file order. test: the
+    split to evaluate on, with those of its columns that train has too. test_split: where test came from, in words.
+    label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     """
 
     name: str
@@ -179,7 +177,8 @@ def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) ->
         found = {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
         return Table(checked_columns(f"data['{split}']", found))
 
-    return _assemble(OWN, list(splits), read, seed, eval_split, names, "data")
+    source = _assemble("", list(splits), read, seed, eval_split, names, "data")
+    return replace(source, name=own_name(source.sha256))
 
 
 def _source(name: str, train: Columns, test: Columns, words: str, label_names: tuple[str, ...] | None) -> Source:
