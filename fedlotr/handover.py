@@ -1,5 +1,6 @@
 """The `adapter/` folder of a run: a plain PEFT LoRA, and a README whose lines use it without anything of ours."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import TaskType
@@ -18,7 +19,7 @@ ENCODER = "encoder."
 README = """\
 # A LoRA adapter trained with fedlotr
 
-It needs `transformers` and `peft`, nothing of fedlotr. From this folder:
+It needs `transformers` and `peft`, nothing of fedlotr. {first}From this folder:
 
 ```python
 {code}
@@ -26,6 +27,33 @@ It needs `transformers` and `peft`, nothing of fedlotr. From this folder:
 {labels}
 Trained with method `{method}` on `{base}`.
 """
+
+OWN = """\
+Its base was a model of the caller's own (`{base}`, a {kind}); \
+where you have it, save it here once more, as it was given to `run_simulation`:
+`model.save_pretrained("base"); tokenizer.save_pretrained("base")`. """
+
+OWN_CLASS = """\
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from {module} import {kind}
+
+base, adapter = {source!r}, "."  # {base}
+tokenizer = AutoTokenizer.from_pretrained(base)
+config = {kind}.config_class.from_pretrained(base)
+config.num_labels, config.pad_token_id = {num_labels}, {pad_id}
+model = {kind}.from_pretrained(base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, adapter).eval()
+
+texts = {texts!r}
+tokenizer.pad_token_id, tokenizer.padding_side = {pad_id}, "right"
+batch = tokenizer(*texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+with torch.no_grad():
+    output = model(**{{name: batch[name] for name in {inputs!r}}})
+logits = getattr(output, "logits", output)
+print(logits.argmax(-1).tolist())"""
 
 MEAN_POOLED = """\
 import torch
@@ -80,6 +108,14 @@ with torch.no_grad():
 print(tokenizer.decode(model.generate(**batch, max_new_tokens=20)[0]))"""
 
 
+@dataclass(frozen=True)
+class OwnBase:
+    """A base that the caller brought, which has no name that others know: its class, and the inputs it takes."""
+
+    kind: str
+    inputs: tuple[str, ...]
+
+
 def write_adapter(
     folder: Path,
     model: TrainableModel,
@@ -90,11 +126,12 @@ def write_adapter(
     max_length: int,
     labels: tuple[str, ...],
     pair: bool,
+    own: OwnBase | None = None,
 ) -> None:
     """Write the adapter with the model's trained tensors as they are assigned now.
 
     base: what the base model is called: a hub id or a folder. source: the folder it was loaded from here.
-    pair: whether the texts are pairs.
+    pair: whether the texts are pairs. own: of a base that the caller brought.
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
@@ -111,7 +148,9 @@ def write_adapter(
     if first is not None:
         bare = model.module.get_submodule(first)
         placeholder = (_inner(first, mean_pooled), *widths(bare), isinstance(bare, Conv1D))
-    task = TaskType.CAUSAL_LM if spec.kind == "causal-lm" else None if mean_pooled else TaskType.SEQ_CLS
+    task: TaskType | None = TaskType.CAUSAL_LM if spec.kind == "causal-lm" else TaskType.SEQ_CLS
+    if mean_pooled or spec.code:  # PEFT's models for a task call a base with arguments that others do not know
+        task = None
     export_lora(
         folder,
         {_inner(name, mean_pooled): layer for name, layer in layers.items()},
@@ -124,15 +163,29 @@ def write_adapter(
     if mean_pooled:
         tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
         save_file(tensors, folder / "head.safetensors")
-    code = CAUSAL if spec.kind == "causal-lm" else MEAN_POOLED if mean_pooled else CLASSIFIER
+    code = (
+        OWN_CLASS if spec.code else CAUSAL if spec.kind == "causal-lm" else MEAN_POOLED if mean_pooled else CLASSIFIER
+    )
     texts = [["A first text.", "And a second, somewhat longer text."]]
     if pair:
         texts.append(["Its other half.", "And the other half of the second."])
+    module, _, kind = (spec.code or "").partition(":")
     code = code.format(
-        base=base, source=str(source), texts=texts, max_length=max_length, num_labels=spec.labels, pad_id=spec.pad_id
+        module=module,
+        kind=kind,
+        inputs=own.inputs if own else (),
+        base=base,
+        source=str(source) if own is None else "base",
+        texts=texts,
+        max_length=max_length,
+        num_labels=spec.labels,
+        pad_id=spec.pad_id,
     )
+    first = "" if own is None else OWN.format(base=base, kind=own.kind)
     names = f"\nLabels: {', '.join(f'{i} = {name}' for i, name in enumerate(labels))}.\n" if labels else ""
-    write_atomically(folder / "README.md", README.format(code=code, labels=names, method=method, base=base))
+    write_atomically(
+        folder / "README.md", README.format(code=code, labels=names, method=method, base=base, first=first)
+    )
 
 
 def _inner(name: str, mean_pooled: bool) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -119,12 +120,16 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
 
 
-def check_length(folder: Path, config: SimulationConfig) -> None:
-    """Raises InputError for a `max_length` above the model's positions."""
+def read_architecture(folder: Path, config: SimulationConfig) -> Any:
+    """The model's own configuration. Raises InputError where it cannot be read."""
     try:
-        architecture = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise InputError(f"--model {config.model}: its config.json cannot be read: {first_line(error)}") from error
+
+
+def check_length(architecture: Any, config: SimulationConfig) -> None:
+    """Raises InputError for a `max_length` above the model's positions."""
     positions = getattr(architecture, "max_position_embeddings", None) or getattr(architecture, "n_positions", None)
     # RoBERTa counts positions from the padding id on.
     room = positions and positions - (architecture.pad_token_id + 1 if "roberta" in architecture.model_type else 0)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +26,11 @@ from fedlotr.model_source import (
     first_line,
     load_tokenizer,
     pad_id,
+    read_architecture,
     supported_folder,
 )
-from fedlotr.own import other_than_named
+from fedlotr.own import FIELDS, other_than_named
+from fedlotr.own_model import OwnModel, keep_model, move_model
 from fedlotr.streams import generator
 from fedlotr.training.cohort import LocalTraining, Rows, pack
 from fedlotr.training.examples import Examples
@@ -40,12 +42,30 @@ from fedlotr.training.models import (
     head_layers,
     load_base,
 )
+from fedlotr.training.own_class import check_head, check_logits, forward_lacks
 from fedlotr.training.supported import check_kind, fused_experts, is_sentence_encoder
 from fedlotr.warm_start import WarmStart, warm_start
 
 log = logging.getLogger("fedlotr")
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a caller has brought instead of what a configuration names.
+
+    model: a pair of a model and its tokenizer. folder: an empty one, where that is kept meanwhile.
+    """
+
+    data: OwnData | None = None
+    model: Any = None
+    folder: Path = Path()
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of the configuration that these stand for."""
+        return {field for field in FIELDS if getattr(self, field, None) is not None}
 
 
 @dataclass(frozen=True)
@@ -68,11 +88,19 @@ class Checked:
     labels: Rows
     test_rows: Rows
     start: WarmStart | None
+    own_model: OwnModel | None = None
 
     @property
     def base_name(self) -> str:
         """What to call the base in files that others read: a hub id, or the folder the user gave."""
         return DEMO_HUB_ID if self.config.model == DEMO_MODEL else self.config.model
+
+    def in_place(self, work: Path) -> "Checked":
+        """With the caller's own model, if there is one, in the folder of the run's workers."""
+        if self.own_model is None:
+            return self
+        own = move_model(self.own_model, work / "model")
+        return replace(self, own_model=own, spec=replace(self.spec, path=str(own.folder)))
 
 
 @dataclass(frozen=True)
@@ -85,10 +113,13 @@ class Prepared:
     bases_sha256: str
 
 
-def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None) -> Checked:
+NOTHING_BROUGHT = Brought()
+
+
+def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brought = NOTHING_BROUGHT) -> Checked:
     """Read the data and the model's architecture, and deal the examples to the clients.
 
-    data: the caller's own, instead of what the configuration names; the one in the result then names it.
+    brought: the caller's own things; the configuration in the result names them.
 
     wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
     Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
@@ -104,6 +135,11 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
+    def names_brought(field: str, name: str) -> SimulationConfig:
+        problem = other_than_named(field, getattr(config, field), name)
+        problems.extend([problem] if problem else [])
+        return config.model_copy(update={field: name})
+
     names = Names(
         tuple((config.text_column or "").split(",")) if config.text_column else (),
         config.label_column,
@@ -111,11 +147,16 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
     )
     source = attempt(
         lambda: load_source(
-            config.data if data is None else data, seed=config.seed, eval_split=config.eval_split, names=names
+            config.data if brought.data is None else brought.data,
+            seed=config.seed,
+            eval_split=config.eval_split,
+            names=names,
         ),
         *("data", "eval_split", "text_column", "label_column"),
     )
     task = tokenizer = labels = dealt = spec = core = start = None
+    if source is not None and brought.data is not None:
+        config = names_brought("data", source.name)
     if source is not None:
         task = attempt(lambda: resolve_task(config.task, source), "task")
         if task is not None and task.kind == "causal-lm" and config.method == "head":
@@ -128,14 +169,19 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
                 lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
             )
     # A model is not fetched for a run that will not start.
-    folder = attempt(lambda: supported_folder(config, fetch=not wrong and not problems), "model")
-    if source is not None and data is not None:
-        problem = other_than_named("data", config.data, source.name)
-        problems += [problem] if problem else []
-        config = config.model_copy(update={"data": source.name})
+    own = attempt(lambda: keep_model(brought.model, brought.folder)) if brought.model is not None else None
+    if own is not None:
+        config = names_brought("model", own.name)
+    folder: Path | None
+    if brought.model is not None:
+        folder = None if own is None else own.folder
+    else:
+        folder = attempt(lambda: supported_folder(config, fetch=not wrong and not problems), "model")
     if folder is not None:
-        tokenizer = attempt(lambda: load_tokenizer(folder, config))
-        attempt(lambda: check_length(folder, config), "max_length")
+        tokenizer = own.tokenizer if own else attempt(lambda: load_tokenizer(folder, config))
+        attempt(
+            lambda: check_length(own.architecture if own else read_architecture(folder, config), config), "max_length"
+        )
     if source is not None and task is not None and tokenizer is not None and labels is not None:
         # One row shows whether --max-length leaves room for any text.
         attempt(lambda: encode(task, source.train.select([0]), tokenizer, config.max_length), "max_length")
@@ -148,6 +194,8 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
             is_sentence_encoder(folder),
             pad_id(tokenizer),
             "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
+            own.code if own else None,
+            own.code_folder if own else "",
         )
         skeleton = attempt(lambda: _skeleton(config, spec, sure=task is not None))
         targets: list[str] | None = []
@@ -182,7 +230,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
     test_rows = np.arange(count)
     if 0 < config.eval_examples < count:
         test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
-    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start)
+    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start, own)
 
 
 def prepare(checked: Checked, folder: Path) -> Prepared:
@@ -205,6 +253,8 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     core = checked.core
     # The head before the basis: a head of zeros passes no gradient on to the layers.
     bare = TrainableModel(base, checked.spec, None)
+    if checked.spec.code is not None:
+        _try_out(bare, train)
     carry = {} if checked.start is None else checked.start.layers
     with carrying(base, carry):
         if checked.start is not None and checked.start.head:
@@ -243,7 +293,7 @@ def _skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Mo
     sure: `spec` says what the model is for; where that is a guess and cannot be built, None.
     """
     try:
-        if sure:
+        if sure and spec.code is None:
             check_kind(Path(spec.path), spec.kind)
         skeleton = load_base(spec, meta=True)
     except Exception as error:
@@ -252,7 +302,9 @@ def _skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Mo
         if type(error) is ValueError:
             raise InputError(f"--model {config.model}: {error}") from error
         raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {first_line(error)}") from error
-    if sure and spec.kind == "classification" and not head_layers(skeleton):
+    if sure and spec.code is not None:
+        _check_own(skeleton, spec)
+    elif sure and spec.kind == "classification" and not head_layers(skeleton):
         raise InputError(
             f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
         )
@@ -263,6 +315,19 @@ def _skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Mo
             "layers: they cannot be adapted; choose the layers that can be, as in --targets '.*attn.*'"
         )
     return skeleton
+
+
+def _check_own(skeleton: nn.Module, spec: ModelSpec) -> None:
+    """Raises InputError for a class of the caller's own that cannot be trained here."""
+    try:
+        if lacking := forward_lacks(type(skeleton), causal=spec.kind == "causal-lm"):
+            raise ValueError(
+                f"the forward of its class {spec.code} takes no {', '.join(lacking)}, which it is called with"
+            )
+        if spec.kind == "classification":
+            check_head(skeleton, list(head_layers(skeleton)), spec.labels)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
 
 
 def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
@@ -315,6 +380,18 @@ def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows,
         max_examples=config.max_examples,
     )
     return public, [private[part] for part in parts]
+
+
+def _try_out(model: TrainableModel, examples: Examples) -> None:
+    """Raises InputError where a class of the caller's own does not give the logits that a loss can be made of."""
+    rows = np.argsort(examples.lengths, kind="stable")[[0, -1]]
+    batch = examples.batch(rows, model.spec.pad_id)
+    shape = (2, model.spec.labels) if model.spec.kind == "classification" else (*batch.input_ids.shape, None)
+    try:
+        with torch.inference_mode():
+            check_logits(model.logits(batch), shape)
+    except Exception as error:
+        raise InputError(f"model: a {model.spec.code} cannot be used: {first_line(error)}") from error
 
 
 def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], Rows]:

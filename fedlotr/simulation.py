@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
@@ -32,9 +34,9 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.flower.workplace import Workplace
-from fedlotr.handover import write_adapter
+from fedlotr.handover import OwnBase, write_adapter
 from fedlotr.own import PREFIX
-from fedlotr.preparation import Checked, Prepared, check, prepare
+from fedlotr.preparation import NOTHING_BROUGHT, Brought, Checked, Prepared, check, prepare
 from fedlotr.reporting.console import Console
 from fedlotr.resumption import check_model, continue_from, fixed_values, saved_configuration
 from fedlotr.run_directory import Checkpoint, RunDirectory
@@ -88,25 +90,27 @@ def run_simulation(
     engine: EngineMaker | None = None,
     start: str | None = None,
     data: OwnData | None = None,
+    model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
 ) -> SimulationResult:
     """Run a simulation and leave its run directory.
 
     data: a data set of one's own instead of what `config.data` names: a `datasets.DatasetDict`, or a mapping of splits
     ("train", and "test" or another of the usual names) to rows, each a mapping of column to value.
+    model: a model object and its tokenizer, instead of what `config.model` names: a `PreTrainedModel`, as its
+    class makes it of its configuration; the class is part of transformers or lies in a module that workers can import.
     engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
     cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt.
     """
-    with console or Console(quiet=True) as display:
+    with console or Console(quiet=True) as display, _place_for(model) as place:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
-        brought = {"data"} if data is not None else set()
-        problems = problems_at_the_door(config, brings_engine=engine is not None, brought=brought)
+        own = Brought(data, model, place)
+        problems = problems_at_the_door(config, brings_engine=engine is not None, brought=own.fields)
         if problems:
             raise InputError(problems)
-        config = resolve(config)
-        checked, strategy = check_all(config, data=data)
+        checked, strategy = check_all(resolve(config), brought=own)
         config = checked.config
         name = f"{config.method}-{checked.source.name}-{config.seed}".replace(PREFIX, "own-")
         directory = RunDirectory.create(config.out, name, start)
@@ -126,7 +130,7 @@ def run_simulation(
             stack.enter_context(_threads(config.threads))
             grid = stack.enter_context((engine or _engine)(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
-            prepared = prepare(checked, directory.work.absolute())
+            prepared = prepare(checked.in_place(directory.work.absolute()), directory.work.absolute())
             display.start(config, facts(prepared))
             run = _Run(config, prepared, directory, grid, display, started)
             state = run.begin(strategy, checkpoint)
@@ -134,6 +138,16 @@ def run_simulation(
             summary = run.rounds(strategy, state)
             display.finish(summary)
         return SimulationResult(summary, run.history, directory.path)
+
+
+@contextmanager
+def _place_for(model: object) -> Iterator[Path]:
+    """Where a caller's own model is kept until the run has a folder: nowhere, where there is none."""
+    if model is None:
+        yield Path()
+    else:
+        with TemporaryDirectory(prefix="fedlotr-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder) / "model"
 
 
 def problems_at_the_door(
@@ -150,7 +164,7 @@ def problems_at_the_door(
 
 
 def check_all(
-    config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None
+    config: SimulationConfig, wrong: Collection[str] = (), brought: Brought = NOTHING_BROUGHT
 ) -> tuple[Checked, FlowerStrategy]:
     """The data, the model and the strategy that a configuration names; nothing heavy has happened yet.
 
@@ -159,7 +173,7 @@ def check_all(
     problems: list[str] = []
     checked = strategy = None
     try:
-        checked = check(config, wrong, data=data)
+        checked = check(config, wrong, brought)
     except InputError as error:
         problems += error.problems
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):
@@ -275,6 +289,7 @@ class _Run:
             max_length=config.max_length,
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
+            own=self._own_base(),
         )
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
@@ -284,6 +299,11 @@ class _Run:
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
+
+    def _own_base(self) -> OwnBase | None:
+        own = self.prepared.checked.own_model
+        segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
+        return None if own is None else OwnBase(own.kind, ("input_ids", "attention_mask", *segments))
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""

@@ -20,6 +20,7 @@ from fedlotr.adapters.layer import CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.examples import IGNORED, Batch
+from fedlotr.training.own_class import import_class
 
 Kind = Literal["classification", "causal-lm"]
 Tensors = dict[str, torch.Tensor]
@@ -50,6 +51,7 @@ class ModelSpec:
 
     path: a local folder in the Hugging Face layout. labels: number of classes (0 for a language model).
     mean_pooled: a sentence encoder, read out by the mean of its token vectors. dtype: of the frozen base.
+    code, code_folder: module:Class of a class that is not part of transformers, and the folder of that module.
     """
 
     path: str
@@ -58,6 +60,8 @@ class ModelSpec:
     mean_pooled: bool
     pad_id: int
     dtype: str = "float32"
+    code: str | None = None
+    code_folder: str = ""
 
 
 class MeanPooledClassifier(nn.Module):
@@ -96,6 +100,13 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     if spec.kind == "classification" and not mean_pooled:
         loader = AutoModelForSequenceClassification
         options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
+    if spec.code is not None:
+        loader = import_class(spec.code, spec.code_folder)
+        # Put in here: what a configuration of one's own does not know would be handed to the class.
+        config = loader.config_class.from_pretrained(spec.path, local_files_only=True)
+        for name in tuple(options.keys() & {"num_labels", "pad_token_id"}):
+            setattr(config, name, options.pop(name))
+        options["config"] = config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_key(0, "missing weights"))
         load = partial(
