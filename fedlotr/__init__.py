@@ -18,6 +18,7 @@ os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 if TYPE_CHECKING:
     from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis
     from fedlotr.configuration import SimulationConfig
+    from fedlotr.data import OwnTask
     from fedlotr.simulation import SimulationResult, run_simulation
 
     __version__: str
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CoreConfig",
     "CoreModel",
+    "OwnTask",
     "SimulationConfig",
     "SimulationResult",
     "__version__",
@@ -36,6 +38,7 @@ _HOMES = {
     "CoreConfig": "fedlotr.adapters",
     "CoreModel": "fedlotr.adapters",
     "initialize_basis": "fedlotr.adapters",
+    "OwnTask": "fedlotr.data",
     "SimulationConfig": "fedlotr.configuration",
     "SimulationResult": "fedlotr.simulation",
     "run_simulation": "fedlotr.simulation",

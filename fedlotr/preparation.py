@@ -16,7 +16,21 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
 from fedlotr.configuration import SimulationConfig
-from fedlotr.data import Names, OwnData, Source, Task, encode, load_source, partition, resolve_task, withhold_public
+from fedlotr.data import (
+    Names,
+    OwnData,
+    OwnTask,
+    Source,
+    Task,
+    apply_task,
+    check_task,
+    encode,
+    load_source,
+    partition,
+    resolve_task,
+    task_name,
+    withhold_public,
+)
 from fedlotr.errors import InputError
 from fedlotr.flower.workplace import Recipe, Workplace
 from fedlotr.model_source import (
@@ -60,12 +74,13 @@ class Brought:
 
     data: OwnData | None = None
     model: Any = None
+    task: Any = None
     folder: Path = Path()
 
     @property
     def fields(self) -> set[str]:
         """The fields of the configuration that these stand for."""
-        return {field for field in FIELDS if getattr(self, field, None) is not None}
+        return {field for field in FIELDS if getattr(self, field) is not None}
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class Checked:
     test_rows: Rows
     start: WarmStart | None
     own_model: OwnModel | None = None
+    own_task: OwnTask | None = None
 
     @property
     def base_name(self) -> str:
@@ -157,8 +173,17 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brough
     task = tokenizer = labels = dealt = spec = core = start = None
     if source is not None and brought.data is not None:
         config = names_brought("data", source.name)
-    if source is not None:
+    own_task = attempt(lambda: check_task(brought.task)) if brought.task is not None else None
+    if own_task is not None:
+        config = names_brought("task", task_name(own_task))
+        if unread := [option for option in ("text_column", "label_column") if getattr(config, option) is not None]:
+            problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
+    if source is not None and own_task is not None:
+        raw = source
+        source, task = attempt(lambda: apply_task(own_task, raw)) or (None, None)
+    elif source is not None and brought.task is None:
         task = attempt(lambda: resolve_task(config.task, source), "task")
+    if source is not None:
         if task is not None and task.kind == "causal-lm" and config.method == "head":
             problems.append(
                 "--method head: a language model has no classification head; choose a method that adapts layers"
@@ -230,7 +255,9 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brough
     test_rows = np.arange(count)
     if 0 < config.eval_examples < count:
         test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
-    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start, own)
+    return Checked(
+        config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start, own, own_task
+    )
 
 
 def prepare(checked: Checked, folder: Path) -> Prepared:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from fedlotr.adapters.tuner import bases_of, factored_layers
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
-from fedlotr.data import OwnData
+from fedlotr.data import OwnData, OwnTask, measure
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -74,6 +75,12 @@ class SimulationResult:
         return accuracy
 
     @property
+    def metric(self) -> float | None:
+        """After the last round, by the task's own metric where it has one, else as accuracy or perplexity."""
+        metric: float | None = self.summary["final"][self.summary["metric"]]
+        return metric
+
+    @property
     def loss(self) -> float:
         """On the held-out examples after the last round."""
         return float(self.summary["final"]["loss"])
@@ -91,6 +98,7 @@ def run_simulation(
     start: str | None = None,
     data: OwnData | None = None,
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    task: OwnTask | None = None,
 ) -> SimulationResult:
     """Run a simulation and leave its run directory.
 
@@ -98,6 +106,7 @@ def run_simulation(
     ("train", and "test" or another of the usual names) to rows, each a mapping of column to value.
     model: a model object and its tokenizer, instead of what `config.model` names: a `PreTrainedModel`, as its
     class makes it of its configuration; the class is part of transformers or lies in a module that workers can import.
+    task: what is learnt from the rows and how it is measured, instead of what `config.task` names.
     engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
@@ -106,7 +115,7 @@ def run_simulation(
     with console or Console(quiet=True) as display, _place_for(model) as place:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
-        own = Brought(data, model, place)
+        own = Brought(data, model, task, place)
         problems = problems_at_the_door(config, brings_engine=engine is not None, brought=own.fields)
         if problems:
             raise InputError(problems)
@@ -228,7 +237,7 @@ class _Run:
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
-        self.initial: dict[str, float] = {}
+        self.initial: dict[str, float | None] = {}
         self.federation = federation(config, prepared)
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
@@ -345,7 +354,7 @@ class _Run:
 
 def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
     """What the round loop needs to know of this run."""
-    checked, model = prepared.checked, prepared.model
+    checked, model, own = prepared.checked, prepared.model, prepared.checked.own_task
     factor = LR_FACTORS[config.lr_schedule]
     bases = bases_of(model.module)
     basis: Any = None
@@ -368,6 +377,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         causal=checked.task.kind == "causal-lm",
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
+        measure=None if own is None or own.metric_name is None else partial(measure, own),
     )
 
 

@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -39,6 +39,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "test_examples": len(checked.test_rows),
         "task": checked.task.kind,
         "labels": names,
+        "metric": next(iter(metrics_of(prepared))),
         "partition": [
             {
                 "client": clients[held.client] if clients else held.client,
@@ -60,15 +61,16 @@ def summarise(
     grid: Engine | FlowerGrid,
     history: Sequence[dict[str, Any]],
     entries: Sequence[Entry],
-    initial: dict[str, float],
+    initial: dict[str, float | None],
     state: State,
     started: float,
 ) -> dict[str, Any]:
     """summary.json of a finished run. history: the rows of metrics.jsonl; started: by `time.monotonic`."""
     checked = prepared.checked
     evaluated = [row for row in history if row["loss"] is not None]
-    metric, better = ("perplexity", min) if checked.task.kind == "causal-lm" else ("accuracy", max)
-    best = better(evaluated, key=lambda row: row[metric])
+    metrics = metrics_of(prepared)
+    metric, better = next(iter(metrics.items()))
+    best = better([row for row in evaluated if row[metric] is not None] or evaluated[-1:], key=lambda row: row[metric])
     errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
     seconds = sum(row["train_seconds"] for row in history)
     examples = sum(
@@ -85,7 +87,8 @@ def summarise(
         "rounds": state.round,
         "seed": config.seed,
         "initial": initial,
-        "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
+        "metric": metric,
+        "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
         "failed_clients": sum(row["failed"] for row in history),
         "failures": _failures(history),
@@ -112,6 +115,15 @@ def summarise(
             **{name: version(name) for name in PACKAGES},
         },
     }
+
+
+def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
+    """What a round's model is judged by, the decisive metric first, each with the better of two values."""
+    own, causal = prepared.checked.own_task, prepared.checked.task.kind == "causal-lm"
+    usual: dict[str, Callable[..., Any]] = {"perplexity": min} if causal else {"accuracy": max}
+    if own is None or own.metric_name is None:
+        return usual
+    return {own.metric_name: max if own.higher_is_better else min, **usual}
 
 
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

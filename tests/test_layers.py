@@ -21,8 +21,10 @@ FLOORS = (
     ("engines",),
     ("strategies",),
     ("reporting",),
-    ("handover", "model_source", "own_model", "preparation", "resumption", "run_directory", "run_log")
-    + ("simulation", "summary", "warm_start"),
+    (
+        *("handover", "model_source", "own_model", "preparation", "resumption", "run_directory", "run_log"),
+        *("simulation", "summary", "warm_start"),
+    ),
     ("forecast", "testing"),
     ("cli", "doctor", "listing", "server_app", "simulate"),
 )

@@ -1,5 +1,6 @@
 """Data: sources of rows, tasks over them, and their division among clients."""
 
+from fedlotr.data.own_task import OwnTask, apply_task, check_task, measure, task_name
 from fedlotr.data.partition import (
     PARTITIONS,
     Holding,
@@ -18,15 +19,20 @@ __all__ = [
     "Holding",
     "Names",
     "OwnData",
+    "OwnTask",
     "Source",
     "Task",
+    "apply_task",
     "build_pydoc",
+    "check_task",
     "client_names",
     "describe",
     "encode",
     "load_source",
+    "measure",
     "parse_partition",
     "partition",
     "resolve_task",
+    "task_name",
     "withhold_public",
 ]

@@ -140,7 +140,7 @@ def _assemble(
     test, words = choose_test(others, named, train, eval_split)
     if test is None:
         train, test = split_tenth(train, seed, given)
-    return _source(name, train, test, words, label_names)
+    return source_of(name, train, test, words, label_names)
 
 
 def _load_pydoc(eval_split: str | None) -> Source:
@@ -149,7 +149,7 @@ def _load_pydoc(eval_split: str | None) -> Source:
     rows, label_names = build_pydoc()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     train, test = split_tenth(columns, PYDOC_SPLIT_SEED, "--data pydoc")
-    return _source("pydoc", train, test, "a fixed tenth of the paragraphs", label_names)
+    return source_of("pydoc", train, test, "a fixed tenth of the paragraphs", label_names)
 
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) -> Source:
@@ -181,7 +181,8 @@ def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) ->
     return replace(source, name=own_name(source.sha256))
 
 
-def _source(name: str, train: Columns, test: Columns, words: str, label_names: tuple[str, ...] | None) -> Source:
+def source_of(name: str, train: Columns, test: Columns, words: str, label_names: tuple[str, ...] | None) -> Source:
+    """A source of these columns; of test those that train has too."""
     import datasets
 
     test = {column: values for column, values in test.items() if column in train}

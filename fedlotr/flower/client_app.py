@@ -21,6 +21,7 @@ from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
 from fedlotr.training.evaluation import evaluate
+from fedlotr.training.results import Results
 
 WORK = "fedlotr.work"
 """Key of `run_config` in which our engines tell the absolute path of the workplace."""
@@ -137,14 +138,19 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_shard(message: Message, context: Context) -> Message:
-    """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards."""
+    """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards.
+
+    Where `rows` is asked for, also what came of each row.
+    """
     here = worker(workplace_folder(context))
     content: Any = message.content
     config = content["config"]
     here.model.assign(to_tensors(content["arrays"]))
     rows = np.arange(int(config["start"]), int(config["stop"]))
-    scores = evaluate(here.model, here.workplace.test, rows)
+    found = Results.empty(len(rows)) if config.get("rows") else None
+    scores = evaluate(here.model, here.workplace.test, rows, found)
     metrics = MetricRecord(
         {"loss": scores.loss, "units": scores.units, "correct": scores.correct, "num-examples": len(rows)}
     )
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    each = {} if found is None else {"rows": to_record(found.arrays())}
+    return Message(RecordDict({"metrics": metrics, **each}), reply_to=message)

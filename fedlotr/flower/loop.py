@@ -26,6 +26,7 @@ from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
+from fedlotr.training.results import Results
 
 log = logging.getLogger("fedlotr")
 
@@ -49,6 +50,7 @@ class Federation:
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
+    measure: further metrics, of what the model made of each test row.
     """
 
     clients: int
@@ -64,6 +66,7 @@ class Federation:
     causal: bool
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
+    measure: Callable[[Results], dict[str, float | None]] | None = None
 
 
 @dataclass
@@ -159,16 +162,18 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     return Round(row, view.entries, failures)
 
 
-def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[str, float]:
-    """Loss and accuracy, or loss and perplexity, on the held-out examples, spread over the engine's workers.
+def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[str, float | None]:
+    """Loss and accuracy, or loss and perplexity, and the federation's own metric, on the held-out examples.
 
-    The server's own work: it passes by the ledger. Raises FedlotrError where a shard fails.
+    The server's own work, spread over the engine's workers; it passes by the ledger. Raises FedlotrError where a shard
+    fails.
     """
     nodes = _nodes(grid)
     pieces = shards(federation.held_out, EVALUATION_SHARD)
+    asked = {} if federation.measure is None else {"rows": True}
     messages = [
         Message(
-            RecordDict({"arrays": arrays, "config": ConfigRecord({"start": piece.start, "stop": piece.stop})}),
+            RecordDict({"arrays": arrays, "config": ConfigRecord({"start": piece.start, "stop": piece.stop, **asked})}),
             nodes[at % federation.clients],
             MessageType.EVALUATE,
         )
@@ -176,6 +181,7 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
     ]
     replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages)}
     parts: list[Scores] = []
+    rows: list[dict[str, Any]] = []
     for message in messages:
         reply = replies[message.metadata.message_id]
         if reply.has_error():
@@ -185,10 +191,12 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
         content: Any = reply.content
         found = content["metrics"]
         parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
+        rows += [{name: array.numpy() for name, array in content["rows"].items()}] if asked else []
     scores = sum_scores(parts)
+    further = {} if federation.measure is None else federation.measure(Results.joined(rows))
     if federation.causal:
-        return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700))}
-    return {"loss": scores.mean_loss, "accuracy": scores.accuracy}
+        return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700)), **further}
+    return {"loss": scores.mean_loss, "accuracy": scores.accuracy, **further}
 
 
 def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:

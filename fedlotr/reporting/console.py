@@ -29,7 +29,7 @@ PLAIN_WIDTH = 100
 """Columns of the output where there is no terminal to ask."""
 
 METRICS = {"accuracy": "{:.4f}", "perplexity": "{:.2f}"}
-"""The metrics a task may have, and how each is written."""
+"""The metrics a task may have, and how each is written; one of the caller's own is written as accuracy is."""
 
 
 class Console:
@@ -45,6 +45,7 @@ class Console:
         self._failed = 0
         self._rounds = 0
         self._bytes = 0
+        self._metric: str | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._out = rich.console.Console(
@@ -70,10 +71,10 @@ class Console:
 
         facts: what the configuration alone does not say; all may be missing. parameters, trained_adapter, trained_head
         (numbers); train_examples, test_examples, labels (names), largest_class (its share of the test split), task;
-        strategy, basis, tie, lr, head_lr, workers, threads, cohort (resolved); partition: one mapping a client with
-        client, examples and labels (name to number).
+        metric (the decisive one); strategy, basis, tie, lr, head_lr, workers, threads, cohort (resolved); partition:
+        one mapping a client with client, examples and labels (name to number).
         """
-        self._rounds = config.rounds
+        self._rounds, self._metric = config.rounds, facts.get("metric")
         header = Table.grid(padding=(0, 2))
         header.add_column(style="bold")
         for title, text in _header(config, facts):
@@ -98,7 +99,11 @@ class Console:
             self._begin_rounds()
         self.finished_rounds = max(self.finished_rounds, number)
         width = len(str(self._rounds))
-        parts = [f"round {number:{width}}/{self._rounds}", *_results(record), f"{record.get('clients', 0)} clients"]
+        parts = [
+            f"round {number:{width}}/{self._rounds}",
+            *_results(record, self._metric),
+            f"{record.get('clients', 0)} clients",
+        ]
         if failed:
             parts.append(f"{failed} FAILED")
         parts += [f"up {readable_bytes(record.get('bytes_up') or 0)}"]
@@ -108,7 +113,7 @@ class Console:
         seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
         self._print("  ".join([*parts, f"{seconds:.1f} s"]))
         if self._progress is not None:
-            latest = "  ".join([*_results(record), readable_bytes(self._bytes)])
+            latest = "  ".join([*_results(record, self._metric), readable_bytes(self._bytes)])
             self._progress.update(self._task, completed=self.finished_rounds, latest=latest)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -166,10 +171,17 @@ def _exact_bytes(count: float) -> str:
     return f"{exact} B" if count < 1000 else f"{readable_bytes(count)} ({exact} B)"
 
 
-def _results(record: Mapping[str, Any]) -> list[str]:
-    """Loss and metric, where this round has them."""
+def _forms(own: str | None) -> dict[str, str]:
+    """How each metric is written, one of the caller's own first."""
+    return METRICS if own is None or own in METRICS else {own: METRICS["accuracy"], **METRICS}
+
+
+def _results(record: Mapping[str, Any], metric: str | None = None) -> list[str]:
+    """Loss and metrics, where this round has them. metric: the decisive one."""
     loss = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
-    metrics = [f"{name} {form.format(record[name])}" for name, form in METRICS.items() if record.get(name) is not None]
+    metrics = [
+        f"{name} {form.format(record[name])}" for name, form in _forms(metric).items() if record.get(name) is not None
+    ]
     return loss + metrics
 
 
@@ -289,7 +301,7 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
     final, best = summary.get("final") or {}, summary.get("best") or {}
     traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
     rows: list[tuple[str, str]] = []
-    for name, form in METRICS.items():
+    for name, form in _forms(summary.get("metric")).items():
         if final.get(name) is not None:
             rows.append((f"{name}, final", form.format(final[name])))
         if best.get(name) is not None:

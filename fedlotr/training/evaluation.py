@@ -10,6 +10,7 @@ import torch
 from fedlotr.training.cohort import Rows, pack
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.models import TrainableModel, example_losses
+from fedlotr.training.results import Results
 
 EVALUATION_TOKENS = 4096
 """Padded tokens in one forward: no activations are kept, so passes may be larger than in training."""
@@ -37,8 +38,11 @@ class Scores:
         return self.correct / max(self.units, 1)
 
 
-def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
-    """Scores of the model, with its trained tensors as assigned, on the given rows."""
+def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Results | None = None) -> Scores:
+    """Scores of the model, with its trained tensors as assigned, on the given rows.
+
+    found: where to note what came of each of them.
+    """
     total = Scores()
     with torch.inference_mode():
         for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
@@ -48,9 +52,23 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
                 targets = batch.labels != IGNORED
                 losses = example_losses(logits, batch.labels).double() * targets.sum(1)
                 total += Scores(float(losses.sum()), int(targets.sum()))
+                if found is not None:
+                    right = (logits.argmax(-1) == batch.labels) & targets
+                    found.put(chosen, losses=losses, targets=targets.sum(1), correct=right.sum(1))
             else:
                 losses = example_losses(logits, batch.labels).double()
-                total += Scores(float(losses.sum()), len(chosen), int((logits.argmax(-1) == batch.labels).sum()))
+                predictions = logits.argmax(-1)
+                right = predictions == batch.labels
+                total += Scores(float(losses.sum()), len(chosen), int(right.sum()))
+                if found is not None:
+                    found.put(
+                        chosen,
+                        losses=losses,
+                        targets=1,
+                        correct=right,
+                        labels=batch.labels,
+                        predictions=predictions,
+                    )
     return total
 
 
