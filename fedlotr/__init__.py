@@ -17,6 +17,7 @@ os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 
 if TYPE_CHECKING:
     from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis
+    from fedlotr.callbacks import Callbacks, ClientEvent, EvaluateEvent, RoundEvent
     from fedlotr.configuration import SimulationConfig
     from fedlotr.data import OwnTask
     from fedlotr.simulation import SimulationResult, run_simulation
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Callbacks",
+    "ClientEvent",
     "CoreConfig",
     "CoreModel",
+    "EvaluateEvent",
     "OwnTask",
+    "RoundEvent",
     "SimulationConfig",
     "SimulationResult",
     "__version__",
@@ -35,6 +40,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callbacks": "fedlotr.callbacks",
+    "ClientEvent": "fedlotr.callbacks",
+    "EvaluateEvent": "fedlotr.callbacks",
+    "RoundEvent": "fedlotr.callbacks",
     "CoreConfig": "fedlotr.adapters",
     "CoreModel": "fedlotr.adapters",
     "initialize_basis": "fedlotr.adapters",

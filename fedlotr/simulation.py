@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
+from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
@@ -99,6 +100,7 @@ def run_simulation(
     data: OwnData | None = None,
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     task: OwnTask | None = None,
+    callbacks: Callbacks | Iterable[Callbacks] = (),
 ) -> SimulationResult:
     """Run a simulation and leave its run directory.
 
@@ -107,6 +109,7 @@ def run_simulation(
     model: a model object and its tokenizer, instead of what `config.model` names: a `PreTrainedModel`, as its
     class makes it of its configuration; the class is part of transformers or lies in a module that workers can import.
     task: what is learnt from the rows and how it is measured, instead of what `config.task` names.
+    callbacks: one or more, told of every client, evaluation and round; one that raises ends the run (CallbackError).
     engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
@@ -115,6 +118,7 @@ def run_simulation(
     with console or Console(quiet=True) as display, _place_for(model) as place:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
+        audience = Audience(callbacks)
         own = Brought(data, model, task, place)
         problems = problems_at_the_door(config, brings_engine=engine is not None, brought=own.fields)
         if problems:
@@ -141,7 +145,7 @@ def run_simulation(
             display.stage("tokenising, fitting the head, making the bases")
             prepared = prepare(checked.in_place(directory.work.absolute()), directory.work.absolute())
             display.start(config, facts(prepared))
-            run = _Run(config, prepared, directory, grid, display, started)
+            run = _Run(config, prepared, directory, grid, display, started, audience)
             state = run.begin(strategy, checkpoint)
             dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
             summary = run.rounds(strategy, state)
@@ -230,9 +234,10 @@ class _Run:
         grid: Engine | FlowerGrid,
         display: Console,
         started: float,
+        audience: Audience,
     ) -> None:
         self.config, self.prepared, self.directory = config, prepared, directory
-        self.grid, self.display, self.started = grid, display, started
+        self.grid, self.display, self.started, self.audience = grid, display, started, audience
         self.history: list[dict[str, Any]] = []
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
@@ -256,6 +261,7 @@ class _Run:
             self.directory.go_back_to(None)  # a run that was killed in its first round has left something
             self.initial = evaluate(self.grid, self.federation, state.arrays)
             log.info("before the first round: %s", self.initial)
+            self.audience.evaluated(0, self.initial)
             return state
         check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
         with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
@@ -283,11 +289,14 @@ class _Run:
         config = self.config
         while state.round < config.rounds:
             done = run_round(self.grid, strategy, self.federation, state)
+            evaluation = None
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
-                done.metrics.update(evaluate(self.grid, self.federation, state.arrays))
+                evaluation = evaluate(self.grid, self.federation, state.arrays)
+                done.metrics.update(evaluation)
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
+            self.audience.finished(done, evaluation, self.directory.path)
         self.prepared.model.assign(to_tensors(state.arrays))
         write_adapter(
             self.directory.adapter,

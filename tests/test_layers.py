@@ -22,7 +22,16 @@ FLOORS = (
     ("strategies",),
     ("reporting",),
     (
-        *("handover", "model_source", "own_model", "preparation", "resumption", "run_directory", "run_log"),
+        *(
+            "callbacks",
+            "handover",
+            "model_source",
+            "own_model",
+            "preparation",
+            "resumption",
+            "run_directory",
+            "run_log",
+        ),
         *("simulation", "summary", "warm_start"),
     ),
     ("forecast", "testing"),

@@ -81,11 +81,15 @@ class State:
 
 @dataclass(frozen=True)
 class Round:
-    """A finished round: its row of metrics.jsonl, its rows of the ledger, and why which client failed."""
+    """A finished round: its row of metrics.jsonl, its rows of the ledger, and why which client failed.
+
+    replies: what each of the others said of its training.
+    """
 
     metrics: dict[str, Any]
     entries: list[Entry]
     failures: dict[int, Failure]
+    replies: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def sample_clients(federation: Federation, server_round: int) -> list[int]:
@@ -159,7 +163,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     }
     state.arrays, state.round = sent, number
     state.known |= newcomers - set(failures)
-    return Round(row, view.entries, failures)
+    said = [(int(reply.content["client"]["client"]), dict(reply.content["metrics"])) for reply in good]  # type: ignore[arg-type]
+    return Round(row, view.entries, failures, dict(said))
 
 
 def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[str, float | None]:
