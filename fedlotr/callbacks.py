@@ -97,14 +97,14 @@ class Audience:
 
 
 def _listed(callbacks: object) -> list[Callbacks]:
-    given = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
-    for thing in given:
+    listed: list[Callbacks] = []
+    for thing in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
         if not isinstance(thing, Callbacks):
-            got = (
-                f"the class {thing.__name__}" if isinstance(thing, type) else f"one of the type {type(thing).__name__}"
-            )
+            name = thing.__name__ if isinstance(thing, type) else type(thing).__name__
+            got = f"the class {name}" if isinstance(thing, type) else f"one of the type {name}"
             raise InputError(f"callbacks: expected objects of classes derived from fedlotr.Callbacks, got {got}")
-    return given
+        listed.append(thing)
+    return listed
 
 
 def _clients(number: int, done: Round) -> list[ClientEvent]:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -393,28 +394,47 @@ def workers_of(driver: int) -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_worker_killed_in_every_round_and_all_at_once_change_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:
-    options = {**tiny, "clients": 8, "sample": 8, "cohort": 2, "rounds": 3, "local_epochs": 15}
+    options = {**tiny, "clients": 8, "sample": 8, "cohort": 2, "rounds": 4, "local_epochs": 15}
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_simulation(SimulationConfig(**options, out=whole))
     words = [*flags({**options, "engine": "ray"}), "--workers", "4", "--out", str(run)]
-    killed = 0
+    kills = []
+
+    def working(server_round: int) -> list[psutil.Process]:
+        """The workers once one is at work in this round."""
+        while True:  # a look at all processes is work, and the workers need the cores: hence the pause
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
+            begun = (run / "log.txt").exists() and "before the first round" in log_of(run)
+            found = workers_of(process.pid) if begun and rows_in(run) >= server_round - 1 else []
+            if any("execute" in " ".join(worker.cmdline()) for worker in found):
+                assert rows_in(run) == server_round - 1, "the round was over before a worker could be killed"
+                return found
+            time.sleep(0.1)
+
     with open(tmp_path / "stderr", "w", encoding="utf-8") as stderr:
         process = subprocess.Popen([sys.executable, "-m", "fedlotr.simulate", *words], cwd=tmp_path, stderr=stderr)
-        for number in range(3):
-            while rows_in(run) < number or not any("execute" in " ".join(w.cmdline()) for w in workers_of(process.pid)):
-                assert process.poll() is None, (tmp_path / "stderr").read_text()
-                time.sleep(0.1)  # a look at all processes is work, and the workers need the cores
-            living = workers_of(process.pid)
-            for worker in living if number == 2 else living[:1]:
-                worker.kill()
-                killed += 1
+        for number in (1, 2, 3):
+            working(number)[0].kill()
+            kills.append(1)
+        working(4)
+        process.send_signal(signal.SIGSTOP)  # the round waits until those that died have been replaced
+        deadline = time.monotonic() + 120
+        while len(living := workers_of(process.pid)) < 4:
+            assert time.monotonic() < deadline, "a worker that died was not replaced"
+            time.sleep(0.1)
+        for worker in living:
+            worker.kill()
+        process.send_signal(signal.SIGCONT)
+        kills.append(len(living))
         assert process.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()
     (summary, rows), (expected, expected_rows) = read_run(run), read_run(whole)
     assert summary["trained_sha256"] == expected["trained_sha256"]
-    assert timeless(rows) == timeless(expected_rows) and [row["failed"] for row in rows] == [0] * 3
+    assert timeless(rows) == timeless(expected_rows) and [row["failed"] for row in rows] == [0] * 4
     assert read_ledger(run / "ledger") == read_ledger(whole / "ledger")
-    restarts = [line for line in log_of(run).splitlines() if "a worker died during" in line]
-    assert len(restarts) == summary["timing"]["worker_restarts"] >= killed >= 3 + 1
+    stories = re.split(r"round \d: \{", log_of(run).partition("before the first round")[2])[:4]
+    restarts = [story.count("a worker died during") for story in stories]
+    assert all(seen >= killed for seen, killed in zip(restarts, kills, strict=True)), (restarts, kills)
+    assert summary["timing"]["worker_restarts"] >= sum(kills) == 3 + 4
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
