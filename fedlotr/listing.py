@@ -1,16 +1,19 @@
-"""`fedlotr ls methods` and `fedlotr ls strategies`: what there is to choose from, and what each costs."""
+"""`fedlotr ls methods` and `fedlotr ls strategies`: what there is to choose from, what each costs, and a template."""
 
 import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.errors import nearest
 
 CORE_NUMBERS = {"full": "r²", "diag": "r", "heads": "r²/4", "mix": "min(64, r²)"}
 FACTOR_NUMBERS = {"A": "r·d_in", "B": "r·d_out"}
-USAGE = "usage: fedlotr ls methods|strategies [--json]"
+USAGE = "usage: fedlotr ls methods|strategies [--json], or: fedlotr ls strategies --template"
+TEMPLATE = Path(__file__).parent / "flower" / "template.py"
+"""A strategy to copy, with a word on each of its methods."""
 
 Row = dict[str, str]
 
@@ -69,7 +72,10 @@ KINDS = {"methods": methods, "strategies": strategies}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one of the tables: for the eye, tab-separated where it is piped, or as JSON; exit code 0, or 2."""
+    """Print a table (for the eye, tab-separated where it is piped, or as JSON) or the template; exit code 0, or 2."""
+    if list(argv) == ["strategies", "--template"]:
+        print(TEMPLATE.read_text(encoding="utf-8"), end="")
+        return 0
     words = [word for word in argv if word != "--json"]
     if "-h" in words or "--help" in words:
         print(USAGE)

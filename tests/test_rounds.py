@@ -241,7 +241,7 @@ def test_an_error_of_a_strategy_names_it_with_its_round_and_method() -> None:
             return {name: array[:1] for name, array in updates[0].arrays.items()}
 
     state = start()
-    with pytest.raises(StrategyError, match="strategy Broken, aggregate_train, round 1, method lotr: KeyError"):
+    with pytest.raises(StrategyError, match="strategy Broken, combine, round 1, method lotr: KeyError"):
         run_round(grid(), Broken(), federation(), state)
     with pytest.raises(StrategyError, match=r"strategy Misshapen.* it gave C the shape \(1, 2\), expected \(2, 2\)"):
         run_round(grid(), Misshapen(), federation(), state)

@@ -1,0 +1,105 @@
+"""A strategy from the template runs; one that raises is named with its method and round, and no round is lost."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlotr import cli, simulate
+from fedlotr.testing import check_strategy
+from tests.support import read_run
+
+BROKEN = """
+from fedlotr.flower import Strategy, weighted_mean
+
+class Broken(Strategy):
+    def __init__(self, where="nowhere"):
+        self.where, self.past, self.round = where, 0, 0
+        self.fail("__init__")
+
+    def fail(self, here):
+        if here == self.where and (self.past or here in ("__init__", "load_state")):
+            raise KeyError("alhpa")
+
+    def configure_train(self, server_round, arrays, config, grid):
+        self.past = server_round - 1
+        self.fail("configure_train")
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def combine(self, updates, server_round):
+        self.fail("combine")
+        return weighted_mean(updates)
+
+    def state(self):
+        self.fail("state")
+        return {}
+
+    def load_state(self, state):
+        self.fail("load_state")
+"""
+
+
+@pytest.fixture
+def words(tiny_bert: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text(BROKEN, encoding="utf-8")
+    given: dict[str, Any] = {
+        "model": tiny_bert,
+        "data": animals,
+        "clients": 3,
+        "rounds": 2,
+        "rank": 4,
+        "method": "lotr",
+    }
+    given |= {"public-examples": 8, "engine": "local", "threads": 1, "dtype": "float32", "out": tmp_path / "run"}
+    return [f"--{name}={value}" for name, value in given.items()] + ["--quiet", "--sample=3"]
+
+
+@pytest.mark.parametrize("method", ["configure_train", "combine", "state", "load_state"])
+def test_what_a_strategy_raises_names_it_its_method_and_the_round_and_loses_nothing(
+    method: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Mended in its file: the arguments are part of the configuration, which a resumed run may not change.
+    sound, broken = BROKEN, BROKEN.replace('where="nowhere"', f'where="{method}"')
+    strategy = "--strategy=broken.py:Broken"
+    (tmp_path / "broken.py").write_text(sound if method == "load_state" else broken, encoding="utf-8")
+    number = 2
+    if method == "load_state":
+        number = 1
+        assert simulate.main([*words, strategy, "--rounds=1"]) == simulate.DONE
+        (tmp_path / "broken.py").write_text(broken, encoding="utf-8")
+    resume = ["--resume"] if method == "load_state" else []
+    assert simulate.main([*words, strategy, *resume]) == simulate.FAILED
+    expected = f"error: strategy Broken, {method}, round {number}, method lotr: KeyError: 'alhpa'"
+    assert expected in capsys.readouterr().err
+    assert any((tmp_path / "run" / "checkpoints").glob("*00001.json")), "round 1 is safe"
+
+    (tmp_path / "broken.py").write_text(sound, encoding="utf-8")
+    assert simulate.main([*words, strategy, "--resume"]) == simulate.DONE
+    summary, rows = read_run(tmp_path / "run")
+    assert summary["rounds"] == 2 and [row["round"] for row in rows] == [1, 2]
+
+
+def test_a_strategy_that_cannot_be_made_is_a_mistake_in_the_words(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*words, "--strategy=broken.py:Broken", "--strategy-arg=where=__init__"]
+    assert simulate.main(given) == simulate.BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --strategy broken.py:Broken: Broken cannot be made: KeyError: 'alhpa'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_template_runs_as_it_is_and_passes_the_suite(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ls", "strategies", "--template"]) == 0
+    (tmp_path / "mine.py").write_text(capsys.readouterr().out, encoding="utf-8")
+    given = [*words, "--strategy=mine.py:Mine", "--strategy-arg=trust=0.5"]
+    assert simulate.main([*given, "--rounds=1"]) == simulate.DONE
+    assert simulate.main([*given, "--resume"]) == simulate.DONE
+    summary, _ = read_run(tmp_path / "run")
+    assert summary["rounds"] == 2 and summary["aggregation_error_max"] <= 1e-6
+    check_strategy("mine.py:Mine", {"trust": 0.9})
+    assert simulate.main([*words, "--strategy=mine.py:Mine", "--strategy-arg=trust=3", "--out=other"]) == 2
+    assert "trust is 3; expected more than 0 and at most 1" in capsys.readouterr().err
