@@ -15,10 +15,10 @@ from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
+from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import (
     Names,
-    OwnData,
     OwnTask,
     Source,
     Task,
@@ -37,14 +37,14 @@ from fedlotr.model_source import (
     DEMO_HUB_ID,
     DEMO_MODEL,
     check_length,
-    first_line,
     load_tokenizer,
     pad_id,
     read_architecture,
     supported_folder,
 )
-from fedlotr.own import FIELDS, other_than_named
+from fedlotr.own import other_than_named
 from fedlotr.own_model import OwnModel, keep_model, move_model
+from fedlotr.skeleton import build_skeleton, try_out
 from fedlotr.streams import generator
 from fedlotr.training.cohort import LocalTraining, Rows, pack
 from fedlotr.training.examples import Examples
@@ -53,34 +53,15 @@ from fedlotr.training.models import (
     ModelSpec,
     TrainableModel,
     adaptable_layers,
-    head_layers,
     load_base,
+    unbatched_layers,
 )
-from fedlotr.training.own_class import check_head, check_logits, forward_lacks
-from fedlotr.training.supported import check_kind, fused_experts, is_sentence_encoder
+from fedlotr.training.supported import is_sentence_encoder
 from fedlotr.warm_start import WarmStart, warm_start
 
 log = logging.getLogger("fedlotr")
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Brought:
-    """What a caller has brought instead of what a configuration names.
-
-    model: a pair of a model and its tokenizer. folder: an empty one, where that is kept meanwhile.
-    """
-
-    data: OwnData | None = None
-    model: Any = None
-    task: Any = None
-    folder: Path = Path()
-
-    @property
-    def fields(self) -> set[str]:
-        """The fields of the configuration that these stand for."""
-        return {field for field in FIELDS if getattr(self, field) is not None}
 
 
 @dataclass(frozen=True)
@@ -127,9 +108,6 @@ class Prepared:
     model: TrainableModel
     workplace: Workplace
     bases_sha256: str
-
-
-NOTHING_BROUGHT = Brought()
 
 
 def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brought = NOTHING_BROUGHT) -> Checked:
@@ -222,7 +200,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brough
             own.code if own else None,
             own.code_folder if own else "",
         )
-        skeleton = attempt(lambda: _skeleton(config, spec, sure=task is not None))
+        skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
         targets: list[str] | None = []
         if skeleton is not None and METHODS[config.method].adapts:
             targets = attempt(lambda: _targets(config, skeleton), "targets")
@@ -278,10 +256,18 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     except ValueError as error:
         raise InputError(f"--model {config.model}: {error}") from error
     core = checked.core
+    if config.targets != "all-linear" and (left_out := unbatched_layers(base, config.targets)):
+        log.warning(
+            "--targets %s also matches %d layers that are not adapted, since they also meet an input without a batch "
+            "axis: %s",
+            config.targets,
+            len(left_out),
+            ", ".join(left_out),
+        )
     # The head before the basis: a head of zeros passes no gradient on to the layers.
     bare = TrainableModel(base, checked.spec, None)
     if checked.spec.code is not None:
-        _try_out(bare, train)
+        try_out(bare, train)
     carry = {} if checked.start is None else checked.start.layers
     with carrying(base, carry):
         if checked.start is not None and checked.start.head:
@@ -312,49 +298,6 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
     workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry)
     workplace.record_load()
     return Prepared(checked, model, workplace, bases_sha256(model.module))
-
-
-def _skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Module | None:
-    """The model on the meta device, where no weights are read.
-
-    sure: `spec` says what the model is for; where that is a guess and cannot be built, None.
-    """
-    try:
-        if sure and spec.code is None:
-            check_kind(Path(spec.path), spec.kind)
-        skeleton = load_base(spec, meta=True)
-    except Exception as error:
-        if not sure:
-            return None
-        if type(error) is ValueError:
-            raise InputError(f"--model {config.model}: {error}") from error
-        raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {first_line(error)}") from error
-    if sure and spec.code is not None:
-        _check_own(skeleton, spec)
-    elif sure and spec.kind == "classification" and not head_layers(skeleton):
-        raise InputError(
-            f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
-        )
-    experts = fused_experts(skeleton)
-    if experts is not None and config.targets == "all-linear":
-        raise InputError(
-            f"--model {config.model}: a mixture of experts whose experts are one tensor ({experts}), not linear "
-            "layers: they cannot be adapted; choose the layers that can be, as in --targets '.*attn.*'"
-        )
-    return skeleton
-
-
-def _check_own(skeleton: nn.Module, spec: ModelSpec) -> None:
-    """Raises InputError for a class of the caller's own that cannot be trained here."""
-    try:
-        if lacking := forward_lacks(type(skeleton), causal=spec.kind == "causal-lm"):
-            raise ValueError(
-                f"the forward of its class {spec.code} takes no {', '.join(lacking)}, which it is called with"
-            )
-        if spec.kind == "classification":
-            check_head(skeleton, list(head_layers(skeleton)), spec.labels)
-    except ValueError as error:
-        raise InputError(f"model: {error}") from error
 
 
 def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
@@ -407,18 +350,6 @@ def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows,
         max_examples=config.max_examples,
     )
     return public, [private[part] for part in parts]
-
-
-def _try_out(model: TrainableModel, examples: Examples) -> None:
-    """Raises InputError where a class of the caller's own does not give the logits that a loss can be made of."""
-    rows = np.argsort(examples.lengths, kind="stable")[[0, -1]]
-    batch = examples.batch(rows, model.spec.pad_id)
-    shape = (2, model.spec.labels) if model.spec.kind == "classification" else (*batch.input_ids.shape, None)
-    try:
-        with torch.inference_mode():
-            check_logits(model.logits(batch), shape)
-    except Exception as error:
-        raise InputError(f"model: a {model.spec.code} cannot be used: {first_line(error)}") from error
 
 
 def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], Rows]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
+from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
@@ -38,7 +39,7 @@ from fedlotr.flower.state import load_clients, load_strategy_state, save_clients
 from fedlotr.flower.workplace import Workplace
 from fedlotr.handover import OwnBase, write_adapter
 from fedlotr.own import PREFIX
-from fedlotr.preparation import NOTHING_BROUGHT, Brought, Checked, Prepared, check, prepare
+from fedlotr.preparation import Checked, Prepared, check, prepare
 from fedlotr.reporting.console import Console
 from fedlotr.resumption import check_model, continue_from, fixed_values, saved_configuration
 from fedlotr.run_directory import Checkpoint, RunDirectory

@@ -202,6 +202,8 @@ def test_the_heads_fit_and_update_bases_see_the_carried_model(
         for at, changes in enumerate([{"init_adapter": str(headless)}, {"model": str(tmp_path / "merged")}, {}])
     )
     for name in oracle.head_names:
+        # One adds U V x beside W, the other has it rounded into W: in float32 the two fits were seen to end 1.2e-4
+        # apart, of weights up to 0.17, and further iterations did not bring them together.
         torch.testing.assert_close(model.values()[name], oracle.values()[name], rtol=1e-2, atol=1e-3)
         assert not torch.allclose(model.values()[name], unlike.values()[name], rtol=1e-1, atol=1e-2)
 

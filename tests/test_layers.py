@@ -22,8 +22,8 @@ FLOORS = (
     ("strategies",),
     ("reporting",),
     (
-        *("callbacks", "handover", "model_source", "own_model", "preparation", "resumption", "run_directory"),
-        *("run_log", "simulation", "summary", "warm_start"),
+        *("brought", "callbacks", "handover", "model_source", "own_model", "preparation", "resumption"),
+        *("run_directory", "run_log", "simulation", "skeleton", "summary", "warm_start"),
     ),
     ("forecast", "testing"),
     ("cli", "doctor", "listing", "server_app", "simulate"),

@@ -20,13 +20,15 @@ from transformers import (
 )
 
 from fedlotr import SimulationConfig, run_simulation, simulate
+from fedlotr.brought import Brought
 from fedlotr.errors import InputError
-from fedlotr.preparation import Brought, check, prepare
+from fedlotr.preparation import check, prepare
 from fedlotr.simulation import resolve
 from fedlotr.training.examples import Batch
 from tests.own_models import BagConfig, BagOfWords, DeepClassifier
 from tests.support import TEXTS, plain_logits, read_run
 from tests.test_own_data import ROWS, small
+from tests.test_own_task import REVIEWS, Stars
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -83,7 +85,7 @@ def test_its_adapter_gives_plain_peft_the_logits_of_the_trained_model(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     for (kind, run), plain in zip(runs.items(), plain_logits(*(r / "adapter" for r in runs.values())), strict=True):
         config = small("unused", run, method="fed-sb", rounds=2, lr=0.05)
-        brought = Brought({"train": ROWS}, (seeded(OWN[kind]), tokenizer), tmp_path / kind)
+        brought = Brought({"train": ROWS}, (seeded(OWN[kind]), tokenizer), folder=tmp_path / kind)
         model = prepare(check(resolve(config), brought=brought), tmp_path / f"work of {kind}").model
         model.assign(load_file(sorted((run / "checkpoints").glob("*.safetensors"))[-1]))
         padding = copy.deepcopy(tokenizer)
@@ -96,14 +98,16 @@ def test_its_adapter_gives_plain_peft_the_logits_of_the_trained_model(
 
 
 @pytest.mark.slow
-def test_workers_of_ray_build_a_class_of_ones_own_to_the_same_bytes(
-    runs: dict[str, Path], tokenizer: Any, tmp_path: Path
-) -> None:
-    config = small("unused", tmp_path / "run", method="fed-sb", rounds=2, lr=0.05, engine="ray", workers=1)
-    model = (seeded(OWN["own architecture"]), tokenizer)
-    summary = run_simulation(config, data={"train": ROWS}, model=model).summary
-    assert summary["failed_clients"] == 0
-    assert summary["trained_sha256"] == read_run(runs["own architecture"])[0]["trained_sha256"]
+def test_on_ray_a_model_class_and_a_task_of_ones_own_give_the_same_bytes(tokenizer: Any, tmp_path: Path) -> None:
+    """Workers import the class; of the task they know nothing."""
+    data, found = {"train": REVIEWS, "test": REVIEWS * 5}, []
+    for engine in ({}, {"engine": "ray", "workers": 1}):
+        config = small("unused", tmp_path / f"run{len(found)}", method="fed-sb", rounds=2, lr=0.05, eval_examples=0)
+        model = (seeded(OWN["own architecture"]), tokenizer)
+        found.append(run_simulation(config.model_copy(update=engine), data=data, model=model, task=Stars()))
+    here, there = found
+    assert there.summary["trained_sha256"] == here.summary["trained_sha256"] and not there.summary["failed_clients"]
+    assert [row["macro_f1"] for row in there.history] == [row["macro_f1"] for row in here.history]
 
 
 def test_a_language_model_of_ones_own_trains(stories: Path, tokenizer: Any, tmp_path: Path) -> None:

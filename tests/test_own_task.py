@@ -110,14 +110,6 @@ def test_a_language_models_metric_counts_its_target_tokens(stories: Path, tmp_pa
     assert result.summary["final"]["perplexity"] == pytest.approx(math.exp(result.loss))
 
 
-@pytest.mark.slow
-def test_workers_of_ray_need_not_know_the_task(run: Path, tiny_bert: Path, tmp_path: Path) -> None:
-    given = config(tiny_bert, tmp_path / "run", engine="ray", workers=1)
-    result = run_simulation(given, data={"train": REVIEWS}, task=Stars())
-    assert result.summary["trained_sha256"] == read_run(run)[0]["trained_sha256"]
-    assert [row["macro_f1"] for row in result.history] == [row["macro_f1"] for row in read_run(run)[1]]
-
-
 def test_resume_goes_on_with_the_same_task_only(run: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = config(tiny_bert, run, rounds=3, resume=True)
     with pytest.raises(InputError, match=r"--task auto: the run in .* was begun with own:\w+, the caller's own"):

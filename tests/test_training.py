@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from transformers import DebertaV2Config, DebertaV2Model
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.training.cohort import ClientWork, LocalTraining, client_batches, cut_cohorts, pack, train_cohort
@@ -16,12 +18,15 @@ from fedlotr.training.evaluation import Scores, evaluate, shards, sum_scores
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.head import fit_head
 from fedlotr.training.models import (
+    UNBATCHED,
     ModelSpec,
     Tensors,
     TrainableModel,
+    _belongs_to_head,
     adaptable_layers,
     head_layers,
     load_base,
+    unbatched_layers,
 )
 from fedlotr.training.supported import is_sentence_encoder
 
@@ -244,6 +249,26 @@ def test_the_head_starts_at_zero_and_is_fitted_to_the_optimum(tiny_bert: Path) -
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() < 1e-3 for p in parameters), "the gradient there is zero"
     assert loss < np.log(3) and any(value.any() for value in fitted.values())
+
+
+def test_layers_that_meet_an_input_without_rows_are_left_out_and_named() -> None:
+    config = DebertaV2Config(
+        **{"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    )
+    model = DebertaV2Model(config)
+    left_out = unbatched_layers(model, ".*attention.*")
+    assert {name.split(".")[-1] for name in left_out} == {*UNBATCHED["deberta-v2"]} and len(left_out) == 4
+    assert not {*left_out} & {*adaptable_layers(model, ".*attention.*")} and adaptable_layers(model, ".*attention.*")
+    with pytest.raises(ValueError, match=r"matches encoder\S+query_proj.* alone, which cannot be adapted"):
+        adaptable_layers(model, ".*query_proj")
+
+
+def test_of_what_stands_beside_a_head_only_norms_may_be_missing() -> None:
+    head = nn.ModuleDict({"dense": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "other": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"head": head})
+    assert _belongs_to_head(model, "head.norm.weight", ["head.dense"])
+    assert not _belongs_to_head(model, "head.other.bias", ["head.dense"])
 
 
 def test_what_is_left_out_of_all_linear(tiny_bert: Path, tiny_gpt2: Path, stories: Path) -> None:

@@ -172,7 +172,7 @@ def _belongs_to_head(model: nn.Module, key: str, heads: Collection[str]) -> bool
     """Whether a tensor is a head layer's, or of a norm beside one, which starts as it always does: at one and zero."""
     layer, _, _ = key.rpartition(".")
     beside = layer.rpartition(".")[0]
-    norm = beside and model.get_submodule(layer) and model.state_dict()[key].dim() == 1
+    norm = beside and type(model.get_submodule(layer)).__name__.endswith("Norm")
     return layer in heads or bool(norm and any(name.rpartition(".")[0] == beside for name in heads))
 
 
@@ -188,22 +188,39 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
     Raises ValueError where nothing matches, with some names that would.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    unbatched = UNBATCHED.get(str(getattr(model.config, "model_type", "")), ())
+    unbatched = unbatched_layers(model, targets)
     linear = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and not isinstance(module, CopiesLinear)
         and module is not output
-        and name.split(".")[-1] not in unbatched
+        and name not in unbatched
         and not (isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."))
     ]
     chosen = linear if targets == "all-linear" else [name for name in linear if re.fullmatch(targets, name)]
+    if not chosen and unbatched:
+        raise ValueError(
+            f"it matches {', '.join(unbatched[:3])} alone, which cannot be adapted: they also meet an input without a "
+            "batch axis; match others too"
+        )
     if not chosen:
         raise ValueError(
             f"no linear layer's name is matched by {targets!r}; names are like {', '.join(linear[:3]) or '(none)'}"
         )
     return chosen
+
+
+def unbatched_layers(model: nn.Module, targets: str) -> list[str]:
+    """The layers that `targets` names, as for `adaptable_layers`, and that are left out since they are `UNBATCHED`."""
+    parts = UNBATCHED.get(str(getattr(model.config, "model_type", "")), ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.split(".")[-1] in parts
+        and (targets == "all-linear" or re.fullmatch(targets, name))
+    ]
 
 
 class TrainableModel:
