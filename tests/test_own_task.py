@@ -140,6 +140,15 @@ def test_a_metric_that_is_not_defined_is_left_open_and_one_that_raises_names_its
         run_simulation(given.model_copy(update={"out": tmp_path / "2"}), data={"train": REVIEWS}, task=Broken())
 
 
+def test_a_row_that_nothing_was_noted_of_is_an_error_and_no_zero() -> None:
+    whole, half = Results.empty(2), Results.empty(2)
+    whole.put(np.array([1, 0]), targets=1, losses=[0.5, 0.25], predictions=[3, 4])
+    assert Results.joined([whole.arrays()] * 2).predictions.tolist() == [4, 3, 4, 3]
+    half.put(np.array([1]), targets=1)
+    with pytest.raises(ValueError, match="no result for 1 of 4 test rows"):
+        Results.joined([whole.arrays(), half.arrays()])
+
+
 def task(encode: Any = None, **attributes: Any) -> OwnTask:
     methods = {"encode": lambda self, row: encode(row)} if encode else {}
     kind: type[OwnTask] = type("Mine", (OwnTask,), {"labels": ("bad", "good"), **methods, **attributes})

@@ -40,5 +40,8 @@ class Results:
 
     @classmethod
     def joined(cls, parts: Sequence[Mapping[str, npt.NDArray[np.generic]]]) -> "Results":
-        """All rows of the parts, in the given order."""
-        return cls(**{field.name: np.concatenate([part[field.name] for part in parts]) for field in fields(cls)})
+        """All rows of the parts, in the given order. Raises ValueError where nothing was noted of a row."""
+        whole = cls(**{field.name: np.concatenate([part[field.name] for part in parts]) for field in fields(cls)})
+        if not whole.targets.all():  # every example has one
+            raise ValueError(f"no result for {int((whole.targets == 0).sum())} of {len(whole.targets)} test rows")
+        return whole
