@@ -24,7 +24,7 @@ PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets",
 
 
 def facts(prepared: Prepared) -> dict[str, Any]:
-    """What the display's header shows besides the configuration."""
+    """What the configuration does not say and is known before the first round: the display's header, facts.json."""
     checked, model = prepared.checked, prepared.model
     sizes = {name: tensor.numel() for name, tensor in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
@@ -32,6 +32,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     config = checked.config
     clients = client_names(config.partition, checked.source.train, checked.parts)
     found: dict[str, Any] = {
+        "versions": versions(),
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
         "trained_adapter": sum(sizes.values()) - head,
         "trained_head": head,
@@ -106,12 +107,14 @@ def summarise(
         },
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": arrays_sha256(state.arrays),
-        "versions": {
-            "fedlotr": fedlotr.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of what it stands on."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
 
 
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
