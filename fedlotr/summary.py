@@ -33,6 +33,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     clients = client_names(config.partition, checked.source.train, checked.parts)
     found: dict[str, Any] = {
         "versions": versions(),
+        "data_sha256": checked.source.sha256,
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
         "trained_adapter": sum(sizes.values()) - head,
         "trained_head": head,

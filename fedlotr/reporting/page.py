@@ -19,6 +19,13 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    def kinds(self) -> list[str]:
+        """The class of each column: n for numbers, which stand to the right; nothing for one that holds text too."""
+        if not self.rows:
+            return ["" for _ in self.columns]
+        columns = zip(*self.rows, strict=True)
+        return ["n" if all(value is None or _number(value) for value in column) else "" for column in columns]
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -43,23 +50,30 @@ class Section:
     code: str = ""
 
 
-def cell(value: Any) -> Markup:
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def cell(value: Any, kind: str = "") -> Markup:
     """A table's cell; a number that is shown rounded carries all its digits too."""
+    shown: str = str(value)
     if value is None:
-        return Markup("<td>") + MISSING + Markup("</td>")
-    if isinstance(value, bool):
-        return Markup("<td>") + str(value).lower() + Markup("</td>")
-    if isinstance(value, int):
-        return Markup(f'<td class="n">{value:,}</td>')
-    if isinstance(value, float):
-        return Markup(f'<td class="n"><data value="{value!r}">{value:.6g}</data></td>')
-    return Markup("<td>") + str(value) + Markup("</td>")
+        shown = MISSING
+    elif isinstance(value, bool):
+        shown = str(value).lower()
+    elif isinstance(value, int):
+        shown = f"{value:,}"
+    elif isinstance(value, float):
+        shown = Markup(f'<data value="{value!r}">{value:.6g}</data>')
+    return Markup(f'<td class="{kind}">' if kind else "<td>") + shown + Markup("</td>")
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section], *, warning: str = "", language: str = "en") -> str:
     """One self-contained page: no script, nothing to load. All text is escaped."""
-    return _environment().get_template("page.html").render(
-        title=title, subtitle=subtitle, sections=sections, warning=warning, language=language
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(title=title, subtitle=subtitle, sections=sections, warning=warning, language=language)
     )
 
 

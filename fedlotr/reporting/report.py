@@ -29,7 +29,9 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def report_page(run: RunRecord) -> str:
     """The page, as HTML."""
     config = run.config
-    subtitle = f"{config.get('method')} by {config.get('strategy')}, {config.get('model')} on {config.get('data')}, seed "
+    subtitle = (
+        f"{config.get('method')} by {config.get('strategy')}, {config.get('model')} on {config.get('data')}, seed "
+    )
     warning = ""
     if not run.finished:
         warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
@@ -95,11 +97,17 @@ def _learning(run: RunRecord) -> Section:
         begun = [] if start is None else [(0.0, float(start))]
         over_bytes = [Series(metric, begun + points(run.rows, metric, across))]
         figures += [
-            Figure("metric", f"{metric} over rounds", _lines([Series(metric, begun + points(run.rows, metric))], metric)),
+            Figure(
+                "metric",
+                f"{metric} over rounds",
+                _lines([Series(metric, begun + points(run.rows, metric))], metric),
+                Table(["round", metric], [[0, start]] * bool(begun) + [[r["round"], r.get(metric)] for r in run.rows]),
+            ),
             Figure(
                 "metric-bytes",
                 f"{metric} over bytes",
                 line_plot(over_bytes, x="bytes on the wire, both ways", y=metric, x_format=readable_bytes),
+                _over_bytes(run, metric),
             ),
         ]
     figures += [
@@ -108,21 +116,23 @@ def _learning(run: RunRecord) -> Section:
             "loss-bytes",
             "Loss over bytes",
             line_plot(
-                [Series(part.name, points(run.rows, key, across)) for part, key in zip(loss, columns[1:3], strict=True)],
+                [
+                    Series(part.name, points(run.rows, key, across))
+                    for part, key in zip(loss, columns[1:3], strict=True)
+                ],
                 x="bytes on the wire, both ways",
                 y="loss",
                 x_format=readable_bytes,
             ),
-            Table(
-                ["round", "bytes so far", "loss", *([metric] if metric else [])],
-                [
-                    [row["round"], total, row.get("loss"), *([row.get(metric)] if metric else [])]
-                    for row, total in zip(run.rows, run.bytes_so_far, strict=True)
-                ],
-            ),
+            _over_bytes(run, "loss", "train_loss"),
         ),
     ]
     return Section("Learning", figures)
+
+
+def _over_bytes(run: RunRecord, *keys: str) -> Table:
+    rows = zip(run.rows, run.bytes_so_far, strict=True)
+    return Table(["round", "bytes so far", *keys], [[row["round"], total, *map(row.get, keys)] for row, total in rows])
 
 
 def _lines(series: Sequence[Series], y: str, *, log: bool = False) -> Any:
@@ -204,7 +214,9 @@ def _client_names(run: RunRecord) -> dict[int, str]:
 
 def _clients(run: RunRecord) -> Section:
     if not run.facts or not run.facts.get("partition"):
-        return Section("Data of the clients", text="The run directory has no facts.json, which tells what clients hold.")
+        return Section(
+            "Data of the clients", text="The run directory has no facts.json, which tells what clients hold."
+        )
     facts = run.facts
     held, labels = facts["partition"], list(facts.get("labels") or ())
     sums = {label: sum(client["labels"].get(label, 0) for client in held) for label in labels}
@@ -286,7 +298,9 @@ def _setup(run: RunRecord) -> Section:
     if facts:
         figures.append(Figure("facts", "Model and data", table=Table(["what", "value"], list(flat(facts))), open=True))
     if versions:
-        figures.append(Figure("versions", "Versions", table=Table(["package", "version"], list(versions.items())), open=True))
+        figures.append(
+            Figure("versions", "Versions", table=Table(["package", "version"], list(versions.items())), open=True)
+        )
     return Section("What was run", figures)
 
 
@@ -294,7 +308,9 @@ def _again(run: RunRecord) -> Section:
     path = shlex.quote(str(run.folder / "config.yaml"))
     lines = f"python -m fedlotr.simulate {path}"
     if not run.finished:
-        lines += f"\n# to go on with it:\npython -m fedlotr.simulate {path} --out {shlex.quote(str(run.folder))} --resume"
+        lines += (
+            f"\n# to go on with it:\npython -m fedlotr.simulate {path} --out {shlex.quote(str(run.folder))} --resume"
+        )
     text = "The same seed gives the same bytes with the same versions, threads, number format and kind of processor."
     hashes = {key: value for key, value in (run.summary or {}).items() if key.endswith("sha256")}
     figures = []

@@ -39,14 +39,16 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers that cover low to high, the first and last at or outside them."""
+def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
+    """Round numbers, or whole ones, that cover low to high, the first and last at or outside them."""
     if not high > low:
-        spread = abs(low) * 0.1 or 1.0
+        spread = 1.0 if whole else abs(low) * 0.1 or 1.0
         low, high = low - spread, high + spread
-    rough = (high - low) / most
+    rough = max((high - low) / most, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough * 0.999)
+    step = next(
+        step * power for step in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if step * power >= rough * 0.999
+    )
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
 
@@ -71,14 +73,13 @@ def line_plot(
     ys = [point[1] for part in shown for point in part.points]
     if not xs:
         return Markup("")
-    x_ticks = ticks(min(xs), max(xs))
+    whole = all(float(value).is_integer() for value in xs)
+    x_ticks = ticks(min(xs), max(xs), 5 if x_format is short else 3, whole)
     if log:
         positive = [value for value in ys if value > 0] or [1e-16]
         y_ticks = decades(min(positive), max(positive))
     else:
         y_ticks = ticks(min(ys), max(ys))
-    if all(float(value).is_integer() for value in xs):
-        x_ticks = sorted({float(round(value)) for value in x_ticks})
     inner = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
 
     def across(value: float) -> float:
