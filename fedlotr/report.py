@@ -9,7 +9,7 @@ from fedlotr.errors import InputError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the report of a run, finished or not, and say where it lies; exit code 0, 1 where it cannot be written, or 2."""
+    """Write the report of a run, finished or not, and print its path; exit code 0, 1 if it cannot be written, or 2."""
     parser = argparse.ArgumentParser(
         prog="fedlotr report", description="Make the report of a run again, also of one that is not finished."
     )

@@ -112,7 +112,7 @@ def test_the_rounds_on_the_page_are_those_of_metrics_jsonl(run: Path, page: Page
 
 
 def test_the_sums_on_the_page_are_those_of_summary_json(run: Path, page: Page) -> None:
-    summary, rows = on_disk(run)
+    summary, _ = on_disk(run)
     shown = page.facts("outcome")
     for key, value in summary["communication"].items():
         assert shown[key.replace("_", " ")] == value

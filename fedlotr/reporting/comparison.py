@@ -32,7 +32,7 @@ TOLD = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone. metric, spread: mean and standard deviation of the last value; bytes: mean."""
+    """Runs that differ in their seed alone. metric, spread: mean and standard deviation of the last values."""
 
     name: str
     runs: tuple[str, ...]
