@@ -72,11 +72,11 @@ class RunRecord:
     @property
     def best(self) -> dict[str, Any] | None:
         """The first row with the best value of the metric."""
-        if self.metric is None:
+        metric = self.metric
+        if metric is None:
             return None
-        evaluated = [row for row in self.rows if row.get(self.metric) is not None]
-        better = METRICS[self.metric]
-        return better(evaluated, key=lambda row: float(row[self.metric]))
+        evaluated = [row for row in self.rows if row.get(metric) is not None]
+        return METRICS[metric](evaluated, key=lambda row: float(row[metric]))
 
     def failures(self) -> dict[str, dict[str, list[int]]]:
         """What went wrong -> client -> the rounds in which it did."""
