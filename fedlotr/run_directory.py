@@ -260,6 +260,10 @@ class RunDirectory:
         """summary.json."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """facts.json: what the configuration alone does not say, known before the first round."""
+        write_atomically(self.path / "facts.json", json.dumps(facts) + "\n")
+
     def remove_work(self) -> None:
         """Remove the workers' files: tokenised data has no business outliving the run."""
         shutil.rmtree(self.path / ".work", ignore_errors=True)

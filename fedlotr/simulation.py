@@ -145,13 +145,26 @@ def run_simulation(
             grid = stack.enter_context((engine or _engine)(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
             prepared = prepare(checked.in_place(directory.work.absolute()), directory.work.absolute())
-            display.start(config, facts(prepared))
+            known = facts(prepared)
+            directory.write_facts(known)
+            display.start(config, known)
             run = _Run(config, prepared, directory, grid, display, started, audience)
             state = run.begin(strategy, checkpoint)
             dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
             summary = run.rounds(strategy, state)
+            _report(directory.path)
             display.finish(summary)
         return SimulationResult(summary, run.history, directory.path)
+
+
+def _report(folder: Path) -> None:
+    """Leave report.html; the run is done, and what goes wrong here is no reason to call it failed."""
+    try:
+        from fedlotr.reporting.report import write_report
+
+        write_report(folder)
+    except Exception as error:
+        log.warning("report.html could not be made (%s); 'fedlotr report %s' tries again", error, folder, exc_info=True)
 
 
 @contextmanager

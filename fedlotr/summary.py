@@ -24,14 +24,17 @@ PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets",
 
 
 def facts(prepared: Prepared) -> dict[str, Any]:
-    """What the display's header shows besides the configuration."""
+    """What the configuration does not say and is known before the first round: the display's header, facts.json."""
     checked, model = prepared.checked, prepared.model
     sizes = {name: tensor.numel() for name, tensor in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
     names = checked.task.label_names
     config = checked.config
     clients = client_names(config.partition, checked.source.train, checked.parts)
+    metric, better = next(iter(metrics_of(prepared).items()))
     found: dict[str, Any] = {
+        "versions": versions(),
+        "data_sha256": checked.source.sha256,
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
         "trained_adapter": sum(sizes.values()) - head,
         "trained_head": head,
@@ -39,7 +42,8 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "test_examples": len(checked.test_rows),
         "task": checked.task.kind,
         "labels": names,
-        "metric": next(iter(metrics_of(prepared))),
+        "metric": metric,
+        "higher_is_better": better is max,
         "partition": [
             {
                 "client": clients[held.client] if clients else held.client,
@@ -109,11 +113,7 @@ def summarise(
         },
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": arrays_sha256(state.arrays),
-        "versions": {
-            "fedlotr": fedlotr.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
     }
 
 
@@ -124,6 +124,12 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of what it stands on."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
 
 
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

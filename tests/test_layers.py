@@ -26,7 +26,7 @@ FLOORS = (
         *("run_directory", "run_log", "simulation", "skeleton", "summary", "warm_start"),
     ),
     ("forecast", "testing"),
-    ("cli", "doctor", "listing", "server_app", "simulate"),
+    ("cli", "compare", "doctor", "listing", "report", "server_app", "simulate"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight", "fedlotr.yaml_file")

@@ -1,0 +1,90 @@
+"""What pages are made of: figures with their tables, numbers that keep their exact value, and the shell around them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+MISSING = "–"
+"""Where a value is null."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """columns: their titles. rows: cells of text or numbers; None is shown as a dash."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def kinds(self) -> list[str]:
+        """The class of each column: n for numbers, which stand to the right; nothing for one that holds text too."""
+        if not self.rows:
+            return ["" for _ in self.columns]
+        columns = zip(*self.rows, strict=True)
+        return ["n" if all(value is None or _number(value) for value in column) else "" for column in columns]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with the table behind it; either may be missing. note: one sentence under it. open: the table is shown."""
+
+    name: str
+    title: str
+    plot: Markup = field(default_factory=Markup)
+    table: Table | None = None
+    note: str = ""
+    open: bool = False
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading. text: a sentence before them; code: lines to copy."""
+
+    title: str
+    figures: Sequence[Figure] = ()
+    text: str = ""
+    code: str = ""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def cell(value: Any, kind: str = "") -> Markup:
+    """A table's cell; a number that is shown rounded carries all its digits too."""
+    shown: str = str(value)
+    if value is None:
+        shown = MISSING
+    elif isinstance(value, bool):
+        shown = str(value).lower()
+    elif isinstance(value, int):
+        shown = f"{value:,}"
+    elif isinstance(value, float):
+        shown = Markup(f'<data value="{value!r}">{value:.6g}</data>')
+    return Markup(f'<td class="{kind}">' if kind else "<td>") + shown + Markup("</td>")
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section], *, warning: str = "", language: str = "en") -> str:
+    """One self-contained page: no script, nothing to load. All text is escaped."""
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(title=title, subtitle=subtitle, sections=sections, warning=warning, language=language)
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fedlotr.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = cell
+    return environment

@@ -1,0 +1,320 @@
+"""report.html: what a run did and what it cost, on one page that opens offline. Made from the run directory alone."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlotr.files import write_atomically
+from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.page import Figure, Section, Table, render
+from fedlotr.reporting.run_record import RunRecord, Traffic, read_run
+from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
+
+BARS = 60
+"""Clients that are drawn; of more, so many evenly from the largest to the smallest. The tables have them all."""
+LABEL_COLUMNS = 24
+"""Labels that get a column each in the table of clients; of more, a cell tells the four most frequent."""
+
+Points = list[tuple[float, float]]
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a run directory, into it by default; where it lies. Raises InputError for no run."""
+    path = folder / "report.html" if out is None else out
+    write_atomically(path, report_page(read_run(folder)))
+    return path
+
+
+def report_page(run: RunRecord) -> str:
+    """The page, as HTML."""
+    config = run.config
+    subtitle = (
+        f"{config.get('method')} by {config.get('strategy')}, {config.get('model')} on {config.get('data')}, seed "
+    )
+    warning = ""
+    if not run.finished:
+        warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
+    traffic = run.traffic()
+    sections = [
+        _outcome(run),
+        _learning(run),
+        _communication(run, traffic),
+        _certificate(run),
+        *_privacy(run),
+        _clients(run),
+        _failed(run),
+        _time(run),
+        _setup(run),
+        _again(run),
+    ]
+    return render(run.name, f"{subtitle}{config.get('seed')}", sections, warning=warning)
+
+
+def points(rows: Sequence[Mapping[str, Any]], key: str, across: Sequence[float] | None = None) -> Points:
+    """The values of one key over the rounds, or over what `across` has for each row; nulls left out."""
+    places = [row["round"] for row in rows] if across is None else across
+    return [(float(x), float(row[key])) for x, row in zip(places, rows, strict=True) if row.get(key) is not None]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as one list of dotted names and values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if value is None or isinstance(value, int | float | str) else str(value)
+
+
+def _outcome(run: RunRecord) -> Section:
+    rows: list[tuple[str, Any]] = []
+    for title, row in (("last", run.last), ("best", run.best)):
+        if row is not None and run.metric is not None:
+            rows.append((f"{run.metric}, {title} (round {row['round']})", row[run.metric]))
+    if run.last is not None:
+        rows.append((f"loss, last (round {run.last['round']})", run.last["loss"]))
+    rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
+    if run.summary is not None:
+        about = run.summary
+        rows += [(key.replace("_", " "), value) for key, value in about["communication"].items()]
+        rows.append(("largest aggregation error", about["aggregation_error_max"]))
+        rows.append(("seconds in all", about["timing"]["seconds_total"]))
+    rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
+    table = Table(["what", "value"], rows)
+    return Section("Result", [Figure("outcome", "In numbers", table=table, open=True, wide=True)])
+
+
+def _learning(run: RunRecord) -> Section:
+    metric = run.metric
+    across = [float(value) for value in run.bytes_so_far]
+    loss = [Series("loss on the test split", points(run.rows, "loss"))]
+    loss += [Series("loss of the clients while training", points(run.rows, "train_loss"))]
+    columns = ["round", "loss", "train_loss", *([metric] if metric else []), "clients", "failed"]
+    every = [[row.get(key) for key in columns] for row in run.rows]
+    figures = []
+    if metric is not None:
+        start = (run.summary or {}).get("initial", {}).get(metric)
+        begun = [] if start is None else [(0.0, float(start))]
+        over_bytes = [Series(metric, begun + points(run.rows, metric, across))]
+        figures += [
+            Figure(
+                "metric",
+                f"{metric} over rounds",
+                _lines([Series(metric, begun + points(run.rows, metric))], metric),
+                Table(["round", metric], [[0, start]] * bool(begun) + [[r["round"], r.get(metric)] for r in run.rows]),
+            ),
+            Figure(
+                "metric-bytes",
+                f"{metric} over bytes",
+                line_plot(over_bytes, x="bytes on the wire, both ways", y=metric, x_format=readable_bytes),
+                _over_bytes(run, metric),
+            ),
+        ]
+    figures += [
+        Figure("loss", "Loss over rounds", _lines(loss, "loss"), Table(columns, every)),
+        Figure(
+            "loss-bytes",
+            "Loss over bytes",
+            line_plot(
+                [
+                    Series(part.name, points(run.rows, key, across))
+                    for part, key in zip(loss, columns[1:3], strict=True)
+                ],
+                x="bytes on the wire, both ways",
+                y="loss",
+                x_format=readable_bytes,
+            ),
+            _over_bytes(run, "loss", "train_loss"),
+        ),
+    ]
+    return Section("Learning", figures)
+
+
+def _over_bytes(run: RunRecord, *keys: str) -> Table:
+    rows = zip(run.rows, run.bytes_so_far, strict=True)
+    return Table(["round", "bytes so far", *keys], [[row["round"], total, *map(row.get, keys)] for row, total in rows])
+
+
+def _lines(series: Sequence[Series], y: str, *, log: bool = False) -> Any:
+    return line_plot(series, x="round", y=y, log=log)
+
+
+def _communication(run: RunRecord, traffic: Traffic) -> Section:
+    names = {key: f"{key[1]}, {key[0]}" for key in traffic.kinds}
+    kinds = [(names[key], {"wire bytes": float(amounts[2])}) for key, amounts in traffic.kinds.items()]
+    ways = [Series(way, points(run.rows, f"bytes_{way}")) for way in ("up", "down")]
+    columns = list(traffic.kinds)
+    named = _client_names(run)
+    order = sorted(traffic.clients, key=lambda client: -sum(traffic.clients[client].values()))
+    bars = [(named.get(c, str(c)), {names[k]: float(traffic.clients[c].get(k, 0)) for k in columns}) for c in order]
+    by_client = [
+        [client, named.get(client, str(client)), *(traffic.clients[client].get(key, 0) for key in columns)]
+        for client in sorted(traffic.clients)
+    ]
+    return Section(
+        "Communication",
+        [
+            Figure(
+                "bytes-rounds",
+                "Bytes each round",
+                line_plot(ways, x="round", y="bytes", y_format=readable_bytes),
+                Table(
+                    ["round", "bytes_up", "bytes_down"],
+                    [[row["round"], row["bytes_up"], row["bytes_down"]] for row in run.rows],
+                ),
+            ),
+            Figure(
+                "bytes-kinds",
+                "Bytes by direction and kind",
+                bar_plot(kinds, what="bytes on the wire, all rounds", form=readable_bytes),
+                Table(
+                    ["direction", "kind", "records", "payload bytes", "wire bytes"],
+                    [[*key, *amounts] for key, amounts in traffic.kinds.items()],
+                ),
+            ),
+            Figure(
+                "bytes-clients",
+                "Bytes by client",
+                bar_plot(_spread(bars), what="bytes on the wire, all rounds", form=readable_bytes),
+                Table(["client", "name", *names.values()], by_client),
+                _spread_note(len(bars)),
+            ),
+        ],
+    )
+
+
+def _certificate(run: RunRecord) -> Section:
+    keys = ("aggregation_error", "transport_error")
+    series = [Series(key.replace("_", " "), points(run.rows, key)) for key in keys]
+    table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
+    plot = line_plot(series, x="round", y="relative error", log=True)
+    note = "" if plot else "No error is defined for this method and strategy: there is no common mean to compare with."
+    text = "How far the published update is from the weighted mean of the clients' updates, measured in every round."
+    return Section("Certificate", [Figure("certificate", "Errors over rounds", plot, table, note)], text)
+
+
+def _privacy(run: RunRecord) -> list[Section]:
+    spent = points(run.rows, "epsilon")
+    about = (run.summary or {}).get("privacy")
+    if not spent and not about:
+        return []
+    figures = []
+    if spent:
+        table = Table(["round", "epsilon"], [[row["round"], row.get("epsilon")] for row in run.rows])
+        figures.append(Figure("epsilon", "Epsilon spent", _lines([Series("epsilon", spent)], "epsilon"), table))
+    if about:
+        figures.append(Figure("privacy", "The promise", table=Table(["what", "value"], list(flat(about))), open=True))
+    return [Section("Privacy", figures)]
+
+
+def _client_names(run: RunRecord) -> dict[int, str]:
+    """Of the groups under `natural`; otherwise a client's number is its name."""
+    return {number: str(held["client"]) for number, held in enumerate((run.facts or {}).get("partition") or ())}
+
+
+def _clients(run: RunRecord) -> Section:
+    if not run.facts or not run.facts.get("partition"):
+        return Section(
+            "Data of the clients", text="The run directory has no facts.json, which tells what clients hold."
+        )
+    facts = run.facts
+    held, labels = facts["partition"], list(facts.get("labels") or ())
+    sums = {label: sum(client["labels"].get(label, 0) for client in held) for label in labels}
+    drawn = labels
+    if len(labels) > COLOURS:
+        drawn = sorted(labels, key=lambda label: -sums[label])[: COLOURS - 1]
+    bars: list[tuple[str, dict[str, float]]] = []
+    for client in sorted(held, key=lambda client: -client["examples"]):
+        parts = {label: float(client["labels"].get(label, 0)) for label in drawn}
+        if len(drawn) < len(labels):
+            parts["all other labels"] = client["examples"] - sum(parts.values())
+        bars.append((str(client["client"]), parts or {"examples": float(client["examples"])}))
+    narrow = len(labels) <= LABEL_COLUMNS
+    rows: list[list[Any]] = []
+    for number, client in enumerate(held):
+        counts = client["labels"]
+        most = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:4])
+        details = [counts.get(label, 0) for label in labels] if narrow else [len(counts), most]
+        rows.append([number, str(client["client"]), client["examples"], *details])
+    columns = ["client", "name", "examples", *(labels if narrow else ["labels", "most frequent"])]
+    figures = [
+        Figure(
+            "clients",
+            "Examples and labels of each client",
+            bar_plot(_spread(bars), what="examples", form=lambda value: f"{value:,.0f}"),
+            Table(columns, rows),
+            _spread_note(len(bars)),
+        )
+    ]
+    if labels:
+        bars = [(label, {"examples": float(sums[label])}) for label in drawn]
+        table = Table(["label", "examples"], [[label, sums[label]] for label in labels])
+        figures.append(
+            Figure("labels", "Labels", bar_plot(bars, what="examples", form=lambda value: f"{value:,.0f}"), table)
+        )
+    return Section("Data of the clients", figures)
+
+
+def _spread(bars: Sequence[tuple[str, dict[str, float]]]) -> list[tuple[str, dict[str, float]]]:
+    """At most BARS of them, evenly, the first and the last among them."""
+    if len(bars) <= BARS:
+        return list(bars)
+    return [bars[round(number * (len(bars) - 1) / (BARS - 1))] for number in range(BARS)]
+
+
+def _spread_note(count: int) -> str:
+    return f"{BARS} of {count:,} clients are drawn, evenly from the largest to the smallest." if count > BARS else ""
+
+
+def _failed(run: RunRecord) -> Section:
+    named = _client_names(run)
+    rows = [
+        [named.get(int(client), client), kind, len(rounds), ", ".join(map(str, rounds))]
+        for kind, clients in run.failures().items()
+        for client, rounds in clients.items()
+    ]
+    if not rows:
+        return Section("Clients that failed", text="None.")
+    table = Table(["client", "what went wrong", "times", "rounds"], rows)
+    return Section("Clients that failed", [Figure("failures", "Failures", table=table, open=True, wide=True)])
+
+
+def _time(run: RunRecord) -> Section:
+    keys = ("train_seconds", "evaluate_seconds")
+    series = [Series(key.removesuffix("_seconds"), points(run.rows, key)) for key in keys]
+    table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
+    figures = [Figure("time", "Seconds each round", _lines(series, "seconds"), table)]
+    if run.summary is not None:
+        known = Table(["what", "value"], list(flat(run.summary["timing"])))
+        figures.append(Figure("timing", "In all", table=known, open=True))
+    return Section("Time", figures)
+
+
+def _setup(run: RunRecord) -> Section:
+    about = [(key, value) for key, value in flat(run.config)]
+    figures = [Figure("configuration", "Configuration", table=Table(["key", "value"], about), open=True)]
+    versions = (run.summary or run.facts or {}).get("versions") or {}
+    facts = {key: value for key, value in (run.facts or {}).items() if key not in ("partition", "labels", "versions")}
+    if facts:
+        figures.append(Figure("facts", "Model and data", table=Table(["what", "value"], list(flat(facts))), open=True))
+    if versions:
+        figures.append(
+            Figure("versions", "Versions", table=Table(["package", "version"], list(versions.items())), open=True)
+        )
+    return Section("What was run", figures)
+
+
+def _again(run: RunRecord) -> Section:
+    path = shlex.quote(str(run.folder / "config.yaml"))
+    lines = f"python -m fedlotr.simulate {path}"
+    if not run.finished:
+        lines += (
+            f"\n# to go on with it:\npython -m fedlotr.simulate {path} --out {shlex.quote(str(run.folder))} --resume"
+        )
+    text = "The same seed gives the same bytes with the same versions, threads, number format and kind of processor."
+    hashes = {key: value for key, value in (run.summary or {}).items() if key.endswith("sha256")}
+    figures = []
+    if hashes:
+        table = Table(["of what", "SHA-256"], [(key.removesuffix("_sha256"), value) for key, value in hashes.items()])
+        figures.append(Figure("hashes", "What it should come to", table=table, open=True, wide=True))
+    return Section("Do it again", figures, text, lines)
