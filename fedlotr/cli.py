@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from fedlotr import __version__, doctor, listing, simulate
+from fedlotr import __version__, doctor, grid, listing, simulate
 from fedlotr.errors import nearest
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "simulate": (simulate.main, "fine-tune a model with a federation of simulated clients"),
+    "grid": (grid.main, "run a grid of configurations and seeds, and make one table of them"),
     "doctor": (doctor.main, "say whether a run would start on this machine, and what it will need"),
     "ls": (listing.main, "list the methods or the strategies there are: fedlotr ls methods"),
 }

@@ -547,6 +547,15 @@ def load(argv: Sequence[str]) -> SimulationConfig:
     return SimulationConfig.model_validate(values, context=origins)
 
 
+def configuration_of(values: Mapping[str, object], file: Path, out: Path) -> SimulationConfig:
+    """The configuration that some part of a file says, such as a row of a grid; `out` was given as an option.
+
+    Raises ConfigurationError as `load` does.
+    """
+    origins = _Origins(True, ("out",), file, values)
+    return SimulationConfig.model_validate({**values, "out": out}, context=origins)
+
+
 SECTIONS = {
     "clients": "clients and rounds",
     "model": "model and data",

@@ -83,10 +83,22 @@ class Prepared:
     bases_sha256: str
 
 
-def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None) -> Checked:
+def columns_of(config: SimulationConfig) -> Names:
+    """What the configuration says of the data's columns."""
+    text = tuple(config.text_column.split(",")) if config.text_column else ()
+    return Names(text, config.label_column, config.task == "causal-lm")
+
+
+def check(
+    config: SimulationConfig,
+    wrong: Collection[str] = (),
+    *,
+    data: OwnData | None = None,
+    source: Source | None = None,
+) -> Checked:
     """Read the data and the model's architecture, and deal the examples to the clients.
 
-    data: the caller's own, instead of what the configuration names.
+    data: the caller's own, instead of what the configuration names. source: the data, where they have been read.
 
     wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
     Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
@@ -102,15 +114,9 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
-    names = Names(
-        tuple((config.text_column or "").split(",")) if config.text_column else (),
-        config.label_column,
-        config.task == "causal-lm",
-    )
-    source = attempt(
-        lambda: load_source(
-            config.data if data is None else data, seed=config.seed, eval_split=config.eval_split, names=names
-        ),
+    named = config.data if data is None else data
+    source = source or attempt(
+        lambda: load_source(named, seed=config.seed, eval_split=config.eval_split, names=columns_of(config)),
         *("data", "eval_split", "text_column", "label_column"),
     )
     task = tokenizer = labels = dealt = spec = core = start = None

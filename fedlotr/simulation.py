@@ -20,7 +20,7 @@ from fedlotr.adapters.tuner import bases_of, factored_layers
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
-from fedlotr.data import OwnData
+from fedlotr.data import OwnData, Source
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -142,16 +142,20 @@ def problems_at_the_door(config: SimulationConfig, *, brings_engine: bool = Fals
 
 
 def check_all(
-    config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnData | None = None
+    config: SimulationConfig,
+    wrong: Collection[str] = (),
+    *,
+    data: OwnData | None = None,
+    source: Source | None = None,
 ) -> tuple[Checked, FlowerStrategy]:
     """The data, the model and the strategy that a configuration names; nothing heavy has happened yet.
 
-    wrong: fields that are known to be wrong, as for `check`. Raises InputError with all mistakes.
+    wrong, data, source: as for `check`. Raises InputError with all mistakes.
     """
     problems: list[str] = []
     checked = strategy = None
     try:
-        checked = check(config, wrong, data=data)
+        checked = check(config, wrong, data=data, source=source)
     except InputError as error:
         problems += error.problems
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):

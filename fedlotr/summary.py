@@ -84,6 +84,7 @@ def summarise(
         "clients": config.clients,
         "rounds": state.round,
         "seed": config.seed,
+        "trained_numbers": sum(tensor.numel() for tensor in prepared.model.values().values()),
         "initial": initial,
         "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},

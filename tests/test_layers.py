@@ -22,8 +22,9 @@ FLOORS = (
     ("strategies",),
     ("reporting",),
     ("handover", "preparation", "resumption", "run_directory", "run_log", "simulation", "summary", "warm_start"),
-    ("forecast", "testing"),
-    ("cli", "doctor", "listing", "server_app", "simulate"),
+    ("forecast", "grid_file", "testing"),
+    ("grid_runs",),
+    ("cli", "doctor", "grid", "listing", "server_app", "simulate", "supervised"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight", "fedlotr.yaml_file")
