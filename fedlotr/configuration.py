@@ -247,6 +247,12 @@ class SimulationConfig(BaseModel):
         description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
     )
 
+    baseline: Literal["central", "local"] | None = Field(
+        default=None,
+        description="instead of the federation what it is held against: central, one model on the pooled examples of "
+        "all clients, with as many steps and examples a round; local, each client alone, every client in every round",
+    )
+
     local_epochs: int | None = Field(
         default=2, ge=1, le=LARGEST, description="passes of a client over its examples in a round"
     )
@@ -315,7 +321,12 @@ class SimulationConfig(BaseModel):
 
     @property
     def clients_per_round(self) -> int:
-        """Clients that train in a round: `sample` itself, or that share of the clients, rounded, at least one."""
+        """Clients that train in a round: the sample; all of them, or the one that holds all examples, of a baseline."""
+        return {None: self.sampled_clients, "local": self.clients, "central": 1}[self.baseline]
+
+    @property
+    def sampled_clients(self) -> int:
+        """`sample` itself, or that share of the clients, rounded, at least one."""
         return self.sample if isinstance(self.sample, int) else max(1, round(self.sample * self.clients))
 
     @field_validator("*", mode="before")
@@ -473,6 +484,12 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("momentum", "optimizer"), "momentum belongs to the optimizer 'sgd'"
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
+    if config.baseline is not None:
+        for field in ("strategy", "strategy_arg"):
+            if getattr(config, field):
+                yield (field, "baseline"), "a baseline averages nothing, so it has no strategy"
+        if config.engine == "flower":
+            yield ("baseline", "engine"), "a baseline runs on the engines ray and local"
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
     if not method.adapts:
@@ -503,6 +520,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 DEPENDENT = {
     "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr"},
     "engine": {"workers", "threads"},
+    "baseline": {"strategy", "strategy_arg"},
 }
 """What a file says of another method or engine than the command line asks for is not meant for that one: a run's own
 config.yaml, given again with --method, names the first method's basis and rates."""

@@ -30,8 +30,8 @@ SAID_BY_THEIR_VALUE = ("method", "strategy", "baseline")
 """Options whose value alone names a row: 'lora', not 'method-lora'."""
 LONGEST_NAME = 80
 MOST_RUNS = 10_000
-EITHER = {"local_steps": "local_epochs", "local_epochs": "local_steps"}
-"""A row that gives one of them does not want the other that base has."""
+INSTEAD = {"local_steps": {"local_epochs"}, "local_epochs": {"local_steps"}, "baseline": {"strategy", "strategy_arg"}}
+"""What a row that gives an option does not want of the base."""
 NAMED = 3
 """Rows that a message names; of more only the number is told."""
 
@@ -219,7 +219,8 @@ def _repeated(rows: Sequence[Row]) -> list[str]:
 
 
 def _configuration(base: Options, row: Row, seed: int, path: Path, out: Path) -> SimulationConfig:
-    values = {key: value for key, value in base.items() if EITHER.get(key) not in row.options}
+    unwanted = set().union(*(INSTEAD.get(key, set()) for key in row.options))
+    values = {key: value for key, value in base.items() if key not in unwanted}
     # Whether the place of the run can be written is looked at, by a name that is never there.
     place = out / row.name / f"seed-{seed}" / "new"
     config = configuration_of({**values, **row.options, "seed": seed}, path, place)

@@ -17,6 +17,7 @@ from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
+from fedlotr.baselines import pooled
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import Names, OwnData, Source, Task, encode, load_source, partition, resolve_task, withhold_public
 from fedlotr.errors import InputError
@@ -178,6 +179,8 @@ def check(
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
+    if config.baseline == "central":
+        parts, training = pooled(parts, training, config.sampled_clients)
     count = len(source.test)
     test_rows = np.arange(count)
     if 0 < config.eval_examples < count:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
+from fedlotr.baselines import Alone, over_clients, strategy_of, without_wire
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
@@ -153,7 +154,8 @@ def check_all(
     wrong, data, source: as for `check`. Raises InputError with all mistakes.
     """
     problems: list[str] = []
-    checked = strategy = None
+    checked = None
+    strategy: FlowerStrategy | None = None
     try:
         checked = check(config, wrong, data=data, source=source)
     except InputError as error:
@@ -161,7 +163,10 @@ def check_all(
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):
         name = config.strategy or METHODS[config.method].strategy
         try:
-            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
+            if config.baseline is not None:
+                strategy = strategy_of(config.baseline)
+            else:
+                strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
         except InputError as error:
             problems += error.problems
     if checked is None or strategy is None:
@@ -177,7 +182,7 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     row = METHODS[config.method]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = saved_configuration(config.out) if config.resume and config.out is not None else None
-    resolved: dict[str, Any] = {"strategy": config.strategy or row.strategy}
+    resolved: dict[str, Any] = {"strategy": None if config.baseline else config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if row.adapts:
@@ -256,11 +261,36 @@ class _Run:
         config = self.config
         while state.round < config.rounds:
             done = run_round(self.grid, strategy, self.federation, state)
+            if config.baseline is not None:
+                done = without_wire(done)
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
-                done.metrics.update(evaluate(self.grid, self.federation, state.arrays))
+                done.metrics.update(self._evaluate(strategy, state))
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
+        if isinstance(strategy, Alone):
+            state = replace(state, arrays=strategy.all(config.clients, state.arrays))
+        else:
+            self._write_adapter(state)
+        loads = self.prepared.workplace.loads()
+        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
+        summary = summarise(
+            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
+        )
+        self.directory.write_summary(summary)
+        log.info("done: %s", summary["final"])
+        return summary
+
+    def _evaluate(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
+        """Of the common model; where each client has its own, the mean over them beside its spread."""
+        if not isinstance(strategy, Alone):
+            return evaluate(self.grid, self.federation, state.arrays)
+        models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
+        means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models])
+        return {**means, "over_clients": spread}
+
+    def _write_adapter(self, state: State) -> None:
+        config = self.config
         self.prepared.model.assign(to_tensors(state.arrays))
         write_adapter(
             self.directory.adapter,
@@ -272,14 +302,6 @@ class _Run:
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
         )
-        loads = self.prepared.workplace.loads()
-        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
-        summary = summarise(
-            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
-        )
-        self.directory.write_summary(summary)
-        log.info("done: %s", summary["final"])
-        return summary
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
@@ -331,7 +353,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         else:
             basis = bases_record(bases)
     return Federation(
-        clients=config.clients,
+        clients=len(checked.parts),
         sampled=config.clients_per_round,
         rounds=config.rounds,
         seed=config.seed,

@@ -58,7 +58,7 @@ def as_markdown(lines: Sequence[Line]) -> str:
     head, *body = cells(lines)
     rows = [head, ["---", *("---:" for _ in head[1:])], *([_escape(cell) for cell in row] for row in body)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    notes = "".join(f"- {note}\n" for note in failures(lines))
+    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *failures(lines)])
     return f"{text}\n{notes}" if notes else text
 
 
@@ -72,6 +72,21 @@ def cells(lines: Sequence[Line]) -> list[list[str]]:
 def failures(lines: Sequence[Line]) -> list[str]:
     """Each run that failed, with its reason."""
     return [f"{line.name}, seed {seed}: FAILED: {reason}" for line in lines for seed, reason in line.failed.items()]
+
+
+def _spreads(lines: Sequence[Line]) -> list[str]:
+    """Of rows in which each client has its own model: how far the clients are apart."""
+    notes = []
+    for line in lines:
+        record = _record(line)
+        for name, form in METRICS.items():
+            if record.get(f"{name}_clients_std") is not None:
+                notes.append(
+                    f"{line.name}: mean over the clients; their standard deviation is "
+                    f"{form.format(record[f'{name}_clients_std'])}, the mean of the worst tenth of them "
+                    f"{form.format(record[f'{name}_clients_worst_tenth'])}"
+                )
+    return notes
 
 
 def _escape(text: str) -> str:
@@ -113,6 +128,10 @@ def _record(line: Line) -> dict[str, Cell]:
         found = line.values(lambda run, name=name: run["final"].get(name))  # type: ignore[misc]
         record[f"{name}_mean"] = statistics.fmean(found) if found else None
         record[f"{name}_std"] = statistics.stdev(found) if len(found) > 1 else None
+        for figure in ("std", "worst_tenth"):
+            apart = line.values(lambda run, key=f"{name}_{figure}": (run.get("over_clients") or {}).get(key))  # type: ignore[misc]
+            if apart:
+                record[f"{name}_clients_{figure}"] = statistics.fmean(apart)
     numbers: list[tuple[str, Callable[[Summary], Any], Callable[[list[float]], float]]] = [
         ("trained_numbers", lambda run: run.get("trained_numbers"), statistics.fmean),
         ("upload_bytes", _traffic("upload_payload_bytes_per_client_round"), statistics.fmean),
