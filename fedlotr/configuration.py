@@ -440,7 +440,11 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
             near = closest(field, _KEYS)
             return "no such option" + (f", did you mean '{origins.spelling(field)(near)}'?" if near else "; see --help")
         case "literal_error":
-            return f"not a choice{nearest(error['input'], get_args(SimulationConfig.model_fields[field].annotation))}"
+            kinds = get_args(SimulationConfig.model_fields[field].annotation)
+            choices = [
+                choice for kind in kinds for choice in get_args(kind) or [kind]
+            ]  # a Literal may stand in a union
+            return f"not a choice{nearest(error['input'], [name for name in choices if isinstance(name, str)])}"
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
             return "expected a whole number"
         case "float_parsing" | "float_type" | "finite_number":

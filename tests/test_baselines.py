@@ -137,6 +137,8 @@ def test_a_baseline_has_no_strategy_and_a_runs_own_configuration_gives_it_none(
     given = words({**base, "rounds": 1})
     assert simulate.main([*given, "--baseline", "central", "--strategy", "fedadam"]) == 2
     assert "a baseline averages nothing" in capsys.readouterr().err
+    assert simulate.main([*given, "--baseline", "centre"]) == 2
+    assert "--baseline centre: not a choice, did you mean 'central'?" in capsys.readouterr().err
     assert simulate.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     again = [str(tmp_path / "run" / "config.yaml"), "--baseline", "local", "--out", str(tmp_path / "local"), "--quiet"]
     assert simulate.main(again) == 0
