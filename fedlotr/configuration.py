@@ -284,7 +284,8 @@ class SimulationConfig(BaseModel):
     )
     eval_split: str | None = Field(
         default=None,
-        description="split to evaluate on (default: test, else a validation split, else a tenth of train)",
+        description="split to evaluate on; held-out: a seeded tenth of train, to choose rates by (default: test, else "
+        "a validation split, else a tenth of train)",
     )
 
     engine: Literal["ray", "local", "flower"] = Field(

@@ -3,7 +3,8 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -20,6 +21,7 @@ from fedlotr.simulate import BAD_INPUT, DONE, FAILED, INTERRUPTED
 if TYPE_CHECKING:
     from fedlotr.grid_file import Grid, Run
     from fedlotr.grid_runs import Summary
+    from fedlotr.grid_tuning import Choice
 
 DESCRIPTION = """Run every configuration of a grid, one after another, and write table.md and table.csv.
 
@@ -67,64 +69,104 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(file: Path, out: Path, *, in_process: bool, quiet: bool) -> int:
     # Here, not above: they load torch and Flower, and --help should not wait for them.
     from fedlotr.grid_file import read_grid
-    from fedlotr.grid_runs import Folder, RunFailedError, carry_out, check_runs
+    from fedlotr.grid_runs import check_runs, differences
+    from fedlotr.grid_tuning import choose, decided
 
     grid = read_grid(file, out)
-    with _Display(len(grid.runs), quiet=quiet) as display:
-        display.say(f"checking {len(grid.runs)} runs of {file}")
+    count = len(grid.trials) + len(grid.runs)
+    with _Display(count, quiet=quiet) as display:
+        display.say(f"checking {count} runs of {file}")
         check_runs(grid, out)
-        finished: dict[str, Summary] = {}
-        for run in grid.runs:
-            if (summary := Folder.of(run, out).summary()) is not None:
-                finished[run.name] = summary
-        if finished:
-            display.say(f"{len(finished)} of them are finished already")
-        failed: dict[str, str] = {}
-        _write(_lines(grid, finished, failed), out)
-        for number, run in enumerate(grid.runs, start=1):
-            display.begin(number, run)
-            if run.name in finished:
-                continue
-            try:
-                finished[run.name] = carry_out(run, out, in_process=in_process, watch=display.rounds)
-                display.finished(finished[run.name])
-            except RunFailedError as error:
-                failed[run.name] = " ".join(str(error).split())
-                display.failed(failed[run.name])
-            _write(_lines(grid, finished, failed), out)
-    lines = _lines(grid, finished, failed)
+        work = _Work(grid, out, in_process, display)
+        work.find_finished()
+        work.carry_out(grid.trials, 1)
+        work.choices = {row.name: choose(grid, row, work.done, work.failed) for row in grid.rows}
+        for note in [note for choice in work.choices.values() for note in choice.notes]:
+            display.say(note)
+        work.grid = decided(grid, work.choices)
+        if problems := differences(work.grid.runs, out):  # a run that is there has a value that is now not the best
+            raise InputError(problems)
+        work.carry_out(work.grid.runs, len(grid.trials) + 1)
+        work.write()
+    lines = work.lines()
     if not quiet:
         _print(lines)
     for note in failures(lines):
         print(f"error: {note}", file=sys.stderr)
     display.say(f"{out / 'table.md'}, {out / 'table.csv'}")
-    return FAILED if failed else DONE
+    return FAILED if failures(lines) else DONE
 
 
-def _lines(grid: "Grid", finished: "dict[str, Summary]", failed: dict[str, str]) -> list[Line]:
-    """Row by row, in the file's order."""
-    lines = []
-    for row in grid.rows:
-        runs = [run for run in grid.runs if run.row is row]
-        lines.append(
-            Line(
-                row.name,
-                row.options,
-                len(runs),
-                {run.seed: finished[run.name] for run in runs if run.name in finished},
-                {run.seed: failed[run.name] for run in runs if run.name in failed},
+@dataclass
+class _Work:
+    """What is done of a grid so far: the summary of each finished run, why others failed, what trials chose."""
+
+    grid: "Grid"
+    out: Path
+    in_process: bool
+    display: "_Display"
+    done: "dict[str, Summary]" = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    choices: "Mapping[str, Choice]" = field(default_factory=dict)
+
+    def find_finished(self) -> None:
+        """What earlier calls have left, and the first tables."""
+        from fedlotr.grid_runs import Folder
+
+        for run in [*self.grid.trials, *self.grid.runs]:
+            if (summary := Folder.of(run, self.out).summary()) is not None:
+                self.done[run.name] = summary
+        if self.done:
+            self.display.say(f"{len(self.done)} of them are finished already")
+        self.write()
+
+    def carry_out(self, runs: "Sequence[Run]", first: int) -> None:
+        """Run those that are not finished, and write the tables after each. first: the number of the first."""
+        from fedlotr.grid_runs import RunFailedError, carry_out
+
+        for number, run in enumerate(runs, start=first):
+            self.display.begin(number, run)
+            if run.name in self.done:
+                continue
+            try:
+                if run.open:
+                    raise RunFailedError(f"no {' and '.join(sorted(run.open))} could be chosen: every trial failed")
+                self.done[run.name] = carry_out(run, self.out, in_process=self.in_process, watch=self.display.rounds)
+                self.display.finished(self.done[run.name])
+            except RunFailedError as error:
+                self.failed[run.name] = " ".join(str(error).split())
+                self.display.failed(self.failed[run.name])
+            self.write()
+
+    def lines(self) -> list[Line]:
+        """Row by row, in the file's order."""
+        lines = []
+        for row in self.grid.rows:
+            runs = [run for run in self.grid.runs if run.row is row]
+            choice = self.choices.get(row.name)
+            lines.append(
+                Line(
+                    row.name,
+                    row.options,
+                    len(runs),
+                    {run.seed: self.done[run.name] for run in runs if run.name in self.done},
+                    {run.seed: self.failed[run.name] for run in runs if run.name in self.failed},
+                    (choice.values if choice else None) or {},
+                    choice.notes if choice else (),
+                )
             )
-        )
-    return lines
+        return lines
 
-
-def _write(lines: Sequence[Line], out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "table.md", as_markdown(lines))
-        write_atomically(out / "table.csv", as_csv(lines))
-    except OSError as error:
-        raise FedlotrError(f"the tables cannot be written to {out} ({error.strerror}); mend that and go on") from error
+    def write(self) -> None:
+        """table.md and table.csv. Raises FedlotrError where they cannot be written."""
+        lines = self.lines()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.out / "table.md", as_markdown(lines))
+            write_atomically(self.out / "table.csv", as_csv(lines))
+        except OSError as error:
+            reason = f"the tables cannot be written to {self.out} ({error.strerror}); mend that and go on"
+            raise FedlotrError(reason) from error
 
 
 def _print(lines: Sequence[Line]) -> None:

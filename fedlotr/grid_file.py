@@ -8,20 +8,25 @@ rows:               # with each of these; what a row says wins over axes and bas
   - {method: lotr}
   - {method: lora, lr: 0.002, name: fedit}
 seeds: [0, 1, 2]
+tune:               # for each row the best of these, by trials on rows of train that no client holds
+  lr: [0.005, 0.01, 0.02]
+  seeds: [0]        # of the trials
+  on: held-out      # a tenth of train; or the name of a split
 """
 
 import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlotr.configuration import MAX_SEED, SimulationConfig, configuration_of
+from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import InputError, nearest, shorten, written
 from fedlotr.yaml_file import key_of, read_yaml
 
-KEYS = ("base", "axes", "rows", "seeds")
+KEYS = ("base", "axes", "rows", "seeds", "tune")
 NOT_IN_A_GRID = {
     "seed": "seeds are listed under 'seeds'",
     **dict.fromkeys(("out", "resume", "quiet", "json", "json_output"), "the grid decides that for each run"),
@@ -48,25 +53,45 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a row. config: without `out`, which is where the grid puts it."""
+    """One run of a row. config: without `out`, which is where the grid puts it.
+
+    trial, point: what a trial is called, and the values it tries. open: options whose values trials have yet to choose.
+    """
 
     row: Row
     seed: int
     config: SimulationConfig
+    trial: str = ""
+    point: Mapping[str, object] = field(default_factory=dict)
+    open: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         """The run's folder within the grid's, and what messages call it."""
-        return f"{self.row.name}/seed-{self.seed}"
+        return "/".join(filter(None, [self.row.name, self.trial, f"seed-{self.seed}"]))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All rows and all of their runs, row by row."""
+    """All rows, all of their runs, and the trials that come before them, row by row."""
 
     rows: Sequence[Row]
-    seeds: Sequence[int]
     runs: Sequence[Run]
+    trials: Sequence[Run]
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """The part 'tune' of a file. axes: what is tried; on: the split it is tried on."""
+
+    axes: Mapping[str, Sequence[object]]
+    seeds: Sequence[int]
+    on: str
+
+    def points(self, row: Row) -> list[Options]:
+        """What is tried for a row: none of what it says itself."""
+        axes = {key: values for key, values in self.axes.items() if key not in row.options}
+        return list(_points(axes)) if axes else []
 
 
 def read_grid(path: Path, out: Path) -> Grid:
@@ -87,6 +112,7 @@ def read_grid(path: Path, out: Path) -> Grid:
     axes = _axes(found.get("axes"), problems)
     given = _rows(found.get("rows"), problems)
     seeds = _seeds(found.get("seeds", [0]), problems)
+    tuning = _tuning(found.get("tune"), problems)
     count = len(given) * len(seeds)
     for values in axes.values():
         count *= len(values)
@@ -101,17 +127,27 @@ def read_grid(path: Path, out: Path) -> Grid:
     ]
     problems += _repeated(rows)
     runs: list[Run] = []
+    trials: list[Run] = []
     mistakes: list[tuple[str, str]] = []
     for row in rows:
-        for seed in seeds:
-            try:
-                runs.append(Run(row, seed, _configuration(base, row, seed, path, out)))
-            except InputError as error:
-                mistakes += [(row.name, problem) for problem in error.problems]
+        points = tuning.points(row)
+        tried = [
+            (seed, {**row.options, **point, "eval_split": tuning.on}, f"tune_{_name('', point, {}, {})}", point)
+            for point in points
+            for seed in tuning.seeds
+        ]
+        try:
+            for seed, options, trial, point in tried:
+                trials.append(Run(row, seed, _configuration(base, options, seed, path, out / row.name), trial, point))
+            for seed in seeds:
+                config = _configuration(base, row.options, seed, path, out / row.name)
+                runs.append(Run(row, seed, config, open=frozenset(*points[:1])))
+        except InputError as error:
+            mistakes += [(row.name, problem) for problem in error.problems]
     problems += together(mistakes, {row.name for row in rows})
     if problems:
         raise InputError(problems)
-    return Grid(rows, seeds, runs)
+    return Grid(rows, runs, trials)
 
 
 def together(mistakes: Iterable[tuple[str, str]], everything: Iterable[str]) -> list[str]:
@@ -144,13 +180,13 @@ def _options(given: object, where: str, problems: list[str]) -> Options:
     return options
 
 
-def _axes(given: object, problems: list[str]) -> dict[str, list[object]]:
+def _axes(given: object, problems: list[str], where: str = "axes") -> dict[str, list[object]]:
     axes: dict[str, list[object]] = {}
-    for key, values in _options(given, "axes", problems).items():
+    for key, values in _options(given, where, problems).items():
         if not isinstance(values, list) or not values:
-            problems.append(f"{shorten(key)} in axes: {written(values)}: expected a list of values, such as [8, 16]")
+            problems.append(f"{shorten(key)} in {where}: {written(values)}: expected a list of values, such as [8, 16]")
         elif any(value in values[:at] for at, value in enumerate(values)):
-            problems.append(f"{shorten(key)} in axes: {written(values)}: a value stands there twice")
+            problems.append(f"{shorten(key)} in {where}: {written(values)}: a value stands there twice")
         else:
             axes[key] = values
     return axes
@@ -174,13 +210,30 @@ def _rows(given: object, problems: list[str]) -> list[tuple[str, Options]]:
     return rows
 
 
-def _seeds(given: object, problems: list[str]) -> list[int]:
+def _tuning(given: object, problems: list[str]) -> _Tuning:
+    if given is None:
+        return _Tuning({}, [], HELD_OUT)
+    if not isinstance(given, Mapping):
+        problems.append(f"tune: {written(given)}: expected what is tried, such as 'lr: [0.005, 0.01, 0.02]'")
+        return _Tuning({}, [], HELD_OUT)
+    parts = {str(key): value for key, value in given.items()}
+    seeds = _seeds(parts.pop("seeds", [0]), problems, "seeds in tune")
+    on = parts.pop("on", HELD_OUT)
+    if not isinstance(on, str):
+        problems.append(f"on in tune: {written(on)}: expected {HELD_OUT} (a tenth of train), or the name of a split")
+    axes = _axes(parts, problems, "tune")
+    if not parts:
+        problems.append("tune: expected what is tried, such as 'lr: [0.005, 0.01, 0.02]'")
+    return _Tuning(axes, seeds, str(on))
+
+
+def _seeds(given: object, problems: list[str], where: str = "seeds") -> list[int]:
     seeds = given if isinstance(given, list) else []
     if not seeds or any(type(seed) is not int or not 0 <= seed <= MAX_SEED for seed in seeds):
-        problems.append(f"seeds: {written(given)}: expected a list of whole numbers from 0, such as [0, 1, 2]")
+        problems.append(f"{where}: {written(given)}: expected a list of whole numbers from 0, such as [0, 1, 2]")
         return []
     if len(set(seeds)) < len(seeds):
-        problems.append(f"seeds: {written(given)}: a seed stands there twice")
+        problems.append(f"{where}: {written(given)}: a seed stands there twice")
     return seeds
 
 
@@ -218,10 +271,10 @@ def _repeated(rows: Sequence[Row]) -> list[str]:
     return problems
 
 
-def _configuration(base: Options, row: Row, seed: int, path: Path, out: Path) -> SimulationConfig:
-    unwanted = set().union(*(INSTEAD.get(key, set()) for key in row.options))
+def _configuration(base: Options, options: Mapping[str, object], seed: int, path: Path, out: Path) -> SimulationConfig:
+    unwanted = set().union(*(INSTEAD.get(key, set()) for key in options))
     values = {key: value for key, value in base.items() if key not in unwanted}
     # Whether the place of the run can be written is looked at, by a name that is never there.
-    place = out / row.name / f"seed-{seed}" / "new"
-    config = configuration_of({**values, **row.options, "seed": seed}, path, place)
+    place = out / f"seed-{seed}" / "new"
+    config = configuration_of({**values, **options, "seed": seed}, path, place)
     return config.model_copy(update={"out": None})

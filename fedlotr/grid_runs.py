@@ -18,6 +18,7 @@ import yaml
 
 from fedlotr.configuration import SimulationConfig, dump_yaml
 from fedlotr.data import Source, load_source
+from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid_file import Grid, Run, together
 from fedlotr.preparation import columns_of
@@ -83,20 +84,21 @@ def check_runs(grid: Grid, out: Path) -> None:
 
     Raises InputError with every mistake, and with every difference between a run that is there and the grid.
     """
-    problems = _differences(grid, out)
+    runs = [*grid.trials, *grid.runs]
+    problems = differences(runs, out)
     mistakes: list[tuple[str, str]] = []
     sources: dict[tuple[Any, ...], Source] = {}
-    rows: set[str] = set()
-    deals: set[tuple[Any, ...]] = set()
-    for run in grid.runs:
+    looked_at: set[tuple[Any, ...]] = set()
+    for run in runs:
         config = run.config
-        key = (config.data, config.eval_split, config.text_column, config.label_column, config.task, config.seed)
+        key = _data_of(run)
+        # Another seed, or another value that is tried, makes no difference to a row's model; a seed may do so to how
+        # the examples are dealt.
+        row = (run.row.name, config.eval_split)
         deal = (*key, config.partition, config.clients, config.max_examples, config.public_examples)
-        # Another seed of a row makes no difference to its model; to how its examples are dealt it may.
-        if run.row.name in rows and deal in deals:
+        if {row, deal} <= looked_at:
             continue
-        rows.add(run.row.name)
-        deals.add(deal)
+        looked_at |= {row, deal}
         try:
             if key not in sources:
                 sources[key] = load_source(
@@ -105,18 +107,31 @@ def check_runs(grid: Grid, out: Path) -> None:
             check_all(config, source=sources[key])
         except InputError as error:
             mistakes += [(run.row.name, problem) for problem in error.problems]
-            continue
-        problems += _other_data(run, out, sources[key].sha256)
     problems += together(mistakes, {row.name for row in grid.rows})
+    found = {key: source.sha256 for key, source in sources.items()}
+    problems += _other_data(runs, out, found)
+    tested_on = {found.get(_data_of(run)) for run in grid.runs}
+    problems += [
+        f"tune on {on}: the runs are tested on these rows; choose {HELD_OUT}, or another split"
+        for on in dict.fromkeys(
+            str(run.config.eval_split) for run in grid.trials if found.get(_data_of(run)) in tested_on - {None}
+        )
+    ]
     if problems:
         raise InputError(problems)
 
 
-def _differences(grid: Grid, out: Path) -> list[str]:
-    """How the configurations of runs that are there differ from the grid's, a line an option."""
+def _data_of(run: Run) -> tuple[Any, ...]:
+    """What the rows of train and test depend on."""
+    config = run.config
+    return config.data, config.eval_split, config.text_column, config.label_column, config.task, config.seed
+
+
+def differences(runs: Sequence[Run], out: Path) -> list[str]:
+    """How the configurations of runs that are there differ from the grid's, a line an option; open ones apart."""
     found: list[tuple[str, str]] = []
     problems = []
-    for run in grid.runs:
+    for run in runs:
         folder = Folder.of(run, out)
         if not folder.plan.is_file():
             continue
@@ -132,18 +147,22 @@ def _differences(grid: Grid, out: Path) -> list[str]:
             continue
         for name in SimulationConfig.model_fields:
             was, now = getattr(before, name), getattr(run.config, name)
-            if name not in MAY_CHANGE and was != now:
+            if name not in MAY_CHANGE | run.open and was != now:
                 advice = f"runs in {out} have {shorten(was)}; give the grid another --out, or the row another name"
                 found.append((run.name, f"{name}: {shorten(now)}, and {advice}"))
-    return problems + together(found, {run.name for run in grid.runs})
+    return problems + together(found, {run.name for run in runs})
 
 
-def _other_data(run: Run, out: Path, sha256: str) -> list[str]:
-    """Whether a finished run is of the data as they are now."""
-    summary = Folder.of(run, out).summary()
-    if summary is None or summary.get("data_sha256") == sha256:
-        return []
-    return [f"data: {shorten(run.config.data)}: its content has changed since {out / run.name}; give another --out"]
+def _other_data(runs: Sequence[Run], out: Path, sha256: Mapping[tuple[Any, ...], str]) -> list[str]:
+    """Which finished runs are not of the data as they are now."""
+    found = []
+    for run in runs:
+        now = sha256.get(_data_of(run))
+        summary = Folder.of(run, out).summary() if now is not None else None
+        if summary is not None and summary.get("data_sha256") != now:
+            given = shorten(run.config.data)
+            found.append((run.name, f"data: {given}: its content is not what runs in {out} had; give another --out"))
+    return together(found, {run.name for run in runs})
 
 
 def carry_out(run: Run, out: Path, *, in_process: bool, watch: Watch) -> Summary:

@@ -157,6 +157,56 @@ def test_a_row_meets_every_point_of_the_axes_and_wins_over_them(base: dict[str, 
     ]
 
 
+def test_rates_are_chosen_by_trials_on_rows_held_out_of_train_and_never_on_test(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"method": "lotr"}, {"method": "lora", "lr": 0.004, "name": "lora"}]
+    parts = {"base": base, "rows": rows, "tune": {"lr": [1e-6, 0.05], "seeds": [0, 1]}, "seeds": [3]}
+    words = ["grid", str(write(tmp_path, **parts)), "--out", str(tmp_path / "out"), "--in-process"]
+    assert cli.main(words) == 0
+    trials = {
+        lr: [read_run(tmp_path / "out" / "lotr" / f"tune_lr-{lr}" / f"seed-{seed}")[0] for seed in (0, 1)]
+        for lr in ("1e-06", "0.05")
+    }
+    assert {run["test_split"] for runs in trials.values() for run in runs} == {"a seeded tenth of train, held out"}
+    worth = {
+        lr: (sum(run["final"]["accuracy"] for run in runs), -sum(run["final"]["loss"] for run in runs))
+        for lr, runs in trials.items()
+    }
+    best = max(worth, key=lambda lr: worth[lr])
+    (final,) = (tmp_path / "out" / "lotr").glob("seed-3/config.yaml")
+    assert f"lr: {float(best)}" in final.read_text(encoding="utf-8")
+    assert read_run(final.parent)[0]["test_split"] == "test"
+    found = table(tmp_path / "out")
+    assert float(found["lotr"]["chosen_lr"]) == float(best)
+    assert found["lora"]["chosen_lr"] == "" and not list((tmp_path / "out" / "lora").glob("tune*")), "it says its rate"
+    chosen = f"lotr: lr {float(best)} chosen of 2 tried on a seeded tenth of train, held out"
+    assert chosen in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "6 of them are finished already" in capsys.readouterr().err
+    # Rates that make another one the best: the runs that are there had a value of their own.
+    parts["tune"] = {"lr": [1e-6 if best == "0.05" else 0.05]}
+    code = cli.main(["grid", str(write(tmp_path, **parts)), *words[2:]])
+    said = capsys.readouterr().err
+    assert code == 2 and f"have {float(best)}" in said and "lr:" in said
+
+
+def test_what_the_runs_are_tested_on_is_not_tuned_on(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(tune: object) -> str:
+        assert cli.main(["grid", str(write(tmp_path, base=base, tune=tune)), "--out", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    assert "tune on test: the runs are tested on these rows; choose held-out" in refused({"lr": [0.1], "on": "test"})
+    assert "--eval-split validatio" in refused({"lr": [0.1], "on": "validation"})
+    assert "lr in tune: 0.1: expected a list" in refused({"lr": 0.1})
+    assert "seeds in tune" in refused({"lr": [0.1], "seeds": []}) and "on in tune" in refused({"lr": [0.1], "on": 3})
+    assert "tune: expected what is tried" in refused({}) and "tune: 3: expected" in refused(3)
+    assert "did you mean 'lr'" in refused({"lrr": [0.1]})
+
+
 FAILING = """
 from fedlotr.flower import Strategy, weighted_mean
 import pathlib

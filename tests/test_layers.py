@@ -33,7 +33,7 @@ FLOORS = (
         "warm_start",
     ),
     ("forecast", "grid_file", "testing"),
-    ("grid_runs",),
+    ("grid_runs", "grid_tuning"),
     ("cli", "doctor", "grid", "listing", "server_app", "simulate", "supervised"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""

@@ -4,7 +4,7 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedlotr.errors import shorten
@@ -20,7 +20,8 @@ Cell = str | int | float | None
 class Line:
     """What there is of a row: the summaries of its finished runs, and why others failed, by seed.
 
-    options: what the row says beside the base. planned: the number of its runs.
+    options: what the row says beside the base. planned: the number of its runs. chosen: values that trials chose.
+    notes: what the table says of the row below.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Line:
     planned: int
     finished: Mapping[int, Summary]
     failed: Mapping[int, str]
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def values(self, read: Callable[[Summary], Any]) -> list[float]:
         """One number of each finished run that has it."""
@@ -58,7 +61,8 @@ def as_markdown(lines: Sequence[Line]) -> str:
     head, *body = cells(lines)
     rows = [head, ["---", *("---:" for _ in head[1:])], *([_escape(cell) for cell in row] for row in body)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *failures(lines)])
+    said = [note for line in lines for note in line.notes]
+    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *said, *failures(lines)])
     return f"{text}\n{notes}" if notes else text
 
 
@@ -122,6 +126,7 @@ def _record(line: Line) -> dict[str, Cell]:
     """The numbers of a row, unrounded; none where no run of it is finished."""
     record: dict[str, Cell] = {"row": line.name}
     record |= {key: shorten(value) for key, value in line.options.items()}
+    record |= {f"chosen_{key}": shorten(value) for key, value in line.chosen.items()}
     record |= {"seeds": len(line.finished), "planned": line.planned}
     names = [name for name in METRICS if any(name in run["final"] for run in line.finished.values())]
     for name in [*names, "loss"]:
