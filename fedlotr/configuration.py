@@ -257,6 +257,12 @@ class SimulationConfig(BaseModel):
         description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
     )
 
+    baseline: Literal["central", "local"] | None = Field(
+        default=None,
+        description="instead of the federation what it is held against: central, one model on the pooled examples of "
+        "all clients, with as many steps and examples a round; local, each client alone, every client in every round",
+    )
+
     local_epochs: int | None = Field(
         default=2, ge=1, le=LARGEST, description="passes of a client over its examples in a round"
     )
@@ -288,7 +294,8 @@ class SimulationConfig(BaseModel):
     )
     eval_split: str | None = Field(
         default=None,
-        description="split to evaluate on (default: test, else a validation split, else a tenth of train)",
+        description="split to evaluate on; held-out: a seeded tenth of train, to choose rates by (default: test, else "
+        "a validation split, else a tenth of train)",
     )
 
     engine: Literal["ray", "local", "flower"] = Field(
@@ -325,7 +332,12 @@ class SimulationConfig(BaseModel):
 
     @property
     def clients_per_round(self) -> int:
-        """Clients that train in a round: `sample` itself, or that share of the clients, rounded, at least one."""
+        """Clients that train in a round: the sample; all of them, or the one that holds all examples, of a baseline."""
+        return {None: self.sampled_clients, "local": self.clients, "central": 1}[self.baseline]
+
+    @property
+    def sampled_clients(self) -> int:
+        """`sample` itself, or that share of the clients, rounded, at least one."""
         return self.sample if isinstance(self.sample, int) else max(1, round(self.sample * self.clients))
 
     @field_validator("*", mode="before")
@@ -439,7 +451,11 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
             near = closest(field, _KEYS)
             return "no such option" + (f", did you mean '{origins.spelling(field)(near)}'?" if near else "; see --help")
         case "literal_error":
-            return f"not a choice{nearest(error['input'], get_args(SimulationConfig.model_fields[field].annotation))}"
+            kinds = get_args(SimulationConfig.model_fields[field].annotation)
+            choices = [
+                choice for kind in kinds for choice in get_args(kind) or [kind]
+            ]  # a Literal may stand in a union
+            return f"not a choice{nearest(error['input'], [name for name in choices if isinstance(name, str)])}"
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
             return "expected a whole number"
         case "float_parsing" | "float_type" | "finite_number":
@@ -483,6 +499,12 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("momentum", "optimizer"), "momentum belongs to the optimizer 'sgd'"
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
+    if config.baseline is not None:
+        for field in ("strategy", "strategy_arg"):
+            if getattr(config, field):
+                yield (field, "baseline"), "a baseline averages nothing, so it has no strategy"
+        if config.engine == "flower":
+            yield ("baseline", "engine"), "a baseline runs on the engines ray and local"
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
     if not method.adapts:
@@ -522,6 +544,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 DEPENDENT = {
     "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr"},
     "engine": {"workers", "threads"},
+    "baseline": {"strategy", "strategy_arg"},
 }
 """What a file says of another method or engine than the command line asks for is not meant for that one: a run's own
 config.yaml, given again with --method, names the first method's basis and rates."""
@@ -564,6 +587,15 @@ def load(argv: Sequence[str]) -> SimulationConfig:
         values["strategy_arg"] = {**arguments[0], **arguments[1]}
     origins = _Origins(True, flags, file, in_file, problems)
     return SimulationConfig.model_validate(values, context=origins)
+
+
+def configuration_of(values: Mapping[str, object], file: Path, out: Path) -> SimulationConfig:
+    """The configuration that some part of a file says, such as a row of a grid; `out` was given as an option.
+
+    Raises ConfigurationError as `load` does.
+    """
+    origins = _Origins(True, ("out",), file, values)
+    return SimulationConfig.model_validate({**values, "out": out}, context=origins)
 
 
 SECTIONS = {

@@ -18,7 +18,6 @@ from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.simulation import DERIVABLE
-from fedlotr.summary import examples_worked
 from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
 from fedlotr.training.models import LOGITS, TrainableModel, load_base
 
@@ -80,15 +79,19 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
     participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
-    work = [examples_worked(config, len(part)) for part in checked.parts]
+    work = [checked.training.examples_of(len(part)) for part in checked.parts]
     examples = config.clients_per_round * sum(work) / len(work)
     lengths = _mean_lengths(checked, rounds[0])
-    steps = [round(lengths[client] * min(len(checked.parts[client]), config.batch_size)) for client in rounds[0]]
+    steps = [
+        round(lengths[client] * min(len(checked.parts[client]), checked.training.batch_size)) for client in rounds[0]
+    ]
     cohorts = cut_cohorts(steps, None if config.cohort == "auto" else config.cohort)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     width = 2 if config.dtype == "bfloat16" else WIRE_BYTES
     largest = max(piece.stop - piece.start for piece in cohorts)
     weights = width * parameters
+    if config.baseline is not None:  # nothing is sent
+        sent, down, one_off, participants = [0 for _ in numbers], 0, 0, 0
     return Forecast(
         parameters=parameters,
         trained_adapter=sum(sizes.values()) - head,
@@ -127,7 +130,7 @@ def _rounds(checked: Checked) -> list[list[int]]:
     """The clients of each round, as the run draws them; of the first rounds where there are very many."""
     config = checked.config
     federation = Federation(
-        clients=config.clients,
+        clients=len(checked.parts),
         sampled=config.clients_per_round,
         rounds=config.rounds,
         seed=config.seed,

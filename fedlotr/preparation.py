@@ -15,6 +15,7 @@ from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
+from fedlotr.baselines import pooled
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import (
@@ -110,10 +111,23 @@ class Prepared:
     bases_sha256: str
 
 
-def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brought = NOTHING_BROUGHT) -> Checked:
+def columns_of(config: SimulationConfig) -> Names:
+    """What the configuration says of the data's columns."""
+    text = tuple(config.text_column.split(",")) if config.text_column else ()
+    return Names(text, config.label_column, config.task == "causal-lm")
+
+
+def check(
+    config: SimulationConfig,
+    wrong: Collection[str] = (),
+    brought: Brought = NOTHING_BROUGHT,
+    *,
+    source: Source | None = None,
+) -> Checked:
     """Read the data and the model's architecture, and deal the examples to the clients.
 
-    brought: the caller's own things; the configuration in the result names them.
+    brought: the caller's own things; the configuration in the result names them. source: the data, where they have
+    been read.
 
     wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
     Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
@@ -134,18 +148,9 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brough
         problems.extend([problem] if problem else [])
         return config.model_copy(update={field: name})
 
-    names = Names(
-        tuple((config.text_column or "").split(",")) if config.text_column else (),
-        config.label_column,
-        config.task == "causal-lm",
-    )
-    source = attempt(
-        lambda: load_source(
-            config.data if brought.data is None else brought.data,
-            seed=config.seed,
-            eval_split=config.eval_split,
-            names=names,
-        ),
+    named = config.data if brought.data is None else brought.data
+    source = source or attempt(
+        lambda: load_source(named, seed=config.seed, eval_split=config.eval_split, names=columns_of(config)),
         *("data", "eval_split", "text_column", "label_column"),
     )
     task = tokenizer = labels = dealt = spec = core = start = None
@@ -229,6 +234,8 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), brought: Brough
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
+    if config.baseline == "central":
+        parts, training = pooled(parts, training, config.sampled_clients)
     count = len(source.test)
     test_rows = np.arange(count)
     if 0 < config.eval_examples < count:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import bases_of, factored_layers
+from fedlotr.baselines import Alone, over_clients, strategy_of, without_wire
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
-from fedlotr.data import OwnData, OwnTask, measure
+from fedlotr.data import OwnData, OwnTask, Source, measure
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -44,7 +45,7 @@ from fedlotr.reporting.console import Console
 from fedlotr.resumption import check_model, continue_from, fixed_values, saved_configuration
 from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.run_log import log_to
-from fedlotr.summary import facts, summarise
+from fedlotr.summary import facts, metrics_of, summarise
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import TrainableModel
 from fedlotr.training.precision import measured_dtype
@@ -191,22 +192,30 @@ def problems_at_the_door(
 
 
 def check_all(
-    config: SimulationConfig, wrong: Collection[str] = (), brought: Brought = NOTHING_BROUGHT
+    config: SimulationConfig,
+    wrong: Collection[str] = (),
+    brought: Brought = NOTHING_BROUGHT,
+    *,
+    source: Source | None = None,
 ) -> tuple[Checked, FlowerStrategy]:
     """The data, the model and the strategy that a configuration names; nothing heavy has happened yet.
 
-    wrong: fields that are known to be wrong, as for `check`. Raises InputError with all mistakes.
+    wrong, data, source: as for `check`. Raises InputError with all mistakes.
     """
     problems: list[str] = []
-    checked = strategy = None
+    checked = None
+    strategy: FlowerStrategy | None = None
     try:
-        checked = check(config, wrong, brought)
+        checked = check(config, wrong, brought, source=source)
     except InputError as error:
         problems += error.problems
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):
         name = config.strategy or METHODS[config.method].strategy
         try:
-            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
+            if config.baseline is not None:
+                strategy = strategy_of(config.baseline)
+            else:
+                strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
         except InputError as error:
             problems += error.problems
     if checked is None or strategy is None:
@@ -222,7 +231,7 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     row = METHODS[config.method]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = saved_configuration(config.out) if config.resume and config.out is not None else None
-    resolved: dict[str, Any] = {"strategy": config.strategy or row.strategy}
+    resolved: dict[str, Any] = {"strategy": None if config.baseline else config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if row.adapts:
@@ -303,14 +312,40 @@ class _Run:
         config = self.config
         while state.round < config.rounds:
             done = run_round(self.grid, strategy, self.federation, state)
+            if config.baseline is not None:
+                done = without_wire(done)
             evaluation = None
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
-                evaluation = evaluate(self.grid, self.federation, state.arrays)
+                evaluation = self._evaluate(strategy, state)
                 done.metrics.update(evaluation)
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
             self.audience.finished(done, evaluation, self.directory.path)
+        if isinstance(strategy, Alone):
+            state = replace(state, arrays=strategy.all(config.clients, state.arrays))
+        else:
+            self._write_adapter(state)
+        loads = self.prepared.workplace.loads()
+        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
+        summary = summarise(
+            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
+        )
+        self.directory.write_summary(summary)
+        log.info("done: %s", summary["final"])
+        return summary
+
+    def _evaluate(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
+        """Of the common model; where each client has its own, the mean over them beside its spread."""
+        if not isinstance(strategy, Alone):
+            return evaluate(self.grid, self.federation, state.arrays)
+        models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
+        higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
+        means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
+        return {**means, "over_clients": spread}
+
+    def _write_adapter(self, state: State) -> None:
+        config = self.config
         self.prepared.model.assign(to_tensors(state.arrays))
         write_adapter(
             self.directory.adapter,
@@ -323,14 +358,6 @@ class _Run:
             pair=len(self.prepared.checked.task.columns) == 2,
             own=self._own_base(),
         )
-        loads = self.prepared.workplace.loads()
-        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
-        summary = summarise(
-            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
-        )
-        self.directory.write_summary(summary)
-        log.info("done: %s", summary["final"])
-        return summary
 
     def _own_base(self) -> OwnBase | None:
         own = self.prepared.checked.own_model
@@ -387,7 +414,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         else:
             basis = bases_record(bases)
     return Federation(
-        clients=config.clients,
+        clients=len(checked.parts),
         sampled=config.clients_per_round,
         rounds=config.rounds,
         seed=config.seed,

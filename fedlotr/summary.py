@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import fedlotr
+from fedlotr.adapters.methods import METHODS
 from fedlotr.communication import Entry, communication_summary
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
@@ -30,7 +31,9 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     head = sum(sizes[name] for name in model.head_names)
     names = checked.task.label_names
     config = checked.config
-    clients = client_names(config.partition, checked.source.train, checked.parts)
+    clients = None
+    if config.baseline != "central":  # whose only part is of all clients
+        clients = client_names(config.partition, checked.source.train, checked.parts)
     metric, better = next(iter(metrics_of(prepared).items()))
     found: dict[str, Any] = {
         "versions": versions(),
@@ -41,6 +44,8 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "train_examples": sum(map(len, checked.parts)),
         "test_examples": len(checked.test_rows),
         "task": checked.task.kind,
+        "steps": checked.training.steps_of(len(checked.parts[0])),
+        "batch_size": checked.training.batch_size,
         "labels": names,
         "metric": metric,
         "higher_is_better": better is max,
@@ -77,12 +82,14 @@ def summarise(
     best = better([row for row in evaluated if row[metric] is not None] or evaluated[-1:], key=lambda row: row[metric])
     errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
     seconds = sum(row["train_seconds"] for row in history)
-    examples = sum(
-        examples_worked(config, len(checked.parts[entry.client])) for entry in entries if entry.kind == "update"
-    )
+    trained = [entry.client for entry in entries if entry.kind == "update"]
+    if config.baseline is not None:  # it sends nothing, and all that there are train in every round
+        trained = [k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"]]
+    examples = sum(checked.training.examples_of(len(checked.parts[client])) for client in trained)
     return {
         "method": config.method,
         "strategy": config.strategy,
+        "baseline": config.baseline,
         "model": checked.base_name,
         "data": checked.source.name,
         "data_sha256": checked.source.sha256,
@@ -90,14 +97,17 @@ def summarise(
         "clients": config.clients,
         "rounds": state.round,
         "seed": config.seed,
+        "trained_numbers": sum(tensor.numel() for tensor in prepared.model.values().values()),
         "initial": initial,
         "metric": metric,
+        "over_clients": evaluated[-1].get("over_clients"),
         "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
         "failed_clients": sum(row["failed"] for row in history),
         "failures": _failures(history),
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
+        "aggregation_error_null": None if errors else _no_certificate(config),
         "privacy": None,
         "timing": {
             "seconds_total": time.monotonic() - started,
@@ -132,6 +142,15 @@ def versions() -> dict[str, str]:
     return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
 
 
+def _no_certificate(config: SimulationConfig) -> str:
+    """Why no round has an aggregation error."""
+    if config.baseline is not None:
+        return f"baseline {config.baseline}: no updates are averaged"
+    if not METHODS[config.method].adapts:
+        return f"method {config.method} adapts no layer"
+    return f"strategy {config.strategy} does not say that it averages"
+
+
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """What went wrong -> client -> in how many rounds."""
     found: dict[str, dict[str, int]] = {}
@@ -140,11 +159,3 @@ def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
             clients = found.setdefault(kind, {})
             clients[client] = clients.get(client, 0) + 1
     return found
-
-
-def examples_worked(config: SimulationConfig, held: int) -> int:
-    """Examples that a client which holds so many works through in a round."""
-    if config.local_steps is None:
-        return held * (config.local_epochs or 0)
-    epochs, rest = divmod(config.local_steps, -(-held // config.batch_size))
-    return epochs * held + min(rest * config.batch_size, held)

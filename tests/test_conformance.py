@@ -86,7 +86,8 @@ def test_federated_equals_central(method: str, alpha: float | None, tiny_gpt2: P
     lengths = rng.integers(2, 9, 12)
     tokens = rng.integers(3, 500, lengths.sum()).astype(np.int32)
     data = Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.ones(12, np.int64), causal=True)
-    training = LocalTraining(batch_size=12, optimizer="sgd", lr=0.1)
+    # Columns of these small weights make int-tune's gradient short.
+    training = LocalTraining(batch_size=12, optimizer="sgd", lr=10.0 if method == "int-tune" else 0.1)
     parts = [np.arange(0, 2), np.arange(2, 5), np.arange(5, 12)]
     start = model.values()
 
@@ -98,11 +99,12 @@ def test_federated_equals_central(method: str, alpha: float | None, tiny_gpt2: P
         for k, result in enumerate(train(parts))
     ]
     central = train([np.arange(12)])[0].tensors
+    steps = []
     for name, mean in weighted_mean(apart).items():
-        step = central[name].double().numpy()
-        scale = max(float(np.abs(step - start[name].numpy()).max()), 1e-3)
-        np.testing.assert_allclose(mean, step, rtol=0, atol=1e-6 + 1e-5 * scale, err_msg=name)
-    assert any(not torch.equal(central[name], start[name]) for name in central), "something moved"
+        moved = central[name].double().numpy()
+        steps.append(float(np.abs(moved - start[name].numpy()).max()))
+        np.testing.assert_allclose(mean, moved, rtol=0, atol=1e-6, err_msg=name)
+    assert max(steps) > 1e-3, "the step is far longer than what it may differ by"
 
 
 def test_check_strategy_sees_a_sum_where_the_weights_were_forgotten(tmp_path: Path) -> None:
@@ -148,6 +150,50 @@ def test_heads_are_blocks_with_a_scale_each() -> None:
     blocks, scales = torch.randn(4, 2, 2), torch.randn(4)
     expected = torch.block_diag(*(s * h for s, h in zip(scales, blocks, strict=True)))
     torch.testing.assert_close(expand_heads({"C": blocks, "S": scales}), expected)
+
+
+def test_diag_and_mix_are_their_papers_sums() -> None:
+    """ΔW = s B diag(v) A (LoLDU), and s B (Σ v_i P_i) A normal P_i of variance 1/r, number by number."""
+    rng = np.random.default_rng(0)
+    r = 8
+    b, a, v = rng.standard_normal((5, r)), rng.standard_normal((r, 6)), rng.standard_normal(r)
+    core = FUNCTIONS["diag"].expand({"C": torch.from_numpy(v)}, None).numpy()
+    outer = sum(v[k] * np.outer(b[:, k], a[k]) for k in range(r))
+    np.testing.assert_allclose(b @ core @ a, outer, rtol=1e-12)
+    mixed = mixed_matrices(r, 0, "q")
+    assert mixed.shape == (64, r, r) and abs(float(mixed.var()) * r - 1) < 0.1 and abs(float(mixed.mean())) < 0.02
+    weights = rng.standard_normal(64)
+    core = FUNCTIONS["mix"].expand({"C": torch.from_numpy(weights)}, mixed.double()).numpy()
+    for i in range(r):
+        for j in range(r):
+            assert core[i, j] == pytest.approx(sum(weights[k] * float(mixed[k, i, j]) for k in range(64)))
+    assert torch.equal(mixed, mixed_matrices(r, 0, "q")) and not torch.equal(mixed, mixed_matrices(r, 1, "q"))
+    assert not torch.equal(mixed, mixed_matrices(r, 0, "k"))
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [
+        ("rolora", "rolora"),
+        ("rolora", "fedadam"),
+        *(("lotr", name) for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad")),
+    ],
+)
+def test_what_a_strategy_keeps_comes_back_to_the_same_bytes(
+    method: str, strategy: str, tiny_bert: Path, animals: Path, tmp_path: Path
+) -> None:
+    words = f"--model {tiny_bert} --data {animals} --method {method} --strategy {strategy} --rank {R} --clients 3"
+    words += (
+        " --sample 2 --max-examples 12 --public-examples 16 --eval-examples 6 --partition iid --lr-schedule constant"
+    )
+    words += " --engine local --threads 1 --dtype float32 --quiet"
+    for ending in ("--rounds 4 --out whole", "--rounds 1 --out run", "--rounds 4 --out run --resume"):
+        options, folder = ending.split(" --out ")
+        name, *resume = folder.split()
+        assert simulate.main([*words.split(), *options.split(), "--out", str(tmp_path / name), *resume]) == 0
+    whole, resumed = read_run(tmp_path / "whole"), read_run(tmp_path / "run")
+    assert whole[0]["trained_sha256"] == resumed[0]["trained_sha256"]
+    assert [row["aggregation_error"] for row in whole[1]] == [row["aggregation_error"] for row in resumed[1]]
 
 
 def request(*matrices: torch.Tensor, r: int) -> Request:

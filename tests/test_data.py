@@ -491,3 +491,19 @@ def test_a_real_tokenizer_gives_back_the_text() -> None:
         assert str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() == text.strip()
     short = encode(resolve_task("auto", loaded), rows, tokenizer, 16)
     assert [tokens[:16] for tokens in sequences(examples)] == sequences(short)
+
+
+def test_what_is_held_out_is_a_tenth_of_train_and_test_is_not_even_read(tmp_path: Path) -> None:
+    rows = [{"text": f"text {k}", "label": k % 2} for k in range(50)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text("no JSON at all\n", encoding="utf-8")
+    source = load_source(str(tmp_path), eval_split="held-out", seed=1)
+    train, held_out = set(source.train["text"][:]), set(source.test["text"][:])
+    assert len(held_out) == 5 and not train & held_out and train | held_out == {row["text"] for row in rows}
+    assert set(load_source(str(tmp_path), eval_split="held-out", seed=2).test["text"][:]) != held_out
+
+
+def test_of_pydoc_no_row_of_its_test_split_is_held_out() -> None:
+    whole, source = load_source("pydoc"), load_source("pydoc", eval_split="held-out")
+    assert len(source.train) + len(source.test) == len(whole.train)
+    assert not set(source.test["text"][:]) & set(whole.test["text"][:])

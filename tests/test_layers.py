@@ -22,11 +22,12 @@ FLOORS = (
     ("strategies",),
     ("reporting",),
     (
-        *("brought", "callbacks", "handover", "model_source", "own_model", "preparation", "resumption"),
+        *("baselines", "brought", "callbacks", "handover", "model_source", "own_model", "preparation", "resumption"),
         *("run_directory", "run_log", "simulation", "skeleton", "summary", "warm_start"),
     ),
-    ("forecast", "testing"),
-    ("cli", "compare", "doctor", "listing", "report", "server_app", "simulate"),
+    ("forecast", "grid_file", "testing"),
+    ("grid_runs", "grid_tuning"),
+    ("cli", "compare", "doctor", "grid", "listing", "report", "server_app", "simulate", "supervised"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight", "fedlotr.yaml_file")

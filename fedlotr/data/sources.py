@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.readers import READERS, Columns, Table, checked_columns, read_files
-from fedlotr.data.splits import choose_test, split_files, split_tenth
+from fedlotr.data.splits import HELD_OUT, choose_test, split_files, split_tenth
 from fedlotr.errors import InputError, nearest
 from fedlotr.hub import fetch_data, is_data_id
 from fedlotr.own import own_name
@@ -99,7 +99,7 @@ def load_source(
     if not isinstance(data, str):
         return _load_own(data, seed, eval_split, names or Names())
     if data == "pydoc":
-        return _load_pydoc(eval_split)
+        return _load_pydoc(eval_split, seed)
     names = names or Names()
     path, given = Path(data).expanduser(), f"--data {data}"
     name = path.resolve().name.split(".")[0] if path.is_file() else path.resolve().name
@@ -143,13 +143,17 @@ def _assemble(
     return source_of(name, train, test, words, label_names)
 
 
-def _load_pydoc(eval_split: str | None) -> Source:
-    if eval_split not in (None, "test"):
-        raise InputError(f"--eval-split {eval_split}: pydoc has no such split{nearest(eval_split, ['test'])}")
+def _load_pydoc(eval_split: str | None, seed: int) -> Source:
+    if eval_split not in (None, "test", HELD_OUT):
+        raise InputError(f"--eval-split {eval_split}: pydoc has no such split{nearest(eval_split, ['test', HELD_OUT])}")
     rows, label_names = build_pydoc()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     train, test = split_tenth(columns, PYDOC_SPLIT_SEED, "--data pydoc")
-    return source_of("pydoc", train, test, "a fixed tenth of the paragraphs", label_names)
+    words = "a fixed tenth of the paragraphs"
+    if eval_split == HELD_OUT:
+        train, test = split_tenth(train, seed, "--data pydoc")
+        words = "a seeded tenth of the other paragraphs, held out"
+    return source_of("pydoc", train, test, words, label_names)
 
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) -> Source:

@@ -14,6 +14,8 @@ from fedlotr.streams import generator
 
 TEST_NAMES = ("test", "eval*", "dev", "val", "validation")
 """Splits to test on, best first."""
+HELD_OUT = "held-out"
+"""As the split to evaluate on: a seeded tenth of train, which no client and no public example is taken from."""
 
 SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 """What ends the name of a part of a split, as the `datasets` library writes them."""
@@ -90,9 +92,11 @@ def choose_test(
     splits: the names besides train. read: reads one. A split without labels is passed over where train has some.
     Raises InputError for an `eval_split` that is not there, or that has no labels.
     """
+    if eval_split == HELD_OUT and HELD_OUT not in splits:
+        return None, "a seeded tenth of train, held out"
     if eval_split is not None:
         if eval_split not in splits:
-            hint = nearest(eval_split, splits) if splits else "; there is train only"
+            hint = nearest(eval_split, splits) if splits else f"; there is train only, or {HELD_OUT}, a tenth of it"
             raise InputError(f"--eval-split {eval_split}: no such split{hint}")
         test = read(eval_split)
         if labelled(train) and not labelled(test):

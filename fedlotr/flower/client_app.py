@@ -51,7 +51,10 @@ class Worker:
             self.bases_sha256 = bases_sha256(self.model.module)
 
     def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
-        """Train clients, each from what its own message says; those whose messages agree train together."""
+        """Train clients, each from what its own message says.
+
+        Those train together whose messages agree in all but the tensors that move in this round.
+        """
         alike: dict[tuple[Any, ...], list[int]] = {}
         for at, message in enumerate(messages):
             content: Any = message.content
@@ -61,24 +64,27 @@ class Worker:
                 raise ValueError(f"the strategy sends {', '.join(unknown)}, which this client does not act on")
             if "basis" in content:
                 self.adopt(content["basis"])
-            alike.setdefault((arrays_sha256(content["arrays"]), *sorted(config.items())), []).append(at)
+            moving = self.model.moving(int(config["server-round"]))
+            still = ArrayRecord({name: array for name, array in content["arrays"].items() if name not in moving})
+            alike.setdefault((arrays_sha256(still), *sorted(config.items())), []).append(at)
         results: dict[int, ClientResult] = {}
         for group in alike.values():
-            trained = self._train_alike(messages[group[0]].content, [clients[at] for at in group])
+            trained = self._train_alike([messages[at].content for at in group], [clients[at] for at in group])
             results |= dict(zip(group, trained, strict=True))
         return [results[at] for at in range(len(messages))]
 
-    def _train_alike(self, content: Any, clients: Sequence[int]) -> list[ClientResult]:
-        recipe, config = self.workplace.recipe, content["config"]
+    def _train_alike(self, contents: Sequence[Any], clients: Sequence[int]) -> list[ClientResult]:
+        recipe, config = self.workplace.recipe, contents[0]["config"]
+        one = len({arrays_sha256(content["arrays"]) for content in contents}) == 1
+        starts = [to_tensors(content["arrays"]) for content in (contents[:1] if one else contents)]
         factor, server_round = float(config.get("lr-factor", 1.0)), int(config["server-round"])
         training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
         work = [
             ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
             for client in clients
         ]
-        return train_cohort(
-            self.model, to_tensors(content["arrays"]), self.workplace.train, work, training, None, server_round
-        )
+        start = starts[0] if one else starts
+        return train_cohort(self.model, start, self.workplace.train, work, training, None, server_round)
 
 
 def workplace_folder(context: Context) -> str:

@@ -127,7 +127,8 @@ class Console:
         self._out.print(table)
         if self.run_dir is not None:
             self._print(f"run      {self.run_dir}")
-            self._print(f"adapter  {self.run_dir / 'adapter'} (README.md there has the lines that use it)")
+            if summary.get("baseline") != "local":  # whose clients have no model in common
+                self._print(f"adapter  {self.run_dir / 'adapter'} (README.md there has the lines that use it)")
 
     def close(self) -> None:
         """Take the progress bar off the terminal; nothing happens where there is none."""
@@ -233,11 +234,18 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
     if adapter is not None or head is not None:
         numbers = f"{_count(trained, 'number')} ({adapter or 0:,} + {head or 0:,} in the head)"
         rows.append(("trained", joined(numbers, share)))
+    if config.baseline == "central":
+        pace = f"{facts.get('steps', 0):,} steps of {facts.get('batch_size', 0):,} examples a round"
+        rows.append(("baseline", f"central: one model on the examples of all clients, {pace}"))
+    elif config.baseline == "local":
+        rows.append(("baseline", "local: each client alone; results are means over the clients"))
     rows += [
         (
             "clients",
             joined(
-                f"{config.clients_per_round} of {config.clients} a round",
+                f"{config.clients} pooled"
+                if config.baseline == "central"
+                else f"{config.clients_per_round} of {config.clients} a round",
                 _count(config.rounds, "round"),
                 config.partition,
                 known("at most {:,} examples each", "max_examples"),
@@ -308,6 +316,10 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
             rows.append((f"{name}, best", f"{form.format(best[name])} (round {best['round']})"))
     if final.get("loss") is not None:
         rows.append(("loss, final", f"{final['loss']:.4f}"))
+    for name, form in METRICS.items():
+        if f"{name}_std" in (spread := summary.get("over_clients") or {}):
+            rows.append((f"{name}, deviation of the clients", form.format(spread[f"{name}_std"])))
+            rows.append((f"{name}, worst tenth of them", form.format(spread[f"{name}_worst_tenth"])))
     for title, key in (
         ("upload a client and round", "upload_payload_bytes_per_client_round"),
         ("download a client and round", "download_payload_bytes_per_client_round"),

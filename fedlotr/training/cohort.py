@@ -52,6 +52,17 @@ class LocalTraining:
     weight_decay: float = 0.0
     clip_norm: float | None = None
 
+    def steps_of(self, held: int) -> int:
+        """Optimizer steps in a round of a client that holds so many examples."""
+        return self.steps if self.steps is not None else self.epochs * -(-held // self.batch_size)
+
+    def examples_of(self, held: int) -> int:
+        """Examples that it works through in a round."""
+        if self.steps is None:
+            return held * self.epochs
+        epochs, rest = divmod(self.steps, -(-held // self.batch_size))
+        return epochs * held + min(rest * self.batch_size, held)
+
 
 @dataclass(frozen=True)
 class ClientWork:
@@ -84,27 +95,32 @@ def client_batches(work: ClientWork, training: LocalTraining) -> list[Rows]:
 
 def train_cohort(
     model: TrainableModel,
-    start: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]],
     examples: Examples,
     cohort: Sequence[ClientWork],
     training: LocalTraining,
     transform: GradientTransform | None = None,
     server_round: int = 1,
 ) -> list[ClientResult]:
-    """Train every client of the cohort from the same start; results in the cohort's order.
+    """Train every client of the cohort from the same start, or each from its own; results in the cohort's order.
 
-    start: the published tensors by name. server_round: for methods whose factors move in turn. The results hold what
-    is published of the tensors that moved. Equal to training the clients one after another, up to rounding.
+    start: the published tensors by name; or such of each client, equal in those that do not move. server_round: for
+    methods whose factors move in turn. The results hold what is published of the tensors that moved. Equal to training
+    the clients one after another, up to rounding.
     """
     plans = [client_batches(work, training) for work in cohort]
     # Longest first: the clients still active at any step are then a prefix, and stopping is slicing.
     order = sorted(range(len(cohort)), key=lambda k: -len(plans[k]))
-    begun = {name: value.detach().float() for name, value in model.start(start).items()}
+    starts = [start] if isinstance(start, Mapping) else [start[k] for k in order]
+    begun = [model.start(values) for values in starts]
     moving = model.moving(server_round)
-    model.assign(start)  # what does not move is not copied
+    model.assign(starts[0])  # what does not move is not copied
     stacks = {
-        name: value.expand(len(cohort), *value.shape).clone().requires_grad_()
-        for name, value in begun.items()
+        name: torch.stack([values[name].detach().float() for values in begun])
+        .expand(len(cohort), *begun[0][name].shape)
+        .clone()
+        .requires_grad_()
+        for name in begun[0]
         if name in moving
     }
     optimizer = OPTIMIZERS[training.optimizer](training)

@@ -1,0 +1,157 @@
+"""The table of a grid: a line a row, with mean and standard deviation over its seeds, as Markdown and as CSV."""
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlotr.errors import shorten
+from fedlotr.reporting.console import METRICS, readable_bytes
+
+LOSS = "{:.4f}"
+
+Summary = Mapping[str, Any]
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """What there is of a row: the summaries of its finished runs, and why others failed, by seed.
+
+    options: what the row says beside the base. planned: the number of its runs. chosen: values that trials chose.
+    notes: what the table says of the row below.
+    """
+
+    name: str
+    options: Mapping[str, object]
+    planned: int
+    finished: Mapping[int, Summary]
+    failed: Mapping[int, str]
+    chosen: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def values(self, read: Callable[[Summary], Any]) -> list[float]:
+        """One number of each finished run that has it."""
+        found = [read(summary) for summary in self.finished.values()]
+        return [value for value in found if value is not None]
+
+
+def metric_of(lines: Iterable[Line]) -> str:
+    """The metric of the finished runs; 'metric' where there are none. Lines of two metrics have none in common."""
+    found = {name for line in lines for run in line.finished.values() for name in METRICS if name in run["final"]}
+    return found.pop() if len(found) == 1 else "metric"
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    """A line a row; bytes are payload, a client and round; certificate: the largest aggregation error of any round."""
+    records = [_record(line) for line in lines]
+    options = list(dict.fromkeys(key for line in lines for key in line.options))
+    columns = list(dict.fromkeys(["row", *options, *(column for record in records for column in record)]))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def as_markdown(lines: Sequence[Line]) -> str:
+    """For a person; what failed is named below."""
+    head, *body = cells(lines)
+    rows = [head, ["---", *("---:" for _ in head[1:])], *([_escape(cell) for cell in row] for row in body)]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    said = [note for line in lines for note in line.notes]
+    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *said, *failures(lines)])
+    return f"{text}\n{notes}" if notes else text
+
+
+def cells(lines: Sequence[Line]) -> list[list[str]]:
+    """The table as text, its head first."""
+    metric = metric_of(lines)
+    head = ["row", "seeds", metric, "loss", "trained", "up", "down", "one-off", "certificate", "seconds"]
+    return [head, *(_cells(line, metric) for line in lines)]
+
+
+def failures(lines: Sequence[Line]) -> list[str]:
+    """Each run that failed, with its reason."""
+    return [f"{line.name}, seed {seed}: FAILED: {reason}" for line in lines for seed, reason in line.failed.items()]
+
+
+def _spreads(lines: Sequence[Line]) -> list[str]:
+    """Of rows in which each client has its own model: how far the clients are apart."""
+    notes = []
+    for line in lines:
+        record = _record(line)
+        for name, form in METRICS.items():
+            if record.get(f"{name}_clients_std") is not None:
+                notes.append(
+                    f"{line.name}: mean over the clients; their standard deviation is "
+                    f"{form.format(record[f'{name}_clients_std'])}, the mean of the worst tenth of them "
+                    f"{form.format(record[f'{name}_clients_worst_tenth'])}"
+                )
+    return notes
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _cells(line: Line, metric: str) -> list[str]:
+    record = _record(line)
+
+    def shown(column: str, form: Callable[[Any], str]) -> str:
+        value = record.get(column)
+        return "" if value is None or value == "" else form(value)
+
+    def with_spread(column: str, form: str) -> str:
+        spread = shown(f"{column}_std", lambda value: f" ± {form.format(value)}")
+        return shown(f"{column}_mean", form.format) + spread
+
+    return [
+        line.name,
+        f"{len(line.finished)}/{line.planned}" + (f", {len(line.failed)} FAILED" if line.failed else ""),
+        with_spread(metric, METRICS.get(metric, LOSS)),
+        with_spread("loss", LOSS),
+        shown("trained_numbers", "{:,.0f}".format),
+        shown("upload_bytes", readable_bytes),
+        shown("download_bytes", readable_bytes),
+        shown("one_off_bytes", readable_bytes),
+        shown("certificate", "{:.1e}".format),
+        shown("seconds", "{:.1f}".format),
+    ]
+
+
+def _record(line: Line) -> dict[str, Cell]:
+    """The numbers of a row, unrounded; none where no run of it is finished."""
+    record: dict[str, Cell] = {"row": line.name}
+    record |= {key: shorten(value) for key, value in line.options.items()}
+    record |= {f"chosen_{key}": shorten(value) for key, value in line.chosen.items()}
+    record |= {"seeds": len(line.finished), "planned": line.planned}
+    names = [name for name in METRICS if any(name in run["final"] for run in line.finished.values())]
+    for name in [*names, "loss"]:
+        found = line.values(lambda run, name=name: run["final"].get(name))  # type: ignore[misc]
+        record[f"{name}_mean"] = statistics.fmean(found) if found else None
+        record[f"{name}_std"] = statistics.stdev(found) if len(found) > 1 else None
+        for figure in ("std", "worst_tenth"):
+            apart = line.values(lambda run, key=f"{name}_{figure}": (run.get("over_clients") or {}).get(key))  # type: ignore[misc]
+            if apart:
+                record[f"{name}_clients_{figure}"] = statistics.fmean(apart)
+    numbers: list[tuple[str, Callable[[Summary], Any], Callable[[list[float]], float]]] = [
+        ("trained_numbers", lambda run: run.get("trained_numbers"), statistics.fmean),
+        ("upload_bytes", _traffic("upload_payload_bytes_per_client_round"), statistics.fmean),
+        ("download_bytes", _traffic("download_payload_bytes_per_client_round"), statistics.fmean),
+        ("one_off_bytes", _traffic("one_off_bytes_per_client"), statistics.fmean),
+        ("certificate", lambda run: run["aggregation_error_max"], max),
+        ("seconds", lambda run: run["timing"]["seconds_total"], statistics.median),
+    ]
+    for column, read, combine in numbers:
+        found = line.values(read)
+        value = combine(found) if found else None
+        record[column] = int(value) if value is not None and value.is_integer() else value
+    record["failed"] = "; ".join(f"seed {seed}: {reason}" for seed, reason in line.failed.items())
+    return record
+
+
+def _traffic(key: str) -> Callable[[Summary], Any]:
+    return lambda run: run["communication"][key]
