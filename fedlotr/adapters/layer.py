@@ -4,7 +4,8 @@ A run that starts from an adapter has that one beside W as a constant: `y = W x 
 
 While training, a trained factor may carry leading axes, (K,) for K clients or (K, b) for b examples of each: the rows
 of the input are then K (or K·b) equal groups in that order, and each group meets its own copy. The frozen base is
-shared by all of them, so K clients train in one forward and one backward.
+shared by all of them, so K clients train in one forward and one backward. Tokens that are packed without padding
+come in spans of any length, one for each client (`adapters.packed`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.cores import CORES, Core
+from fedlotr.adapters.packed import add_update, current_spans
 
 FACTORS = ("A", "C", "B")
 """In the order in which they meet the input."""
@@ -180,29 +182,39 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         """(rows, ..., d_in) -> (rows, ..., d_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        spans = current_spans()
+        if spans is not None:
+            shape = x.shape[:-1]
+            x = x.view(-1, x.shape[-1])  # a linear layer's output is then no view, and may be written over
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return y
+            return y if spans is None else y.view(*shape, -1)
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                y = y + self._update(x, adapter).to(y.dtype)
+                if spans is None:
+                    y = y + self._update(x, adapter).to(y.dtype)
+                else:
+                    y = add_update(y, x, *self._factors(adapter), self.scaling[adapter], spans)
                 if (carry := self.carry(adapter)) is not None:
                     y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
-        return y
+        return y if spans is None else y.view(*shape, -1)
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """`s·B C A x` in the factors' dtype."""
-        copied = self.copies or {}
         h = x
-        for name in FACTORS:
-            if name == "C":
-                weight = self.expand(adapter, copied)
-            else:
-                weight = copied[name] if name in copied else self.factor(name, adapter)
+        for weight in self._factors(adapter):
             if weight is not None:
                 h = grouped_linear(h.to(weight.dtype), weight)
         scale = self.scaling[adapter]
         return h if scale == 1 else h * scale
+
+    def _factors(self, adapter: str) -> list[Any]:
+        """A, C (None: the identity) and B, or copies of them, in the order in which they meet the input."""
+        copied = self.copies or {}
+        return [
+            self.expand(adapter, copied) if name == "C" else copied.get(name, self.factor(name, adapter))
+            for name in FACTORS
+        ]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """s·B C A + U V (d_out, d_in), multiplied in float64, in the factors' dtype."""

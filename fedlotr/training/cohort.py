@@ -1,8 +1,9 @@
 """Training K clients in one forward and one backward over the shared frozen base.
 
 Every trained tensor is stacked K times; each row of a pass meets its own client's copy, so the gradient of the sum of
-all clients' losses holds every client's own gradient. At each step the rows of all active clients are sorted by
-length and cut into passes with little padding; passes add up, so their cut changes nothing but rounding.
+all clients' losses holds every client's own gradient. At each step the rows of all active clients are cut into passes,
+packed without padding where the model takes that (`ragged_pass`), else sorted by length; passes add up, so their cut
+changes nothing but rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +18,13 @@ from fedlotr.adapters.layer import copies
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import Tensors, TrainableModel
 from fedlotr.training.optimizers import OPTIMIZERS, clip_by_norm
+from fedlotr.training.packing import PASS_TOKENS, Rows, pack
+from fedlotr.training.ragged_pass import ragged_backward
 
-Rows = npt.NDArray[np.int64]
 GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """(gradients, current values), both by name and (active, ...) -> gradients: what a strategy or a privacy mechanism
 puts between backward and optimizer."""
 
-PASS_TOKENS = 2048
-"""Padded tokens in one forward and backward: bounds the activations held, and is large enough for full speed."""
-PASS_OVERHEAD = 64
-"""What one more pass costs, in tokens: launching its operations takes as long as computing about this many."""
 COHORT_TOKENS = 1024
 """Tokens a step of one cohort (`cut_cohorts`): large enough for efficient products, small enough that the ten
 clients of a default round make cohorts for several workers."""
@@ -140,6 +138,8 @@ def _backward(
     model: TrainableModel, stacks: Mapping[str, torch.Tensor], examples: Examples, batches: Sequence[Rows]
 ) -> npt.NDArray[np.float64]:
     """Put the gradient of each client's mean loss into its slice of `stacks`; the sum of each client's losses."""
+    if model.takes_ragged:
+        return ragged_backward(model, stacks, examples, batches)
     owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
     weights = np.repeat([1 / len(batch) for batch in batches], [len(batch) for batch in batches])
     rows = np.concatenate(batches)
@@ -153,29 +153,6 @@ def _backward(
             torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses.dtype)).backward()  # type: ignore[no-untyped-call]
         np.add.at(totals, owners[chosen], losses.detach().double().numpy())
     return totals
-
-
-def pack(lengths: Rows, tokens: int = PASS_TOKENS, overhead: int = PASS_OVERHEAD) -> list[Rows]:
-    """Cut rows into passes: positions, longest rows first, with the least padded tokens plus `overhead` a pass.
-
-    A pass holds at most `tokens` padded tokens (or one row). Exact, by dynamic programming over the sorted lengths.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    widths = lengths[order]
-    n = len(order)
-    best = np.zeros(n + 1)
-    stop_at = np.zeros(n, np.int64)
-    for start in range(n - 1, -1, -1):
-        most = max(1, min(n - start, tokens // max(int(widths[start]), 1)))
-        counts = np.arange(1, most + 1)
-        costs = counts * widths[start] + overhead + best[start + 1 : start + 1 + most]
-        choice = int(costs.argmin())
-        best[start], stop_at[start] = costs[choice], start + 1 + choice
-    passes, start = [], 0
-    while start < n:
-        passes.append(order[start : stop_at[start]])
-        start = int(stop_at[start])
-    return passes
 
 
 def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int = COHORT_TOKENS) -> list[slice]:
