@@ -7,9 +7,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from fedlotr.training.cohort import Rows, pack
+from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.models import TrainableModel, example_losses
+from fedlotr.training.packing import Rows, pack
+from fedlotr.training.ragged import ragged_batches
 
 EVALUATION_TOKENS = 4096
 """Padded tokens in one forward: no activations are kept, so passes may be larger than in training."""
@@ -40,6 +42,15 @@ class Scores:
 def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
     """Scores of the model, with its trained tensors as assigned, on the given rows."""
     total = Scores()
+    if model.takes_ragged:
+        with torch.inference_mode():
+            for batch in ragged_batches(examples, rows, EVALUATION_TOKENS):
+                with packed(Spans([batch.tokens])):
+                    logits = model.ragged_logits(batch)
+                losses = example_losses(logits, batch.labels).double()
+                right = int((logits.argmax(-1) == batch.labels).sum())
+                total += Scores(float(losses.sum()), len(batch.labels), right)
+        return total
     with torch.inference_mode():
         for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
             batch = examples.batch(rows[chosen], model.spec.pad_id)

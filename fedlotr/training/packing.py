@@ -1,5 +1,7 @@
 """Cutting sequences into groups with little padding."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,3 +34,16 @@ def pack(lengths: Rows, tokens: int = PASS_TOKENS, overhead: int = PASS_OVERHEAD
         passes.append(order[start : stop_at[start]])
         start = int(stop_at[start])
     return passes
+
+
+def runs(lengths: Rows, tokens: int) -> Iterator[slice]:
+    """Cut rows, in their order, into passes of about equally many tokens, at most `tokens` (or one row)."""
+    ends = np.cumsum(lengths)
+    count = -(-int(ends[-1]) // tokens)
+    share = ends[-1] / count
+    start = 0
+    while start < len(lengths):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + min(share + lengths.max() / 2, tokens), side="right")))
+        yield slice(start, stop)
+        start = stop

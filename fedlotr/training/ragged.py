@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from fedlotr.training.examples import Examples
-from fedlotr.training.packing import pack
+from fedlotr.training.packing import pack, runs
 
 Rows = npt.NDArray[np.int64]
 
@@ -101,6 +101,11 @@ class Ragged:
     averages: torch.Tensor
     attendance: Attendance
 
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return self.input_ids.shape[1]
+
     @classmethod
     def of(cls, examples: Examples, rows: Rows) -> "Ragged":
         """The given examples, in the given order."""
@@ -122,6 +127,13 @@ class Ragged:
             averages,
             Attendance(lengths),
         )
+
+
+def ragged_batches(examples: Examples, rows: Rows, tokens: int) -> Iterator[Ragged]:
+    """The given examples, those of similar length together, in batches of at most so many tokens (or one row)."""
+    ordered = rows[np.argsort(-examples.lengths[rows], kind="stable")]
+    for run in runs(examples.lengths[ordered], tokens):
+        yield Ragged.of(examples, ordered[run])
 
 
 _attendance: ContextVar[Attendance | None] = ContextVar("attendance", default=None)

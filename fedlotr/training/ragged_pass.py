@@ -1,6 +1,6 @@
 """Forward and backward of packed tokens: clients next to each other, each meeting its own copy of what is trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,21 +10,8 @@ from fedlotr.adapters.layer import copies
 from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import TrainableModel, example_losses
-from fedlotr.training.packing import PASS_TOKENS, Rows
+from fedlotr.training.packing import PASS_TOKENS, Rows, runs
 from fedlotr.training.ragged import Ragged
-
-
-def runs(lengths: Rows, tokens: int) -> Iterator[slice]:
-    """Cut rows, in their order, into passes of about equally many tokens, at most `tokens` (or one row)."""
-    ends = np.cumsum(lengths)
-    count = -(-int(ends[-1]) // tokens)
-    share = ends[-1] / count
-    start = 0
-    while start < len(lengths):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + min(share + lengths.max() / 2, tokens), side="right")))
-        yield slice(start, stop)
-        start = stop
 
 
 def ragged_backward(
