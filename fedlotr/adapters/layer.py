@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.cores import CORES, Core
-from fedlotr.adapters.packed import add_update, current_spans
+from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
 
 FACTORS = ("A", "C", "B")
 """In the order in which they meet the input."""
@@ -182,22 +182,32 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         """(rows, ..., d_in) -> (rows, ..., d_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        spans = current_spans()
-        if spans is not None:
-            shape = x.shape[:-1]
-            x = x.view(-1, x.shape[-1])  # a linear layer's output is then no view, and may be written over
+        if (spans := current_spans()) is not None:
+            return self._packed(x.view(-1, x.shape[-1]), spans).view(*x.shape[:-1], -1)
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return y if spans is None else y.view(*shape, -1)
+            return y
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                if spans is None:
-                    y = y + self._update(x, adapter).to(y.dtype)
-                else:
-                    y = add_update(y, x, *self._factors(adapter), self.scaling[adapter], spans)
+                y = y + self._update(x, adapter).to(y.dtype)
                 if (carry := self.carry(adapter)) is not None:
                     y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
-        return y if spans is None else y.view(*shape, -1)
+        return y
+
+    def _packed(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """As `forward`, on packed tokens (tokens, d_in)."""
+        off = self.disable_adapters or self.merged
+        adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.scaling]
+        y: torch.Tensor | None = None
+        for adapter in adapters:
+            factors, scale = self._factors(adapter), self.scaling[adapter]
+            if y is None:
+                y = factored_linear(self.base_layer, x, *factors, scale, spans)
+            else:
+                y = add_update(y, x, *factors, scale, spans)
+            if (carry := self.carry(adapter)) is not None:
+                y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
+        return cast(torch.Tensor, self.base_layer(x)) if y is None else y
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """`s·B C A x` in the factors' dtype."""

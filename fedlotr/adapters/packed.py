@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import nn
 
 
 class Spans:
@@ -83,57 +85,92 @@ def current_spans() -> Spans | None:
     return _current.get()
 
 
-class _AddUpdate(torch.autograd.Function):
-    """`y + s·B C A x` in y's place; of the base's activations only `A x`, r wide, is kept where A is frozen."""
+class _FactoredLinear(torch.autograd.Function):
+    """`W x + s·B C A x`; of the input only `A x`, r wide, is kept where A is frozen.
+
+    base: W x, which is written over, its own gradient being the base layer's affair (weight None); or else the bias.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: torch.Tensor,
+        base: torch.Tensor | None,
         x: torch.Tensor,
+        weight: torch.Tensor | None,
         a: torch.Tensor,
         c: torch.Tensor | None,
         b: torch.Tensor,
         scale: float,
         spans: Spans,
     ) -> torch.Tensor:
+        a, b = a.to(x.dtype), b.to(x.dtype)
         h = spans.times(x, a)
         g = h
         if c is not None:
             h = h.to(c.dtype)
-            if c.dim() == 2:
-                g = h @ c.T
-            else:
-                g = spans.spread(h) @ c.transpose(1, 2).reshape(-1, c.shape[1])
-        g = (g if scale == 1 else g * scale).to(y.dtype)
+            g = h @ c.T if c.dim() == 2 else spans.spread(h) @ c.transpose(1, 2).reshape(-1, c.shape[1])
+        g = (g if scale == 1 else g * scale).to(x.dtype)
+        if weight is not None:
+            y = F.linear(x, weight, base)
+        else:
+            assert base is not None
+            y = base
+            ctx.mark_dirty(base)
         spans.add_times(y, g, b)
-        _, _, needs_a, _, needs_b, _, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_a else None, h, g if needs_b else None, a, c, b)
+        _, _, _, needs_a, _, needs_b, _, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_a else None, h, g if needs_b else None, weight, a, c, b)
         ctx.scale, ctx.spans = scale, spans
-        ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (dy,) = gradients
-        x, h, g, a, c, b = ctx.saved_tensors
+        x, h, g, weight, a, c, b = ctx.saved_tensors
         spans: Spans = ctx.spans
-        _, needs_x, needs_a, needs_c, needs_b, _, _ = ctx.needs_input_grad
+        _, needs_x, _, needs_a, needs_c, needs_b, _, _ = ctx.needs_input_grad
+        dx = da = dc = None
         db = spans.gradient(dy, g, b) if needs_b else None
         u = spans.times(dy, b.transpose(-1, -2))
-        wide = u.dtype
         if c is not None:
             u = u.to(c.dtype)
-        u = u if ctx.scale == 1 else u * ctx.scale
-        dc = None
+        if ctx.scale != 1:
+            u = u * ctx.scale
         if c is not None:
-            spreaded = u if c.dim() == 2 else spans.spread(u)
-            dc = (spreaded.T @ h).view(c.shape) if needs_c else None
-            u = spreaded @ c.reshape(-1, c.shape[-1]) if needs_x or needs_a else u
-        u = u.to(wide)
-        da = spans.gradient(u, x, a) if needs_a else None
-        dx = spans.times(u, a.transpose(-1, -2)) if needs_x else None
-        return dy, dx, da, dc, db, None, None
+            placed = u if c.dim() == 2 else spans.spread(u)
+            dc = (placed.T @ h).view(c.shape) if needs_c else None
+            u = placed @ c.reshape(-1, c.shape[-1]) if needs_x or needs_a else u
+        u = u.to(dy.dtype)
+        if needs_a:
+            da = spans.gradient(u, x, a)
+        if needs_x and weight is None:
+            dx = spans.times(u, a.transpose(-1, -2))
+        elif needs_x:
+            dx = dy @ weight
+            spans.add_times(dx, u, a.transpose(-1, -2))
+        return None if weight is not None else dy, dx, None, da, dc, db, None, None
+
+
+def factored_linear(
+    base_layer: nn.Module,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    c: torch.Tensor | None,
+    b: torch.Tensor,
+    scale: float,
+    spans: Spans,
+) -> torch.Tensor:
+    """The base layer's output plus `s·B C A x`. x: (tokens, d_in).
+
+    a, c, b: the factors, or stacked copies of them, one for each span; c None: the identity. The weight of a plain,
+    frozen `nn.Linear` goes into one node with the update, whose gradients then add up in place; others are called.
+    """
+    weight: torch.Tensor | None = None
+    if type(base_layer) is nn.Linear and not base_layer.weight.requires_grad and base_layer.weight.dtype == x.dtype:
+        base, weight = base_layer.bias, base_layer.weight
+    else:
+        base = base_layer(x)
+    result: torch.Tensor = _FactoredLinear.apply(base, x, weight, a, c, b, scale, spans)  # type: ignore[no-untyped-call]
+    return result
 
 
 def add_update(
@@ -145,9 +182,6 @@ def add_update(
     scale: float,
     spans: Spans,
 ) -> torch.Tensor:
-    """`y + s·B C A x`, written over y, which must be nobody else's. x: (tokens, d_in), y: (tokens, d_out).
-
-    a, c, b: the factors, or stacked copies of them, one for each span; c None: the identity.
-    """
-    result: torch.Tensor = _AddUpdate.apply(y, x, a, c, b, scale, spans)  # type: ignore[no-untyped-call]
+    """`y + s·B C A x`, written over y, which must be nobody else's; see `factored_linear`. y: (tokens, d_out)."""
+    result: torch.Tensor = _FactoredLinear.apply(y, x, None, a, c, b, scale, spans)  # type: ignore[no-untyped-call]
     return result
