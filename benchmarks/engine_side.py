@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import echo_client
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from side_by_side import answer, turns
-
-import echo_client
 
 how = sys.argv[1]
 registered, sampled, size, workers, cohort = map(int, sys.argv[2:7])

@@ -1,5 +1,6 @@
 """Contestant: our engine, round loop and cohort trainer. JOB METHOD RANK WORKERS COHORT DTYPE."""
 
+import itertools
 import sys
 import tempfile
 import time
@@ -41,7 +42,7 @@ def main(path: str, method: str, rank: int, workers: int, cohort: str, dtype: st
     edges = np.cumsum([0, *map(len, parts)])
     checked = replace(
         checked,
-        parts=[np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)],
+        parts=[np.arange(a, b) for a, b in itertools.pairwise(edges)],
         public=np.arange(edges[-1], len(rows)),
     )
     torch.set_num_threads(1)

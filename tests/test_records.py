@@ -30,7 +30,7 @@ def test_a_pickle_and_a_torn_array_are_refused() -> None:
     whole = Array(np.arange(6, dtype=np.float32))
     torn = replace(whole, data=whole.data[:-5])
     header = np.lib.format.magic(1, 0)
-    text = "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n".encode()
+    text = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n"
     pickle = replace(whole, data=header + len(text).to_bytes(2, "little") + text + b"cos\nsystem\n(S'true'\ntR.")
     for array in (torn, pickle, replace(whole, data=b"nothing")):
         with pytest.raises(ValueError):

@@ -97,7 +97,7 @@ def train_cohort(
     plans = [client_batches(work, training) for work in cohort]
     # Longest first: the clients still active at any step are then a prefix, and stopping is slicing.
     order = sorted(range(len(cohort)), key=lambda k: -len(plans[k]))
-    begun = {name: value.detach().float() for name, value in model.start(start).items()}
+    begun = {name: value.detach().to(model.device).float() for name, value in model.start(start).items()}
     moving = model.moving(server_round)
     model.assign(start)  # what does not move is not copied
     stacks = {
@@ -125,7 +125,7 @@ def train_cohort(
     seen = [sum(len(batch) for batch in plan) for plan in plans]
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
-        tensors = model.publish({name: stack.detach()[position].clone() for name, stack in stacks.items()})
+        tensors = model.publish({name: stack.detach()[position].clone().cpu() for name, stack in stacks.items()})
         results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), float(losses[k]) / max(seen[k], 1))
     return [result for result in results if result is not None]
 
@@ -145,13 +145,13 @@ def _backward(
     rows = np.concatenate(batches)
     totals = np.zeros(len(batches))
     for chosen in pack(examples.lengths[rows], model.pass_tokens(PASS_TOKENS)):
-        owner = torch.from_numpy(owners[chosen])
-        batch = examples.batch(rows[chosen], model.spec.pad_id)
+        owner = torch.from_numpy(owners[chosen]).to(model.device)
+        batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
         copied = {name: stack.index_select(0, owner) for name, stack in stacks.items()}
         with copies(model.module, model.as_copies(copied)):
             losses = model.losses(batch)
-            torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses.dtype)).backward()  # type: ignore[no-untyped-call]
-        np.add.at(totals, owners[chosen], losses.detach().double().numpy())
+            torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses)).backward()  # type: ignore[no-untyped-call]
+        np.add.at(totals, owners[chosen], losses.detach().double().cpu().numpy())
     return totals
 
 

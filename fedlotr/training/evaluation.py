@@ -44,7 +44,8 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
     total = Scores()
     if model.takes_ragged:
         with torch.inference_mode():
-            for batch in ragged_batches(examples, rows, EVALUATION_TOKENS):
+            for taken in ragged_batches(examples, rows, EVALUATION_TOKENS):
+                batch = taken.to(model.device)
                 with packed(Spans([batch.tokens])):
                     logits = model.ragged_logits(batch)
                 losses = example_losses(logits, batch.labels).double()
@@ -53,7 +54,7 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
         return total
     with torch.inference_mode():
         for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
-            batch = examples.batch(rows[chosen], model.spec.pad_id)
+            batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
             logits = model.logits(batch)
             if examples.causal:
                 targets = batch.labels != IGNORED

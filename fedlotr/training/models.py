@@ -62,7 +62,7 @@ class ModelSpec:
 
 
 RAGGED = ("bert",)
-"""Architectures whose encoder takes packed sequences: told each token's position, it mixes tokens in attention alone."""
+"""Architectures whose encoder takes packed sequences: told each token's position, only its attention mixes tokens."""
 
 
 class MeanPooledClassifier(nn.Module):
@@ -311,6 +311,11 @@ class TrainableModel:
         output = self.module(**inputs) if self.spec.kind == "classification" else self.module(**inputs, use_cache=False)
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits.float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return next(self.module.parameters()).device
 
     @cached_property
     def takes_ragged(self) -> bool:

@@ -43,6 +43,8 @@ class Attendance:
     def __init__(self, lengths: Rows) -> None:
         starts = np.cumsum(lengths) - lengths
         self.tokens = int(lengths.sum())
+        self.device = torch.device("cpu")
+        """Where the model computes; set before its first layer asks."""
         self.groups: list[_Group] = []
         taken: list[Rows] = []  # by group: the token at each padded place, -1 for padding
         at = 0
@@ -74,14 +76,16 @@ class Attendance:
             real = np.flatnonzero(rows >= 0)
             scatter[rows[real]] = real
             rows[padding] = 0
-            self._indices[heads] = (torch.from_numpy(rows), torch.from_numpy(padding), torch.from_numpy(scatter))
+            gather, nowhere, back = (torch.from_numpy(places).to(self.device) for places in (rows, padding, scatter))
+            self._indices[heads] = gather, nowhere, back
         return self._indices[heads]
 
     def masks(self, heads: int) -> list[torch.Tensor | None]:
         """By group (count · heads, 1, width), or None."""
         if heads not in self._masks:
             self._masks[heads] = [
-                None if g.mask is None else g.mask.repeat_interleave(heads, 0).unsqueeze(1) for g in self.groups
+                None if g.mask is None else g.mask.to(self.device).repeat_interleave(heads, 0).unsqueeze(1)
+                for g in self.groups
             ]
         return self._masks[heads]
 
@@ -100,6 +104,13 @@ class Ragged:
     labels: torch.Tensor
     averages: torch.Tensor
     attendance: Attendance
+
+    def to(self, device: torch.device) -> "Ragged":
+        """The same sequences on a device."""
+        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
+        moved = (x.to(device) for x in (self.input_ids, self.position_ids))
+        self.attendance.device = device
+        return Ragged(*moved, types, self.labels.to(device), self.averages.to(device), self.attendance)
 
     @property
     def tokens(self) -> int:

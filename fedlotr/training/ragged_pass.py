@@ -30,18 +30,18 @@ def ragged_backward(
         first, last = int(owner[0]), int(owner[-1]) + 1
         counts = np.bincount(owner - first, lengths[run]).astype(np.int64)
         leaves = {name: stack.detach()[first:last].requires_grad_() for name, stack in stacks.items()}
-        by_row = torch.from_numpy(owner - first)
+        by_row = torch.from_numpy(owner - first).to(model.device)
         copied = {
             name: leaf.index_select(0, by_row) if name in model.head_names else leaf for name, leaf in leaves.items()
         }
-        batch = Ragged.of(examples, rows[run])
+        batch = Ragged.of(examples, rows[run]).to(model.device)
         with copies(model.module, model.as_copies(copied)), packed(Spans(counts.tolist())):
             losses = example_losses(model.ragged_logits(batch), batch.labels)
-            total = torch.dot(losses, torch.from_numpy(weights[run]).to(losses.dtype))
+            total = torch.dot(losses, torch.from_numpy(weights[run]).to(losses))
             gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         for stack, gradient in zip(stacks.values(), gradients, strict=True):
             if gradient is not None:
                 assert stack.grad is not None
                 stack.grad[first:last] += gradient
-        np.add.at(totals, owner, losses.detach().double().numpy())
+        np.add.at(totals, owner, losses.detach().double().cpu().numpy())
     return totals
