@@ -75,9 +75,6 @@ def test_attention_of_packed_sequences_is_each_sequences_own(lengths: list[int])
         class config:  # noqa: N801 (as transformers names it)
             _attn_implementation = "eager"
 
-        def set_attn_implementation(self, name: str) -> None:
-            self.config._attn_implementation = name
-
     def formula() -> torch.Tensor:
         found, at = [], 0
         for length in lengths:
@@ -170,10 +167,10 @@ def test_in_bfloat16_packed_training_is_as_near_to_float32_as_padded_training_is
 def test_token_vectors_average_over_their_own_sequence() -> None:
     batch = Ragged.of(some_examples(), np.array([3, 0, 7]))
     lengths = some_examples().lengths[[3, 0, 7]]
-    assert batch.tokens == lengths.sum()
+    assert batch.tokens % 16 == 0 and 0 <= batch.tokens - lengths.sum() < 16
     assert batch.averages.sum(1).tolist() == pytest.approx([1, 1, 1])
     assert (batch.averages > 0).sum(1).tolist() == lengths.tolist()
-    assert batch.position_ids[0].tolist() == [at for length in lengths for at in range(length)]
+    assert batch.position_ids[0].tolist()[: lengths.sum()] == [at for length in lengths for at in range(length)]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 90))

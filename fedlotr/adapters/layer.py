@@ -270,14 +270,14 @@ def copies(model: nn.Module, tensors: Mapping[str, Mapping[str, torch.Tensor]]) 
 
     Backward belongs inside the context too: gradient checkpointing runs forward again there.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in tensors}
     try:
         for name, copied in tensors.items():
             modules[name].copies = copied
         yield
     finally:
-        for name in tensors:
-            modules[name].copies = None
+        for module in modules.values():
+            module.copies = None
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:

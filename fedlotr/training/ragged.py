@@ -26,6 +26,13 @@ GROUP_OVERHEAD = 32
 """What one more group costs in attention, in padded tokens."""
 
 
+SAME_SHAPE = 16
+"""Tokens of a pass are filled up to a multiple of this, so that passes often have the same shape: a CPU's products are
+compiled for each new one, which takes as long as computing a few per cent of a pass."""
+SAME_WIDTH = 8
+"""The same for the width of a group in attention."""
+
+
 @dataclass(frozen=True)
 class _Group:
     """Sequences that attention pads to each other. start: of their padded tokens among those of all groups."""
@@ -49,7 +56,7 @@ class Attendance:
         taken: list[Rows] = []  # by group: the token at each padded place, -1 for padding
         at = 0
         for chosen in pack(lengths, int(lengths.size * lengths.max()), GROUP_OVERHEAD):
-            width = int(lengths[chosen[0]])
+            width = -(-int(lengths[chosen[0]]) // SAME_WIDTH) * SAME_WIDTH
             place = np.arange(width)
             padding = place >= lengths[chosen, None]
             taken.append(np.where(padding, -1, starts[chosen, None] + place))
@@ -94,8 +101,8 @@ class Attendance:
 class Ragged:
     """Sequences end to end, ready for a model.
 
-    input_ids, position_ids, token_type_ids (or None): (1, tokens). labels: (rows,). averages: (rows, tokens), whose
-    product with token vectors is the mean of each sequence's.
+    input_ids, position_ids, token_type_ids (or None): (1, tokens), at the end some that belong to no sequence. labels:
+    (rows,). averages: (rows, tokens), whose product with token vectors is the mean of each sequence's.
     """
 
     input_ids: torch.Tensor
@@ -114,7 +121,7 @@ class Ragged:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Of all sequences, and what fills them up."""
         return self.input_ids.shape[1]
 
     @classmethod
@@ -123,20 +130,23 @@ class Ragged:
         lengths = examples.lengths[rows]
         ends = np.cumsum(lengths)
         total = int(ends[-1])
+        filler = -total % SAME_SHAPE
         place = np.arange(total) - np.repeat(ends - lengths, lengths)
         source = np.repeat(examples.offsets[rows], lengths) + place
-        averages = torch.zeros(len(rows), total)
-        averages[np.repeat(np.arange(len(rows)), lengths), np.arange(total)] = torch.from_numpy(
-            np.repeat(1 / lengths, lengths)
-        ).float()
-        types = None if examples.segments is None else examples.segments[source].astype(np.int64)
+
+        def filled(values: npt.NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(np.pad(values.astype(np.int64), (0, filler))).unsqueeze(0)
+
+        averages = torch.zeros(len(rows), total + filler)
+        shares = torch.from_numpy(np.repeat(1 / lengths, lengths)).float()
+        averages[np.repeat(np.arange(len(rows)), lengths), np.arange(total)] = shares
         return cls(
-            torch.from_numpy(examples.tokens[source].astype(np.int64)).unsqueeze(0),
-            torch.from_numpy(place).unsqueeze(0),
-            None if types is None else torch.from_numpy(types).unsqueeze(0),
+            filled(examples.tokens[source]),
+            filled(place),
+            None if examples.segments is None else filled(examples.segments[source]),
             torch.from_numpy(examples.labels[rows]),
             averages,
-            Attendance(lengths),
+            Attendance(np.append(lengths, filler) if filler else lengths),
         )
 
 
@@ -153,14 +163,15 @@ _attendance: ContextVar[Attendance | None] = ContextVar("attendance", default=No
 @contextmanager
 def attending(model: Any, attendance: Attendance) -> Iterator[None]:
     """Let a transformers model take packed sequences; its attention keeps them apart."""
+    # What `set_attn_implementation` sets in the end; it looks through all modules first, in a millisecond or two.
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.config._attn_implementation = NAME
     token = _attendance.set(attendance)
     try:
         yield
     finally:
         _attendance.reset(token)
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before
 
 
 class _Attention(torch.autograd.Function):

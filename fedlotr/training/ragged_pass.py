@@ -28,13 +28,14 @@ def ragged_backward(
     for run in runs(lengths, PASS_TOKENS):
         owner = owners[run]
         first, last = int(owner[0]), int(owner[-1]) + 1
+        batch = Ragged.of(examples, rows[run]).to(model.device)
         counts = np.bincount(owner - first, lengths[run]).astype(np.int64)
+        counts[-1] += batch.tokens - counts.sum()  # what fills the pass up has no gradient, whoever it meets
         leaves = {name: stack.detach()[first:last].requires_grad_() for name, stack in stacks.items()}
         by_row = torch.from_numpy(owner - first).to(model.device)
         copied = {
             name: leaf.index_select(0, by_row) if name in model.head_names else leaf for name, leaf in leaves.items()
         }
-        batch = Ragged.of(examples, rows[run]).to(model.device)
         with copies(model.module, model.as_copies(copied)), packed(Spans(counts.tolist())):
             losses = example_losses(model.ragged_logits(batch), batch.labels)
             total = torch.dot(losses, torch.from_numpy(weights[run]).to(losses))
