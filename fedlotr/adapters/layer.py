@@ -22,9 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from fedlotr.adapters.cores import CORES, Core
 from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
 
-FACTORS = ("A", "C", "B")
-"""In the order in which they meet the input."""
-
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x Wᵀ + b` with one weight, or one for each equal group of rows.
@@ -218,13 +215,11 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         scale = self.scaling[adapter]
         return h if scale == 1 else h * scale
 
-    def _factors(self, adapter: str) -> list[Any]:
-        """A, C (None: the identity) and B, or copies of them, in the order in which they meet the input."""
+    def _factors(self, adapter: str) -> tuple[Any, Any, Any]:
+        """A, C (None: the identity) and B, or copies of them: as they meet the input."""
         copied = self.copies or {}
-        return [
-            self.expand(adapter, copied) if name == "C" else copied.get(name, self.factor(name, adapter))
-            for name in FACTORS
-        ]
+        a, b = (copied[name] if name in copied else self.factor(name, adapter) for name in ("A", "B"))
+        return a, self.expand(adapter, copied), b
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """s·B C A + U V (d_out, d_in), multiplied in float64, in the factors' dtype."""

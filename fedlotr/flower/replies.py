@@ -77,12 +77,12 @@ def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: s
         return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
     for name, array in arrays.items():
         # Decoded, and not only by what it says of itself: that need not be so.
-        found, wanted = value(array), expected[name]
+        decoded, wanted = value(array), expected[name]
         shape, dtype = tuple(wanted.shape), wanted.dtype
-        if {tuple(array.shape), found.shape} != {shape} or {array.dtype, str(found.dtype)} != {dtype}:
-            kind = "wrong dtype" if found.shape == shape == tuple(array.shape) else "wrong shape"
-            return Failure(kind, f"{name} is {found.dtype} {found.shape}, expected {dtype} {shape}")
-        if not np.isfinite(found).all():
+        if {tuple(array.shape), decoded.shape} != {shape} or {array.dtype, str(decoded.dtype)} != {dtype}:
+            kind = "wrong dtype" if decoded.shape == shape == tuple(array.shape) else "wrong shape"
+            return Failure(kind, f"{name} is {decoded.dtype} {decoded.shape}, expected {dtype} {shape}")
+        if not np.isfinite(decoded).all():
             return Failure("not finite", f"{name} has values that are not finite")
     if set(metrics) != METRICS:
         return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(METRICS)}")

@@ -45,12 +45,12 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows) -> Scores:
     if model.takes_ragged:
         with torch.inference_mode():
             for taken in ragged_batches(examples, rows, EVALUATION_TOKENS):
-                batch = taken.to(model.device)
-                with packed(Spans([batch.tokens])):
-                    logits = model.ragged_logits(batch)
-                losses = example_losses(logits, batch.labels).double()
-                right = int((logits.argmax(-1) == batch.labels).sum())
-                total += Scores(float(losses.sum()), len(batch.labels), right)
+                ragged = taken.to(model.device)
+                with packed(Spans([ragged.tokens])):
+                    logits = model.ragged_logits(ragged)
+                losses = example_losses(logits, ragged.labels).double()
+                right = int((logits.argmax(-1) == ragged.labels).sum())
+                total += Scores(float(losses.sum()), len(ragged.labels), right)
         return total
     with torch.inference_mode():
         for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):

@@ -320,7 +320,7 @@ class TrainableModel:
     @cached_property
     def takes_ragged(self) -> bool:
         """Whether the model takes packed sequences."""
-        return isinstance(self.module, MeanPooledClassifier) and self.module.config.model_type in RAGGED
+        return isinstance(self.module, MeanPooledClassifier) and getattr(self.module.config, "model_type", "") in RAGGED
 
     def ragged_logits(self, batch: Ragged) -> torch.Tensor:
         """(rows, labels), float32; inside `adapters.packed`."""

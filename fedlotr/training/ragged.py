@@ -115,9 +115,15 @@ class Ragged:
     def to(self, device: torch.device) -> "Ragged":
         """The same sequences on a device."""
         types = None if self.token_type_ids is None else self.token_type_ids.to(device)
-        moved = (x.to(device) for x in (self.input_ids, self.position_ids))
         self.attendance.device = device
-        return Ragged(*moved, types, self.labels.to(device), self.averages.to(device), self.attendance)
+        return Ragged(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            types,
+            self.labels.to(device),
+            self.averages.to(device),
+            self.attendance,
+        )
 
     @property
     def tokens(self) -> int:
