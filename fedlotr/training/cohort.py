@@ -29,6 +29,9 @@ COHORT_TOKENS = 1024
 """Tokens a step of one cohort (`cut_cohorts`): large enough for efficient products, small enough that the ten
 clients of a default round make cohorts for several workers."""
 
+EVEN = 4
+"""Where there are several cohorts, their number is a multiple of this: one, two and four workers share them evenly."""
+
 
 @dataclass(frozen=True)
 class LocalTraining:
@@ -167,7 +170,10 @@ def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int
     if not n:
         return []
     ends = np.cumsum(step_tokens)
-    count = max(1, min(n, round(float(ends[-1]) / budget)))
+    count = round(float(ends[-1]) / budget)
+    if count > 2:  # three cohorts would leave one of two workers idle for half of the time
+        count = EVEN * round(count / EVEN)
+    count = max(1, min(n, count))
     # A client belongs to the cohort in whose share of all tokens its middle falls.
     middles = ends - np.asarray(step_tokens) / 2
     group = np.minimum((middles * count / ends[-1]).astype(np.int64), count - 1)
