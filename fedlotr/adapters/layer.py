@@ -4,7 +4,8 @@ A run that starts from an adapter has that one beside W as a constant: `y = W x 
 
 While training, a trained factor may carry leading axes, (K,) for K clients or (K, b) for b examples of each: the rows
 of the input are then K (or K·b) equal groups in that order, and each group meets its own copy. The frozen base is
-shared by all of them, so K clients train in one forward and one backward.
+shared by all of them, so K clients train in one forward and one backward. Tokens that are packed without padding
+come in spans of any length, one for each client (`adapters.packed`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.cores import CORES, Core
-
-FACTORS = ("A", "C", "B")
-"""In the order in which they meet the input."""
+from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -180,6 +179,8 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         """(rows, ..., d_in) -> (rows, ..., d_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if (spans := current_spans()) is not None:
+            return self._packed(x.view(-1, x.shape[-1]), spans).view(*x.shape[:-1], -1)
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -190,19 +191,35 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
                     y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
         return y
 
+    def _packed(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
+        """As `forward`, on packed tokens (tokens, d_in)."""
+        off = self.disable_adapters or self.merged
+        adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.scaling]
+        y: torch.Tensor | None = None
+        for adapter in adapters:
+            factors, scale = self._factors(adapter), self.scaling[adapter]
+            if y is None:
+                y = factored_linear(self.base_layer, x, *factors, scale, spans)
+            else:
+                y = add_update(y, x, *factors, scale, spans)
+            if (carry := self.carry(adapter)) is not None:
+                y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
+        return cast(torch.Tensor, self.base_layer(x)) if y is None else y
+
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """`s·B C A x` in the factors' dtype."""
-        copied = self.copies or {}
         h = x
-        for name in FACTORS:
-            if name == "C":
-                weight = self.expand(adapter, copied)
-            else:
-                weight = copied[name] if name in copied else self.factor(name, adapter)
+        for weight in self._factors(adapter):
             if weight is not None:
                 h = grouped_linear(h.to(weight.dtype), weight)
         scale = self.scaling[adapter]
         return h if scale == 1 else h * scale
+
+    def _factors(self, adapter: str) -> tuple[Any, Any, Any]:
+        """A, C (None: the identity) and B, or copies of them: as they meet the input."""
+        copied = self.copies or {}
+        a, b = (copied[name] if name in copied else self.factor(name, adapter) for name in ("A", "B"))
+        return a, self.expand(adapter, copied), b
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """s·B C A + U V (d_out, d_in), multiplied in float64, in the factors' dtype."""
@@ -248,14 +265,14 @@ def copies(model: nn.Module, tensors: Mapping[str, Mapping[str, torch.Tensor]]) 
 
     Backward belongs inside the context too: gradient checkpointing runs forward again there.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in tensors}
     try:
         for name, copied in tensors.items():
             modules[name].copies = copied
         yield
     finally:
-        for name in tensors:
-            modules[name].copies = None
+        for module in modules.values():
+            module.copies = None
 
 
 def widths(layer: nn.Module) -> tuple[int, int]:

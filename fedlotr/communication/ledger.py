@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +58,7 @@ def payload_bytes(record: Record) -> int:
 def _array_bytes(array: Array) -> int:
     """What an array says of itself need not be true: where it makes no sense, what it holds is counted."""
     try:
-        return int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize
+        return math.prod(map(operator.index, array.shape)) * np.dtype(array.dtype).itemsize
     except TypeError:
         return len(array.data)
 

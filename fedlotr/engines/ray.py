@@ -27,6 +27,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTa
 
 OBJECT_STORE_BYTES = 256 * 2**20  # holds the jobs in flight and their replies; what is larger goes to disk
 POLL_SECONDS = 0.1
+COMPILED_PRODUCTS = "4096"  # that torch's CPU library keeps, one for each shape; it would keep 1,024
 DEATHS_OF_A_SUSPECT = 2  # a worker may die by chance; a job over which two died is to blame
 FALSE_STARTS = 3  # for each worker, in a row, until the fault is taken to be lasting
 DEATH = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
@@ -81,7 +82,7 @@ def _worker_class(client_app: str, num_clients: int, run_config: dict[str, Any],
     So it must not refer to what is ours. And `start` takes no arguments: to read some, Ray would load numpy too early.
     """
     path = [entry or os.getcwd() for entry in sys.path]
-    environment = thread_environment(threads)
+    environment = {**thread_environment(threads), "ONEDNN_PRIMITIVE_CACHE_CAPACITY": COMPILED_PRODUCTS}
 
     class Worker:
         def start(self) -> None:

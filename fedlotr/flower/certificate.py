@@ -47,10 +47,11 @@ def aggregation_error(
     """
     residual = mean = 0.0
     for layer in layers:
-        mixed = [(reply.share, reply.arrays) for reply in replies]
+        shares = [reply.share for reply in replies]
+        arrays = [published, start, *(reply.arrays for reply in replies)]
         # The start cancels in the residual, since the shares sum to one.
-        residual += _squared_norm(layer, [(1.0, published), *((-share, arrays) for share, arrays in mixed)])
-        mean += _squared_norm(layer, [*mixed, (-1.0, start)])
+        lost, change = _squared_norms(layer, arrays, ([1.0, 0.0, *(-p for p in shares)], [0.0, -1.0, *shares]))
+        residual, mean = residual + lost, mean + change
     return _ratio(residual, mean)
 
 
@@ -69,18 +70,31 @@ def _ratio(above: float, below: float) -> float | None:
 
 def _squared_norm(layer: Layer, terms: Sequence[tuple[float, Arrays]]) -> float:
     """||Σ c_j s·B_j C_j A_j||² of (coefficient, tensors) terms."""
+    coefficients, arrays = zip(*terms, strict=True)
+    return _squared_norms(layer, arrays, (coefficients,))[0]
+
+
+def _squared_norms(layer: Layer, arrays: Sequence[Arrays], combinations: Sequence[Sequence[float]]) -> list[float]:
+    """||Σ c_j s·B_j C_j A_j||² for each combination of coefficients; the factors are decomposed once for all."""
     if set(layer.trained) == {"C"}:
         # Linear in the core: combine the small matrices first.
         assert layer.A is not None and layer.B is not None
-        core = layer.core(sum((c * arrays[layer.trained["C"]] for c, arrays in terms), np.zeros(())))
-        left, right = layer.B @ core, layer.A
-    else:
-        lefts, rights = [], []
-        for coefficient, arrays in terms:
-            a = layer.A if layer.A is not None else arrays[layer.trained["A"]]
-            b = layer.B if layer.B is not None else arrays[layer.trained["B"]]
-            lefts.append(coefficient * (b @ layer.core(arrays[layer.trained["C"]]) if "C" in layer.trained else b))
-            rights.append(a)
-        left, right = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
-    upper_left, upper_right = np.linalg.qr(left).R, np.linalg.qr(right.T).R
-    return float(np.square(layer.scale * (upper_left @ upper_right.T)).sum())
+        norms = []
+        for coefficients in combinations:
+            terms = zip(coefficients, arrays, strict=True)
+            core = layer.core(sum((c * each[layer.trained["C"]] for c, each in terms if c), np.zeros(())))
+            norms.append(_norm(layer, np.linalg.qr(layer.B @ core).R, np.linalg.qr(layer.A.T).R))
+        return norms
+    lefts, rights = [], []
+    for each in arrays:
+        b = layer.B if layer.B is not None else each[layer.trained["B"]]
+        lefts.append(b @ layer.core(each[layer.trained["C"]]) if "C" in layer.trained else b)
+        rights.append(layer.A if layer.A is not None else each[layer.trained["A"]])
+    upper_left, upper_right = np.linalg.qr(np.hstack(lefts)).R, np.linalg.qr(np.vstack(rights).T).R
+    widths = [left.shape[1] for left in lefts]
+    return [_norm(layer, upper_left * np.repeat(coefficients, widths), upper_right) for coefficients in combinations]
+
+
+def _norm(layer: Layer, left: Matrix, right: Matrix) -> float:
+    """||s L Rᵀ||² of small factors."""
+    return float(np.square(layer.scale * (left @ right.T)).sum())

@@ -21,6 +21,7 @@ from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
 from fedlotr.training.evaluation import evaluate
+from fedlotr.training.memory import keep_freed_memory
 from fedlotr.training.results import Results
 
 WORK = "fedlotr.work"
@@ -37,6 +38,7 @@ class Worker:
 
     def __init__(self, workplace: Workplace) -> None:
         self.workplace = workplace
+        keep_freed_memory()
         torch.set_num_threads(workplace.recipe.threads)  # Flower's engine would give its own number
         self.model = workplace.build_model()
         self.bases_sha256 = bases_sha256(self.model.module)

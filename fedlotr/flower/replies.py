@@ -9,6 +9,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedlotr.flower.private import CLIENT_CRASHED
+from fedlotr.flower.records import value
 
 RECORDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "client": ConfigRecord}
 """What a reply consists of, ConfigRecords of other names apart."""
@@ -76,12 +77,12 @@ def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: s
         return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
     for name, array in arrays.items():
         # Decoded, and not only by what it says of itself: that need not be so.
-        value, wanted = array.numpy(), expected[name]
+        decoded, wanted = value(array), expected[name]
         shape, dtype = tuple(wanted.shape), wanted.dtype
-        if {tuple(array.shape), value.shape} != {shape} or {array.dtype, str(value.dtype)} != {dtype}:
-            kind = "wrong dtype" if value.shape == shape == tuple(array.shape) else "wrong shape"
-            return Failure(kind, f"{name} is {value.dtype} {value.shape}, expected {dtype} {shape}")
-        if not np.isfinite(value).all():
+        if {tuple(array.shape), decoded.shape} != {shape} or {array.dtype, str(decoded.dtype)} != {dtype}:
+            kind = "wrong dtype" if decoded.shape == shape == tuple(array.shape) else "wrong shape"
+            return Failure(kind, f"{name} is {decoded.dtype} {decoded.shape}, expected {dtype} {shape}")
+        if not np.isfinite(decoded).all():
             return Failure("not finite", f"{name} has values that are not finite")
     if set(metrics) != METRICS:
         return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(METRICS)}")

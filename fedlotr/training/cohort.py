@@ -1,8 +1,9 @@
 """Training K clients in one forward and one backward over the shared frozen base.
 
 Every trained tensor is stacked K times; each row of a pass meets its own client's copy, so the gradient of the sum of
-all clients' losses holds every client's own gradient. At each step the rows of all active clients are sorted by
-length and cut into passes with little padding; passes add up, so their cut changes nothing but rounding.
+all clients' losses holds every client's own gradient. At each step the rows of all active clients are cut into passes,
+packed without padding where the model takes that (`ragged_pass`), else sorted by length; passes add up, so their cut
+changes nothing but rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +18,19 @@ from fedlotr.adapters.layer import copies
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import Tensors, TrainableModel
 from fedlotr.training.optimizers import OPTIMIZERS, clip_by_norm
+from fedlotr.training.packing import PASS_TOKENS, Rows, pack
+from fedlotr.training.ragged_pass import ragged_backward
 
-Rows = npt.NDArray[np.int64]
 GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """(gradients, current values), both by name and (active, ...) -> gradients: what a strategy or a privacy mechanism
 puts between backward and optimizer."""
 
-PASS_TOKENS = 2048
-"""Padded tokens in one forward and backward: bounds the activations held, and is large enough for full speed."""
-PASS_OVERHEAD = 64
-"""What one more pass costs, in tokens: launching its operations takes as long as computing about this many."""
 COHORT_TOKENS = 1024
 """Tokens a step of one cohort (`cut_cohorts`): large enough for efficient products, small enough that the ten
 clients of a default round make cohorts for several workers."""
+
+EVEN = 4
+"""Where there are several cohorts, their number is a multiple of this: one, two and four workers share them evenly."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def train_cohort(
     moving = model.moving(server_round)
     model.assign(starts[0])  # what does not move is not copied
     stacks = {
-        name: torch.stack([values[name].detach().float() for values in begun])
+        name: torch.stack([values[name].detach().to(model.device).float() for values in begun])
         .expand(len(cohort), *begun[0][name].shape)
         .clone()
         .requires_grad_()
@@ -143,7 +144,7 @@ def train_cohort(
     seen = [sum(len(batch) for batch in plan) for plan in plans]
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
-        tensors = model.publish({name: stack.detach()[position].clone() for name, stack in stacks.items()})
+        tensors = model.publish({name: stack.detach()[position].clone().cpu() for name, stack in stacks.items()})
         results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), float(losses[k]) / max(seen[k], 1))
     return [result for result in results if result is not None]
 
@@ -156,42 +157,21 @@ def _backward(
     model: TrainableModel, stacks: Mapping[str, torch.Tensor], examples: Examples, batches: Sequence[Rows]
 ) -> npt.NDArray[np.float64]:
     """Put the gradient of each client's mean loss into its slice of `stacks`; the sum of each client's losses."""
+    if model.takes_ragged:
+        return ragged_backward(model, stacks, examples, batches)
     owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
     weights = np.repeat([1 / len(batch) for batch in batches], [len(batch) for batch in batches])
     rows = np.concatenate(batches)
     totals = np.zeros(len(batches))
     for chosen in pack(examples.lengths[rows], model.pass_tokens(PASS_TOKENS)):
-        owner = torch.from_numpy(owners[chosen])
-        batch = examples.batch(rows[chosen], model.spec.pad_id)
+        owner = torch.from_numpy(owners[chosen]).to(model.device)
+        batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
         copied = {name: stack.index_select(0, owner) for name, stack in stacks.items()}
         with copies(model.module, model.as_copies(copied)):
             losses = model.losses(batch)
-            torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses.dtype)).backward()  # type: ignore[no-untyped-call]
-        np.add.at(totals, owners[chosen], losses.detach().double().numpy())
+            torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses)).backward()  # type: ignore[no-untyped-call]
+        np.add.at(totals, owners[chosen], losses.detach().double().cpu().numpy())
     return totals
-
-
-def pack(lengths: Rows, tokens: int = PASS_TOKENS, overhead: int = PASS_OVERHEAD) -> list[Rows]:
-    """Cut rows into passes: positions, longest rows first, with the least padded tokens plus `overhead` a pass.
-
-    A pass holds at most `tokens` padded tokens (or one row). Exact, by dynamic programming over the sorted lengths.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    widths = lengths[order]
-    n = len(order)
-    best = np.zeros(n + 1)
-    stop_at = np.zeros(n, np.int64)
-    for start in range(n - 1, -1, -1):
-        most = max(1, min(n - start, tokens // max(int(widths[start]), 1)))
-        counts = np.arange(1, most + 1)
-        costs = counts * widths[start] + overhead + best[start + 1 : start + 1 + most]
-        choice = int(costs.argmin())
-        best[start], stop_at[start] = costs[choice], start + 1 + choice
-    passes, start = [], 0
-    while start < n:
-        passes.append(order[start : stop_at[start]])
-        start = int(stop_at[start])
-    return passes
 
 
 def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int = COHORT_TOKENS) -> list[slice]:
@@ -206,7 +186,10 @@ def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int
     if not n:
         return []
     ends = np.cumsum(step_tokens)
-    count = max(1, min(n, round(float(ends[-1]) / budget)))
+    count = round(float(ends[-1]) / budget)
+    if count > 2:  # three cohorts would leave one of two workers idle for half of the time
+        count = EVEN * round(count / EVEN)
+    count = max(1, min(n, count))
     # A client belongs to the cohort in whose share of all tokens its middle falls.
     middles = ends - np.asarray(step_tokens) / 2
     group = np.minimum((middles * count / ends[-1]).astype(np.int64), count - 1)

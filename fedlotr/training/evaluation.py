@@ -1,15 +1,18 @@
 """The model on held-out examples: sums that add up over shards, whatever process computed each."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from fedlotr.training.cohort import Rows, pack
+from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.models import TrainableModel, example_losses
+from fedlotr.training.packing import Rows, pack
+from fedlotr.training.ragged import ragged_batches
 from fedlotr.training.results import Results
 
 EVALUATION_TOKENS = 4096
@@ -45,31 +48,39 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
     """
     total = Scores()
     with torch.inference_mode():
-        for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
-            batch = examples.batch(rows[chosen], model.spec.pad_id)
-            logits = model.logits(batch)
+        for chosen, labels, logits in _passes(model, examples, rows):
+            losses = example_losses(logits, labels).double()
             if examples.causal:
-                targets = batch.labels != IGNORED
-                losses = example_losses(logits, batch.labels).double() * targets.sum(1)
+                targets = labels != IGNORED
+                losses *= targets.sum(1)
                 total += Scores(float(losses.sum()), int(targets.sum()))
                 if found is not None:
-                    right = (logits.argmax(-1) == batch.labels) & targets
-                    found.put(chosen, losses=losses, targets=targets.sum(1), correct=right.sum(1))
+                    right = (logits.argmax(-1) == labels) & targets
+                    found.put(chosen, losses=losses.cpu(), targets=targets.sum(1).cpu(), correct=right.sum(1).cpu())
             else:
-                losses = example_losses(logits, batch.labels).double()
                 predictions = logits.argmax(-1)
-                right = predictions == batch.labels
+                right = predictions == labels
                 total += Scores(float(losses.sum()), len(chosen), int(right.sum()))
                 if found is not None:
-                    found.put(
-                        chosen,
-                        losses=losses,
-                        targets=1,
-                        correct=right,
-                        labels=batch.labels,
-                        predictions=predictions,
-                    )
+                    classes = {"labels": labels.cpu(), "predictions": predictions.cpu()}
+                    found.put(chosen, losses=losses.cpu(), targets=1, correct=right.cpu(), **classes)
     return total
+
+
+def _passes(
+    model: TrainableModel, examples: Examples, rows: Rows
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]]:
+    """Of each pass the places of its examples among `rows`, their labels and the logits."""
+    if model.takes_ragged:
+        for chosen, taken in ragged_batches(examples, rows, EVALUATION_TOKENS):
+            ragged = taken.to(model.device)
+            with packed(Spans([ragged.tokens])):
+                logits = model.ragged_logits(ragged)
+            yield chosen, ragged.labels, logits
+        return
+    for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
+        batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
+        yield chosen, batch.labels, model.logits(batch)
 
 
 def shards(count: int, size: int) -> list[slice]:

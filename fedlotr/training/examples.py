@@ -29,6 +29,11 @@ class Batch:
     token_type_ids: torch.Tensor | None
     labels: torch.Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on a device."""
+        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Examples:

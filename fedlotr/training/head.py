@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 
-from fedlotr.training.cohort import Rows, pack
+from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.evaluation import EVALUATION_TOKENS
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import TrainableModel, example_losses
+from fedlotr.training.packing import Rows, pack
+from fedlotr.training.ragged import ragged_batches
 
 RIDGE = 1e-2
 """Weight of half the squared norm of the head's weights beside the mean loss."""
@@ -30,7 +32,13 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
     hook = root.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
     try:
         with torch.no_grad():
-            for chosen in pack(examples.lengths[rows], EVALUATION_TOKENS):
+            for _, ragged in ragged_batches(examples, rows, EVALUATION_TOKENS) if model.takes_ragged else ():
+                with packed(Spans([ragged.tokens])):
+                    model.ragged_logits(ragged)
+                nowhere = torch.zeros_like(ragged.labels)  # a pooled encoder is read out once a row
+                features.append((seen["features"].float(), nowhere, ragged.labels))
+                labels.append(ragged.labels)
+            for chosen in () if model.takes_ragged else pack(examples.lengths[rows], EVALUATION_TOKENS):
                 batch = examples.batch(rows[chosen], model.spec.pad_id)
                 model.logits(batch)
                 features.append((seen["features"].float(), batch.attention_mask.sum(1) - 1, batch.labels))

@@ -21,6 +21,7 @@ from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.examples import IGNORED, Batch
 from fedlotr.training.own_class import import_class
+from fedlotr.training.ragged import Ragged, attending
 
 Kind = Literal["classification", "causal-lm"]
 Tensors = dict[str, torch.Tensor]
@@ -64,6 +65,10 @@ class ModelSpec:
     code_folder: str = ""
 
 
+RAGGED = ("bert",)
+"""Architectures whose encoder takes packed sequences: told each token's position, only its attention mixes tokens."""
+
+
 class MeanPooledClassifier(nn.Module):
     """A sentence encoder, the mean of its token vectors, and a linear head."""
 
@@ -78,6 +83,11 @@ class MeanPooledClassifier(nn.Module):
         hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state.float()
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits: torch.Tensor = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        return logits
+
+    def ragged(self, averages: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Packed token ids (1, tokens) to logits (rows, labels). averages: (rows, tokens)."""
+        logits: torch.Tensor = self.classifier(averages @ self.encoder(**inputs).last_hidden_state[0].float())
         return logits
 
 
@@ -329,6 +339,27 @@ class TrainableModel:
         output = self.module(**inputs) if self.spec.kind == "classification" else self.module(**inputs, use_cache=False)
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits.float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return next(self.module.parameters()).device
+
+    @cached_property
+    def takes_ragged(self) -> bool:
+        """Whether the model takes packed sequences."""
+        known = self.spec.code is None and getattr(self.module.config, "model_type", "") in RAGGED
+        return known and isinstance(self.module, MeanPooledClassifier)
+
+    def ragged_logits(self, batch: Ragged) -> torch.Tensor:
+        """(rows, labels), float32; inside `adapters.packed`."""
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        model = cast(MeanPooledClassifier, self.module)
+        with attending(model.encoder, batch.attendance):
+            logits: torch.Tensor = model.ragged(batch.averages, **inputs)
+        return logits
 
     def pass_tokens(self, most: int) -> int:
         """At most so many padded tokens in one pass; fewer where a language model's logits would fill the memory."""

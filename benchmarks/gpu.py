@@ -1,0 +1,135 @@
+"""A cohort of 64 clients against the same clients one by one, on a GPU: a 22 M encoder, and a 1 B decoder.
+
+Both of random weights, made from their configurations; imports nothing but `fedlotr.adapters` and `fedlotr.training`.
+Where there is no GPU it says so; `--device cpu` with few clients and `--models encoder` shows that it runs.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from fedlotr.adapters import CoreConfig
+from fedlotr.training import cohort, ragged_pass
+from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
+from fedlotr.training.examples import Examples
+from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+
+MODELS = ("encoder", "decoder")
+
+
+def build(name: str, folder: Path, dtype: str, device: str) -> TrainableModel:
+    """The model on the device, with fed-sb's cores between random bases."""
+    path = folder / name
+    encoder = name == "encoder"
+    if encoder:
+        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        BertModel(config).save_pretrained(path)
+    else:
+        llama = LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            vocab_size=32000,
+            dtype=dtype,
+        )
+        LlamaForCausalLM(llama).to(getattr(torch, dtype)).save_pretrained(path)
+    spec = ModelSpec(str(path), "classification" if encoder else "causal-lm", 4 if encoder else 0, encoder, 0, dtype)
+    base = load_base(spec)
+    core = CoreConfig(method="fed-sb", basis="random", r=16, target_modules=adaptable_layers(base, "all-linear"))
+    model = TrainableModel(base, spec, core)
+    model.module.to(device)
+    return model
+
+
+def examples_for(model: TrainableModel, count: int, length: int) -> Examples:
+    """Random tokens, half to full length."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(length // 2, length + 1, count)
+    causal = model.spec.kind == "causal-lm"
+    labels = np.ones(count, np.int64) if causal else rng.integers(0, 4, count)
+    tokens = rng.integers(1000, 30000, lengths.sum()).astype(np.int32)
+    return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), labels, causal=causal)
+
+
+def seconds(device: str, work: Any) -> float:
+    """What it takes, the device's queue emptied before and after."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Run it."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--clients", type=int, default=64)
+    options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--length", type=int, default=64)
+    options.add_argument("--pass-tokens", type=int, default=16384, help="tokens in one forward and backward")
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--json", type=Path, default=None)
+    args = options.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here (torch.cuda.is_available() is False): nothing was measured")
+        return
+    ragged_pass.PASS_TOKENS = cohort.PASS_TOKENS = args.pass_tokens
+    training = LocalTraining(steps=args.steps, batch_size=args.batch)
+    figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
+    side = 8192 if args.device == "cuda" else 1024
+    square = torch.ones(side, side, dtype=torch.bfloat16, device=args.device)
+    product = min(seconds(args.device, lambda: square @ square) for _ in range(5))
+    figures["matmul_gflops"] = 2 * side**3 / product / 1e9
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models:
+            model = build(name, Path(folder), "bfloat16", args.device)
+            each = args.batch * args.steps
+            examples, start = examples_for(model, args.clients * each, args.length), model.values()
+            work = [np.arange(k * each, (k + 1) * each) for k in range(args.clients)]
+
+            def run(cohorts: list[Any], model: Any = model, start: Any = start, examples: Any = examples) -> None:
+                for rows in cohorts:
+                    clients = [ClientWork(own, np.random.default_rng(0)) for own in rows]
+                    train_cohort(model, start, examples, clients, training)
+
+            run([work[:1]])
+            together, alone = [], []
+            for _ in range(args.repeats):
+                together.append(seconds(args.device, partial(run, [work])))
+                alone.append(seconds(args.device, partial(run, [[rows] for rows in work])))
+            targets = set(adaptable_layers(model.module, "all-linear"))
+            parameters = sum(
+                layer.weight.numel()
+                for target, layer in model.module.named_modules()
+                if target in targets or target.removesuffix(".base_layer") in targets
+                if isinstance(getattr(layer, "weight", None), torch.Tensor)
+            )
+            rate = 4 * parameters * int(examples.lengths.sum()) / float(np.median(together)) / 1e9
+            figures[name] = {
+                "cohort_seconds": float(np.median(together)),
+                "one_by_one_seconds": float(np.median(alone)),
+                "ratio": float(np.median(alone) / np.median(together)),
+                "share_of_matmul": rate / figures["matmul_gflops"],
+            }
+            print(name, json.dumps(figures[name]))
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

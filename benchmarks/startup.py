@@ -1,0 +1,113 @@
+"""Where the seconds go from `python -m fedlotr.simulate --clients 50 --rounds 1` to its first finished round.
+
+The command is run in a process of its own, its steps timed from outside the code, by wrapping functions.
+"""
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from side_by_side import HERE, machine, parser, write
+
+STEPS = (
+    ("reading and checking", "fedlotr.simulation", "check_all"),
+    ("measuring dtypes", "fedlotr.simulation", "measured_dtype"),
+    ("starting Ray", "fedlotr.engines.ray", "start_ray"),
+    ("tokens", "fedlotr.preparation", "encode"),
+    ("loading the base", "fedlotr.preparation", "load_base"),
+    ("fitting the head", "fedlotr.preparation", "fit_head"),
+    ("making the bases", "fedlotr.preparation", "initialize_basis"),
+    ("adapter and workplace", "fedlotr.preparation", "TrainableModel"),
+    ("evaluation", "fedlotr.simulation", "evaluate"),
+    ("round", "fedlotr.simulation", "run_round"),
+    ("checkpoint", "fedlotr.run_directory", "RunDirectory.write_checkpoint"),
+    ("ending Ray", "fedlotr.engines.ray", "RayGrid.close"),
+)
+"""(what it is called, module, function). `evaluation` is that before the first round, with the workers' start, and
+that after it."""
+
+
+def timed(report: Path, words: list[str]) -> None:
+    """In the process of the run: time its steps."""
+    import importlib
+
+    began = time.perf_counter()
+    found: list[tuple[str, float, float]] = []
+
+    def wrap(what: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def timing(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                found.append((what, start - began, time.perf_counter() - start))
+
+        return timing
+
+    from fedlotr import simulate
+
+    found.append(("imports of the door", 0.0, time.perf_counter() - began))
+    start = time.perf_counter()
+    importlib.import_module("fedlotr.simulation")
+    importlib.import_module("fedlotr.engines.ray")
+    found.append(("imports", start - began, time.perf_counter() - start))
+    for what, module, name in STEPS:
+        owner: Any = importlib.import_module(module)
+        *outer, leaf = name.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        setattr(owner, leaf, wrap(what, getattr(owner, leaf)))
+    simulate.main(words)
+    report.write_text(json.dumps({"steps": found, "total": time.perf_counter() - began}), encoding="utf-8")
+
+
+def main() -> None:
+    """Run it."""
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--clients", type=int, default=50)
+    options.add_argument("--options", nargs="*", default=[], help="more words for fedlotr.simulate")
+    args = options.parse_args()
+    runs: list[dict[str, Any]] = []
+    for repeat in range(args.repeats + 1):  # the first warms the files
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--clients", str(args.clients), "--rounds", "1", "--workers", str(args.workers)]
+            words += ["--quiet", "--out", f"{folder}/run", *args.options]
+            began = time.perf_counter()
+            subprocess.run(
+                [sys.executable, str(HERE / "startup.py"), "--inside", f"{folder}/report.json", *words],
+                check=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                cwd=folder,
+            )
+            run = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
+            run["command"] = time.perf_counter() - began
+        ends = [start + took for what, start, took in run["steps"] if what == "checkpoint"]
+        run["first_round_finished"] = ends[0] + run["command"] - run["total"]
+        print(f"  {repeat}/{args.repeats} first round finished after {run['first_round_finished']:.1f} s", flush=True)
+        runs += [run] if repeat else []
+    names = list(dict.fromkeys(what for run in runs for what, _, _ in run["steps"]))
+    steps = {
+        name: statistics.median(sum(took for what, _, took in run["steps"] if what == name) for run in runs)
+        for name in names
+    }
+    finished = statistics.median(run["first_round_finished"] for run in runs)
+    for name, took in steps.items():
+        print(f"{name:26s} {took:7.2f} s")
+    print(f"{'first round finished':26s} {finished:7.2f} s (goal: 20)")
+    write(args.json, {"machine": machine(), "steps": steps, "first_round_finished": finished, "runs": runs})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        timed(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        main()
