@@ -25,6 +25,7 @@ from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
+from fedlotr.flower.carried import restored, saved
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
@@ -157,12 +158,27 @@ def check_all(
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):
         name = config.strategy or METHODS[config.method].strategy
         try:
-            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
+            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round, config.seed)
+            problems += _unmet(strategy, config)
         except InputError as error:
             problems += error.problems
-    if checked is None or strategy is None:
+    if problems or checked is None or strategy is None:
         raise InputError(problems)
     return checked, strategy
+
+
+def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """What a strategy needs of every update and the method's clients do not send, in one line."""
+    needed: frozenset[str] = getattr(strategy, "needs", frozenset())
+    row = METHODS[config.method]
+    turns = row.turns or (row.train,)
+    if any(needed - set(turn) for turn in turns):
+        able = [name for name, other in METHODS.items() if not other.turns and needed <= set(other.train)]
+        sent = " in turn ".join(" and ".join(turn) for turn in turns) or "the head alone"
+        yield (
+            f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
+            f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"
+        )
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:
@@ -211,7 +227,7 @@ class _Run:
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
-        state = State(to_record(self.prepared.model.values()))
+        state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
         log.info(
             "engine %s, %d workers of %s threads, %s; strategy %s",
             self.config.engine,
@@ -245,7 +261,11 @@ class _Run:
                 self.config.rounds,
                 checkpoint.round,
             )
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]))
+        carry, holds = state.carry, dict(checkpoint.extra.get("holds", []))
+        if (about := checkpoint.extra.get("carry")) is not None:
+            carry = restored(checkpoint.arrays, about)
+            self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds)
 
     def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """Run the rounds that are left; the summary."""
@@ -254,9 +274,10 @@ class _Run:
             done = run_round(self.grid, strategy, self.federation, state)
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
-                done.metrics.update(evaluate(self.grid, self.federation, state.arrays))
+                done.metrics.update(evaluate(self.grid, self.federation, state.arrays, state.carry))
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
+        self.prepared.model.carry(state.carry)
         self.prepared.model.assign(to_tensors(state.arrays))
         write_adapter(
             self.directory.adapter,
@@ -295,11 +316,14 @@ class _Run:
             )
         clients, client_arrays = save_clients(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
+        carried, about = saved(state.carry)
         start = self.prepared.checked.start
         extra = {
             "known": sorted(state.known),
             "strategy": packed,
             "clients": clients,
+            **about,
+            "holds": sorted(state.holds.items()),
             "initial": self.initial,
             "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
@@ -309,7 +333,7 @@ class _Run:
             "configuration": fixed_values(self.config),
         }
         self.directory.write_checkpoint(
-            state.round, {**arrays, **client_arrays, **trained}, self.history, self.ledger, extra
+            state.round, {**arrays, **client_arrays, **carried, **trained}, self.history, self.ledger, extra
         )
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
         self.display.round(done.metrics)
@@ -369,6 +393,7 @@ def certificate_layers(model: TrainableModel) -> list[Layer]:
             frozen(module, "B"),
             layers[module].scaling["default"],
             core(layers[module]),
+            module,
         )
         for module, trained in by_module.items()
     ]

@@ -1,7 +1,9 @@
 """A plain PEFT LoRA adapter out of trained factors: it needs nothing of ours to be used.
 
 `s·B C A` becomes `lora_B · lora_A` with lora_A = A, lora_B = s·B·C (multiplied in float64) and alpha = r. What a layer
-started from is stacked onto them: lora_A = [V; A], lora_B = [U, s·B·C], which is exact at the rank k + r.
+carries is stacked onto them: lora_A = [V; A], lora_B = [U, s·B·C], which is exact at the rank k + r. Where that rank
+passes min(d_in, d_out), or the carried term is a matrix, the sum of both is one matrix D, and the narrower of the two
+factors the identity: lora_B · lora_A = D · I or I · D, exact too.
 """
 
 import re
@@ -46,7 +48,10 @@ def export_lora(
         left = b.double() if c is None else b.double() @ c.double()
         lora_a, lora_b = a.detach().float(), (layer.scaling["default"] * left).detach().float()
         if (carry := layer.carry("default")) is not None:
-            lora_a, lora_b = torch.cat([carry.A, lora_a]), torch.cat([carry.B, lora_b], dim=1)
+            if carry.dense or len(carry.A) + len(lora_a) > min(layer.in_features, layer.out_features):
+                lora_a, lora_b = whole(layer.get_delta_weight("default"))
+            else:
+                lora_a, lora_b = torch.cat([carry.A, lora_a]), torch.cat([carry.B, lora_b], dim=1)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a.clone().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
         ranks[name] = lora_a.shape[0]
@@ -80,3 +85,10 @@ def export_lora(
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def whole(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B of rank min(d_out, d_in) whose product is the matrix (d_out, d_in), to the bit."""
+    d_out, d_in = delta.shape
+    identity = torch.eye(min(d_out, d_in), dtype=delta.dtype)
+    return (delta, identity) if d_out <= d_in else (identity, delta)

@@ -1,6 +1,7 @@
 """The factored layer `y = W x + s·B C A x`, with copies of its trained factors for clients and examples.
 
-A run that starts from an adapter has that one beside W as a constant: `y = W x + s·B C A x + U V x`.
+What the server has merged so far, and an adapter that a run starts from, stand beside W as a constant: the carried
+term of `y = W x + s·B C A x + U V x`.
 
 While training, a trained factor may carry leading axes, (K,) for K clients or (K, b) for b examples of each: the rows
 of the input are then K (or K·b) equal groups in that order, and each group meets its own copy. The frozen base is
@@ -85,12 +86,35 @@ class Basis(nn.Module):
         self.register_buffer("B", torch.full((d_out, r), torch.nan), persistent=persistent)
 
 
+class Carried(nn.Module):
+    """A constant beside W in float32: the pair V (as A) and U (as B), or the matrix (d_out, d_in) itself."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    W: torch.Tensor
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        """V (k, d_in) and U (d_out, k), or one matrix."""
+        super().__init__()
+        self.dense = len(tensors) == 1
+        for name, tensor in zip(("W",) if self.dense else ("A", "B"), tensors, strict=True):
+            self.register_buffer(name, tensor.detach().float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`U V x` in float32."""
+        return F.linear(x.to(self.W.dtype), self.W) if self.dense else low_rank(x, self.A, self.B)
+
+    def matrix(self) -> torch.Tensor:
+        """U V (d_out, d_in), multiplied in float64."""
+        return self.W.double() if self.dense else self.B.double() @ self.A.double()
+
+
 class FactoredLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, quantised) with `s·B C A` beside it.
 
     Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters (`core_C` and `core_S` those that
-    the core's `expand` makes C of), `core_basis` the frozen ones, `core_carry` the pair V and U (as A and B) of an
-    adapter that training starts from. The base layer is called, never read, except to merge.
+    the core's `expand` makes C of), `core_basis` the frozen ones, `core_carry` the carried term. The base layer is
+    called, never read, except to merge.
     """
 
     adapter_layer_names = ("core_A", "core_B", "core_C", "core_S")
@@ -133,17 +157,14 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             # Only the device follows the base: cast to its dtype, orthonormal factors would be rounded.
             self._parameters_of(name)[adapter] = nn.Parameter(value.to(device))
 
-    def add_carry(self, adapter: str, v: torch.Tensor, u: torch.Tensor) -> None:
-        """Let an adapter contain a constant `U V x` too. v: (k, d_in), u: (d_out, k); kept in float32."""
-        carry = Basis(self.in_features, self.out_features, v.shape[0], persistent=False)
-        carry.A.copy_(v)
-        carry.B.copy_(u)
+    def add_carry(self, adapter: str, *tensors: torch.Tensor) -> None:
+        """Let an adapter contain a constant `U V x`, instead of the one it had; tensors: as `Carried` takes them."""
         device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
-        self.core_carry[adapter] = carry.to(device)
+        self.core_carry[adapter] = Carried(*tensors).to(device)
 
-    def carry(self, adapter: str) -> Basis | None:
-        """The pair V (as A) and U (as B) that an adapter started from, or None."""
-        return cast(Basis, self.core_carry[adapter]) if adapter in self.core_carry else None
+    def carry(self, adapter: str) -> Carried | None:
+        """The carried term of an adapter, or None."""
+        return cast(Carried, self.core_carry[adapter]) if adapter in self.core_carry else None
 
     def factor(self, name: str, adapter: str) -> torch.Tensor | None:
         """The factor "A", "B" or "C" of an adapter, trained or frozen; None for a core that is the identity."""
@@ -187,7 +208,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             if adapter in self.scaling:
                 y = y + self._update(x, adapter).to(y.dtype)
                 if (carry := self.carry(adapter)) is not None:
-                    y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
+                    y = y + carry(x).to(y.dtype)
         return y
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
@@ -211,7 +232,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         left = b.double() if c is None else b.double() @ c.double()
         delta = self.scaling[adapter] * (left @ a.double())
         if (carry := self.carry(adapter)) is not None:
-            delta = delta + carry.B.double() @ carry.A.double()
+            delta = delta + carry.matrix()
         return delta.to(a.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

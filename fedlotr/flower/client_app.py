@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
+from fedlotr.flower.carried import STATE, parts_of
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
@@ -39,6 +40,28 @@ class Worker:
         torch.set_num_threads(workplace.recipe.threads)  # Flower's engine would give its own number
         self.model = workplace.build_model()
         self.bases_sha256 = bases_sha256(self.model.module)
+        self.carry_sha256 = ""
+
+    def follow(self, content: Any) -> None:
+        """Bring the carried term to the version of a message; what it brings is used as far as it is not here yet.
+
+        Raises RuntimeError where it is missing parts that this client never had.
+        """
+        if STATE not in content:
+            return
+        state, here = content[STATE], self.model.carried
+        version, since = int(state["version"]), int(state["since"])
+        if here.version != version:
+            if not since <= here.version < version or self.workplace.has_carry(version):
+                found = self.workplace.load_carry(since, version)
+                if found is None:
+                    raise RuntimeError(f"the carried term of version {since}, which this message goes on from, is lost")
+                here = found
+            if here.version < version:
+                here = here.caught_up(version, parts_of(content))
+            self.model.carry(here)
+            self.carry_sha256 = here.sha256()
+            self.workplace.save_carry(here)
 
     def adopt(self, record: Any) -> None:
         """Use the bases a message brings, if they are not those in use; those made here come as a hash alone."""
@@ -48,6 +71,11 @@ class Worker:
         if sha256(list(brought.items())) != self.bases_sha256:  # type: ignore[arg-type]
             install_bases(self.model, brought)
             self.bases_sha256 = bases_sha256(self.model.module)
+
+    def identity(self, client: int) -> ConfigRecord:
+        """Who replies, and with what frozen parts it has computed."""
+        carried = {"carry-sha256": self.carry_sha256} if self.carry_sha256 else {}
+        return ConfigRecord({"client": client, "bases-sha256": self.bases_sha256, **carried})
 
     def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
         """Train clients, each from what its own message says; those whose messages agree train together."""
@@ -60,6 +88,7 @@ class Worker:
                 raise ValueError(f"the strategy sends {', '.join(unknown)}, which this client does not act on")
             if "basis" in content:
                 self.adopt(content["basis"])
+            self.follow(content)
             alike.setdefault((arrays_sha256(content["arrays"]), *sorted(config.items())), []).append(at)
         results: dict[int, ClientResult] = {}
         for group in alike.values():
@@ -117,7 +146,7 @@ class CohortClientApp(ClientApp):
                                 "loss": result.loss,
                             }
                         ),
-                        "client": ConfigRecord({"client": client, "bases-sha256": here.bases_sha256}),
+                        "client": here.identity(client),
                     }
                 ),
                 reply_to=message,
@@ -141,6 +170,7 @@ def evaluate_shard(message: Message, context: Context) -> Message:
     here = worker(workplace_folder(context))
     content: Any = message.content
     config = content["config"]
+    here.follow(content)
     here.model.assign(to_tensors(content["arrays"]))
     rows = np.arange(int(config["start"]), int(config["stop"]))
     scores = evaluate(here.model, here.workplace.test, rows)

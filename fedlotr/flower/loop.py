@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +19,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlotr.adapters.carry import Carry, in_words
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
+from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
@@ -74,6 +77,10 @@ class State:
     round: int = 0
     known: set[int] = field(default_factory=set)
     """Clients that have received the bases."""
+    carry: Carry = field(default_factory=Carry)
+    """What the server has merged into the model."""
+    holds: dict[int, int] = field(default_factory=dict)
+    """Client -> the version of it that the client has; a client that is not named has version 0."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +122,13 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
+    add_carry(messages, view.nodes, state.carry, state.holds)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
-    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256)
+    carry_sha256 = state.carry.sha256() if state.carry.version else ""
+    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256, carry_sha256)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):
@@ -131,14 +140,17 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         # Some of Flower's strategies pop arrays out of the replies.
         aggregated, metrics = strategy.aggregate_train(number, [_copy(message) for message in good])
         published = _published(aggregated, expected)
+        start = to_arrays(state.arrays)
+        added = additions(strategy, federation.layers, start)
     # What did not move in this round stays.
     published = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
 
-    start, mean = to_arrays(state.arrays), to_arrays(published)
-    sent = _cast(published, state.arrays)
+    mean, sent, carry = to_arrays(published), _cast(published, state.arrays), merged(state.carry, added)
     error = None
     if getattr(strategy, "averages", False):
-        error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start))
+        error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start), added)
+    if added:
+        log.info("round %d: the model carries %s", number, in_words(carry.terms.values()))
     row: dict[str, Any] = {
         "round": number,
         "loss": None,
@@ -149,26 +161,34 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
         "aggregation_error": error,
-        "transport_error": transport_error(federation.layers, start, mean, to_arrays(sent)),
+        "transport_error": transport_error(
+            federation.layers, start, mean, to_arrays(sent), added, partial(lost, state.carry, carry, added)
+        ),
         "epsilon": None,
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
     state.arrays, state.round = sent, number
     state.known |= newcomers - set(failures)
+    state.holds |= {view.nodes[message.metadata.src_node_id]: state.carry.version for message in good}
+    state.carry = carry
     return Round(row, view.entries, failures)
 
 
-def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[str, float]:
+def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord, carry: Carry | None = None) -> dict[str, float]:
     """Loss and accuracy, or loss and perplexity, on the held-out examples, spread over the engine's workers.
 
-    The server's own work: it passes by the ledger. Raises FedlotrError where a shard fails.
+    The server's own work: it passes by the ledger. carry: what the model carries; workers lack its newest version.
+    Raises FedlotrError where a shard fails.
     """
     nodes = _nodes(grid)
+    carried = {} if carry is None else carry_records(carry, max(carry.version - 1, 0))
     pieces = shards(federation.held_out, EVALUATION_SHARD)
     messages = [
         Message(
-            RecordDict({"arrays": arrays, "config": ConfigRecord({"start": piece.start, "stop": piece.stop})}),
+            RecordDict(
+                {"arrays": arrays, "config": ConfigRecord({"start": piece.start, "stop": piece.stop}), **carried}
+            ),
             nodes[at % federation.clients],
             MessageType.EVALUATE,
         )

@@ -1,7 +1,8 @@
 """Tensors to Flower's records and back: one named array per trained tensor."""
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 Arrays = dict[str, npt.NDArray[np.float64]]
+FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.core_(?P<factor>[A-Z])")
+"""How the trained tensors of an adapted layer are called."""
 Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -30,6 +33,15 @@ def to_tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
 def to_arrays(record: ArrayRecord) -> Arrays:
     """float64 arrays by name: what aggregation computes with."""
     return {name: array.numpy().astype(np.float64) for name, array in record.items()}
+
+
+def by_layer(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The tensors of adapted layers: layer -> "A", "B" or "C" -> the tensor's name; a head's are passed over."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := FACTOR.fullmatch(name):
+            found.setdefault(match["layer"], {})[match["factor"]] = name
+    return found
 
 
 def bases_record(bases: Bases) -> ArrayRecord:

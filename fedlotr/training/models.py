@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.layer import CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
@@ -204,17 +205,15 @@ class TrainableModel:
     def __init__(
         self, base: nn.Module, spec: ModelSpec, core: CoreConfig | None, carry: Mapping[str, Factors] | None = None
     ) -> None:
-        """carry: by layer the pair of an adapter that training starts from, a constant beside the base."""
+        """carry: by layer the pair of an adapter that training starts from: version 0 of the carried term."""
         self.heads = list(head_layers(base))
         if core is not None:
             with warnings.catch_warnings():
                 # PEFT asks transformers for a property that transformers is about to rename: no user's concern.
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
-        layers = factored_layers(base)
-        for name, pair in (carry or {}).items():
-            layers[name].add_carry("default", pair.A, pair.B)
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
+        self.carry(Carry.start(carry or {}))
 
     @cached_property
     def trained(self) -> dict[str, tuple[str, str]]:
@@ -284,6 +283,13 @@ class TrainableModel:
         """The trained tensors at the start of a round: the published ones, and scales of one."""
         sent = set(self.published)
         return {name: values[name] if name in sent else torch.ones_like(self._parameter(name)) for name in self.trained}
+
+    def carry(self, carry: Carry) -> None:
+        """Let the layers carry these terms, and no others. Raises KeyError for a layer that is not adapted."""
+        self.carried = carry
+        layers = factored_layers(self.module)
+        for name, term in carry.terms.items():
+            layers[name].add_carry("default", *term.tensors())
 
     def as_copies(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Trained tensors with copies axes, arranged for `adapters.copies`."""
