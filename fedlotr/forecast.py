@@ -1,19 +1,26 @@
 """What a configuration will need, reckoned from its checked parts by the code of a run, without weights or training."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fedlotr.adapters.tuner import CoreConfig, bases_of
+from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.carry import Carry
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.tuner import CoreConfig, bases_of, factored_layers
 from fedlotr.communication.ledger import payload_bytes
 from fedlotr.data import encode
 from fedlotr.errors import shorten
 from fedlotr.flower.loop import Federation, sample_clients
+from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import derivable_record
+from fedlotr.flower.strategy import Strategy
 from fedlotr.preparation import DEMO_MODEL, DEMO_SHA256, Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.simulation import DERIVABLE
@@ -48,7 +55,7 @@ class Forecast:
     trained_adapter: int
     trained_head: int
     upload_bytes: float
-    download_bytes: int
+    download_bytes: float
     one_off_bytes: int
     participants: int
     total_bytes: int
@@ -68,7 +75,6 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     sizes = {name: value.numel() for name, value in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
     payload = WIRE_BYTES * sum(sizes.values())
-    down = WIRE_BYTES * sum(sizes[name] for name in model.published)
     numbers = range(1, config.rounds + 1)
     sent = [WIRE_BYTES * sum(sizes[name] for name in model.moving(n) & set(model.published)) for n in numbers]
     bases = bases_of(model.module)
@@ -78,6 +84,8 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         derivable = checked.core.basis in DERIVABLE
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
+    merged, held = _carried_bytes(checked, model, rounds)
+    down = WIRE_BYTES * sum(sizes[name] for name in model.published) + sum(merged) / len(merged) / len(rounds[0])
     participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
     work = [examples_worked(config, len(part)) for part in checked.parts]
     examples = config.clients_per_round * sum(work) / len(work)
@@ -96,15 +104,16 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         download_bytes=down,
         one_off_bytes=one_off,
         participants=participants,
-        total_bytes=config.clients_per_round * (sum(sent) + config.rounds * down) + participants * one_off,
+        total_bytes=round(config.clients_per_round * (sum(sent) + config.rounds * down) + participants * one_off),
         examples_a_round=examples,
         tokens_a_round=examples * sum(lengths.values()) / len(lengths),
         cohorts=len(cohorts),
         processes=1 if config.engine == "local" else 1 + (config.workers or 1),
         weights_bytes=weights,
         process_bytes=baseline + weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width),
-        # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens.
-        work_bytes=6 * payload + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
+        # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens; the
+        # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter.
+        work_bytes=6 * (payload + held) + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
     )
 
 
@@ -113,6 +122,43 @@ def architecture(checked: Checked) -> TrainableModel:
     spec, core = checked.spec, checked.core
     with torch.device("meta"):
         return TrainableModel(load_base(spec, meta=True), spec, None if core is None else _without_bases(core))
+
+
+def _carried_bytes(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+    """Bytes of the carried term that all clients of each round are sent, and its bytes in the end.
+
+    By the run's own rules, on the meta device; layers of one shape are alike.
+    """
+    config = checked.config
+    strategy: Any = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
+    adds = strategy.merges([config.rank] * config.clients_per_round) if isinstance(strategy, Strategy) else 0
+    if not adds:
+        return [0] * len(rounds), 0
+    started = {} if checked.start is None else checked.start.layers
+    kinds = Counter(
+        (*widths(layer), len(started[name].A) if name in started else 0)
+        for name, layer in factored_layers(model.module).items()
+    )
+
+    def meta(k: int, d_in: int, d_out: int) -> Factors:
+        return Factors(torch.empty(k, d_in, device="meta"), torch.empty(d_out, k, device="meta"))
+
+    carry = Carry.start({str(kind): meta(kind[2], *kind[:2]) for kind in kinds if kind[2]})
+    holds: dict[int, int] = {}
+    sent = []
+    for clients in rounds:
+        numbers: dict[int, int] = {}
+        for since in {holds.get(client, 0) for client in clients}:
+            parts = {name: tensor.numel() for name, tensor in carry.missed(since).items()}
+            numbers[since] = sum(
+                count * sum(size for name, size in parts.items() if name.startswith(str(kind)))
+                for kind, count in kinds.items()
+            )
+        sent.append(WIRE_BYTES * sum(numbers[holds.get(client, 0)] for client in clients))
+        holds |= dict.fromkeys(clients, carry.version)
+        carry = carry.grown({str(kind): meta(adds, *kind[:2]) for kind in kinds})
+    held = {kind: sum(tensor.numel() for tensor in carry.terms[str(kind)].tensors()) for kind in kinds}
+    return sent, WIRE_BYTES * sum(count * held[kind] for kind, count in kinds.items())
 
 
 def _without_bases(core: CoreConfig) -> CoreConfig:

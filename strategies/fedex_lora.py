@@ -19,6 +19,10 @@ class FedExLoRA(Strategy):
     exact = True
     needs = frozenset("AB")
 
+    def merges(self, ranks: Sequence[int]) -> int:
+        """(c - 1) r."""
+        return (len(ranks) - 1) * max(ranks)
+
     def combine(self, updates: Sequence[Update], server_round: int) -> WithCarry:
         """(Ā, B̄), and the residual."""
         total = sum(update.weight for update in updates)

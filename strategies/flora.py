@@ -42,6 +42,10 @@ class FLoRA(Strategy):
             self.first = {factors["A"]: now[factors["A"]] for factors in by_layer(now).values()}
         return super().configure_train(server_round, arrays, config, grid)
 
+    def merges(self, ranks: Sequence[int]) -> int:
+        """Σ r_i."""
+        return sum(ranks)
+
     def combine(self, updates: Sequence[Update], server_round: int) -> WithCarry:
         """Stack, and begin anew."""
         total = sum(update.weight for update in updates)

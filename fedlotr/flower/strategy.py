@@ -109,6 +109,10 @@ class Strategy(FlowerStrategy):
             combined, self._carry = combined
         return to_record(dict(combined)), MetricRecord({"loss": loss})
 
+    def merges(self, ranks: Sequence[int]) -> int:
+        """The rank that a round of clients of these ranks adds to a layer's carried term; `doctor` reckons by it."""
+        return 0
+
     def take_carry(self) -> Mapping[str, Product]:
         """What the last `combine` wants merged, handed out once: the round loop asks."""
         taken = self._carry
