@@ -482,6 +482,11 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         if config.targets != "all-linear":
             yield ("targets", "method"), "this method adapts no layer"
         return
+    if not method.factored:
+        for field in ("alpha", "basis", "tie", "core"):
+            if getattr(config, field) is not None:
+                yield (field, "method"), "this method trains whole matrices, without factors"
+        return
     if config.tie not in (None, "layer") and not method.has_core:
         yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
     if (config.basis or method.basis) == "update" and config.public_examples == 0:

@@ -192,7 +192,9 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     resolved: dict[str, Any] = {"strategy": config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
-    if row.adapts:
+    if "D" in row.train and config.cohort == "auto":
+        resolved["cohort"] = 1  # each client of a cohort would have its own copy of the matrices for each example
+    if row.factored:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
     if config.engine == "ray":
         resolved["workers"] = config.workers or cores

@@ -108,7 +108,8 @@ def _model(method: str, tie: str, dtype: torch.dtype, width: int = RANK) -> Trai
     stream = generator(7, "conformance")
     for parameter in net.parameters():
         parameter.data = torch.from_numpy(stream.standard_normal(parameter.shape)).to(dtype)
-    config = CoreConfig(method=method, r=RANK, alpha=ALPHA, tie=tie, target_modules=r".*\.(q|up|conv)")
+    scale: Any = {"alpha": ALPHA, "tie": tie} if METHODS[method].factored else {}
+    config = CoreConfig(method=method, r=RANK, target_modules=r".*\.(q|up|conv)", **scale)
     if config.basis == "update":
         x = torch.from_numpy(stream.standard_normal((8, width))).to(dtype)
         config = initialize_basis(net, [x], lambda model, batch: model(batch).square().sum(), config)
@@ -122,11 +123,13 @@ def _dense(model: TrainableModel | None, arrays: Mapping[str, Any]) -> list[Any]
     named = {name: torch.from_numpy(np.asarray(value)).double() for name, value in arrays.items()}
     found = []
     for name, layer in factored_layers(model.module).items():
-        found.append(_product(layer, {f: named.get(f"base_model.model.{name}.core_{f}") for f in "ABC"}))
+        found.append(_product(layer, {f: named.get(f"base_model.model.{name}.core_{f}") for f in "ABCD"}))
     return found
 
 
 def _product(layer: FactoredLayer, sent: Mapping[str, torch.Tensor | None]) -> Any:
+    if sent["D"] is not None:
+        return sent["D"].numpy()
     pair = layer.basis("default")
     a = sent["A"] if sent["A"] is not None else pair.A.double()  # type: ignore[union-attr]
     b = sent["B"] if sent["B"] is not None else pair.B.double()  # type: ignore[union-attr]

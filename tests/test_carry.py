@@ -1,5 +1,6 @@
 """The carried term: exact as factors and as a matrix, followed by absent clients, priced, saved and exported."""
 
+import copy
 import json
 import signal
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from fedlotr import SimulationConfig, run_simulation, simulate
+from fedlotr import CoreConfig, SimulationConfig, run_simulation, simulate
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.export import whole
@@ -361,6 +365,17 @@ def test_the_adapters_lines_give_the_trained_models_logits(
         out = tmp_path / f"short-{len(found)}"
         run_simulation(SimulationConfig(**small | {"rounds": 2, "model": model}, strategy="fedex-lora", out=out))
         found.append(out)
+        full = {
+            **small,
+            "rounds": 1,
+            "model": model,
+            "method": "full",
+            "alpha": None,
+            "out": tmp_path / f"full-{out.name}",
+        }
+        learnt = run_simulation(SimulationConfig(**full)).summary
+        assert learnt["timing"]["cohort"] == 1 and learnt["aggregation_error_max"] <= 1e-12
+        found.append(full["out"])
     run_simulation(
         SimulationConfig(**small | {"rounds": 5, "model": str(tiny_gpt2)}, strategy="flora", out=tmp_path / "long")
     )
@@ -370,6 +385,22 @@ def test_the_adapters_lines_give_the_trained_models_logits(
         assert config is not None
         ours = our_logits(config, run, TEXTS)
         assert (plain - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max())), run
+
+
+@pytest.mark.parametrize("base", [nn.Linear(5, 7), Conv1D(7, 5)], ids=str)  # type: ignore[no-untyped-call]
+def test_full_is_a_peft_method_like_any_other(base: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(3, 5)
+    plain = base(x).detach()
+    config = CoreConfig(method="full", target_modules=["0"])
+    model = get_peft_model(nn.Sequential(copy.deepcopy(base)), config)  # type: ignore[arg-type]
+    assert torch.equal(model(x), plain), "starts as the base model"
+    (trained,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    trained.data = torch.randn(7, 5)
+    torch.testing.assert_close(model(x), plain + x @ trained.T)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(base)), str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(again(x), plain + x @ trained.T)
+    torch.testing.assert_close(again.merge_and_unload()(x), plain + x @ trained.T)
 
 
 @pytest.mark.parametrize("method", ["lotr", "rolora", "ffa-lora", "head"])

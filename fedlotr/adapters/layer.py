@@ -23,6 +23,8 @@ from fedlotr.adapters.cores import CORES, Core
 
 FACTORS = ("A", "C", "B")
 """In the order in which they meet the input."""
+TRAINABLE = "ABCDS"
+"""The letters of all that can be trained of a layer."""
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -112,16 +114,18 @@ class Carried(nn.Module):
 class FactoredLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, quantised) with `s·B C A` beside it.
 
-    Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters (`core_C` and `core_S` those that
-    the core's `expand` makes C of), `core_basis` the frozen ones, `core_carry` the carried term. The base layer is
-    called, never read, except to merge.
+    Or with a trained matrix D: `W x + D x`, and no factors.
+
+    Per adapter: `core_A`, `core_B`, `core_C`, `core_D` hold what is trained as parameters (`core_C` and `core_S` those
+    that the core's `expand` makes C of), `core_basis` the frozen factors, `core_carry` the carried term. The base layer
+    is called, never read, except to merge.
     """
 
-    adapter_layer_names = ("core_A", "core_B", "core_C", "core_S")
+    adapter_layer_names = tuple(f"core_{name}" for name in TRAINABLE)
     other_param_names = ("core_basis", "core_carry", "scaling", "r", "core")
 
     copies: Mapping[str, torch.Tensor] | None = None
-    """Copies of the active adapter's trained factors, by name "A", "B", "C" or "S"; see `copies`."""
+    """Copies of the active adapter's trained factors, by name "A", "B", "C", "D" or "S"; see `copies`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -129,6 +133,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         self.core_A = nn.ParameterDict()
         self.core_B = nn.ParameterDict()
         self.core_C = nn.ParameterDict()
+        self.core_D = nn.ParameterDict()
         self.core_S = nn.ParameterDict()
         self.core_basis = nn.ModuleDict()
         self.core: dict[str, Core] = {}
@@ -212,8 +217,11 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         return y
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """`s·B C A x` in the factors' dtype."""
+        """`s·B C A x`, or `D x`, in the trained tensors' dtype."""
         copied = self.copies or {}
+        if adapter in self.core_D:
+            matrix = copied.get("D", self.core_D[adapter])
+            return grouped_linear(x.to(matrix.dtype), matrix)
         h = x
         for name in FACTORS:
             if name == "C":
@@ -226,14 +234,18 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         return h if scale == 1 else h * scale
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """s·B C A + U V (d_out, d_in), multiplied in float64, in the factors' dtype."""
-        a, b, c = (self.factor(name, adapter) for name in "ABC")
-        assert a is not None and b is not None
-        left = b.double() if c is None else b.double() @ c.double()
-        delta = self.scaling[adapter] * (left @ a.double())
+        """s·B C A + U V, or D + U V (d_out, d_in), multiplied in float64, in float32."""
+        delta: torch.Tensor
+        if adapter in self.core_D:
+            delta = self.core_D[adapter].double()
+        else:
+            a, b, c = (self.factor(name, adapter) for name in "ABC")
+            assert a is not None and b is not None
+            left = b.double() if c is None else b.double() @ c.double()
+            delta = self.scaling[adapter] * (left @ a.double())
         if (carry := self.carry(adapter)) is not None:
             delta = delta + carry.matrix()
-        return delta.to(a.dtype)
+        return delta.float()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters' updates to the base weight; `safe_merge` refuses a result that is not finite."""

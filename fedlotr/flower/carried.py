@@ -43,6 +43,9 @@ def additions(strategy: Any, layers: Sequence[Layer], start: Arrays) -> dict[str
 
 def _shape(layer: Layer, arrays: Arrays) -> tuple[int, int]:
     """(d_out, d_in)."""
+    if "D" in layer.trained:
+        d_out, d_in = arrays[layer.trained["D"]].shape
+        return d_out, d_in
     a = layer.A if layer.A is not None else arrays[layer.trained["A"]]
     b = layer.B if layer.B is not None else arrays[layer.trained["B"]]
     return len(b), a.shape[1]

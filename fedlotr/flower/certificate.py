@@ -21,7 +21,8 @@ Matrix = npt.NDArray[np.float64]
 class Layer(NamedTuple):
     """An adapted layer: the names of its trained tensors by factor, and its frozen factors (None where trained).
 
-    A (r, d_in), B (d_out, r); no core among the trained factors means the core is the identity.
+    A (r, d_in), B (d_out, r); no core among the trained factors means the core is the identity. A matrix D
+    (d_out, d_in) instead of factors is always trained.
     core: what makes the r×r matrix of the published core; linear. name: what a carried term calls the layer.
     """
 
@@ -104,6 +105,11 @@ def _squared_norm(
     matrix: Matrix | None = None,
 ) -> float:
     """||Σ c_j s·B_j C_j A_j + Σ L_j R_j + M||² of (coefficient, tensors) terms, products and perhaps a matrix."""
+    if "D" in layer.trained:
+        whole = sum((c * arrays[layer.trained["D"]] for c, arrays in terms), np.zeros(()))
+        return float(
+            np.square(sum((p.left @ p.right for p in products), whole + (0 if matrix is None else matrix))).sum()
+        )
     if set(layer.trained) == {"C"}:
         # Linear in the core: combine the small matrices first.
         assert layer.A is not None and layer.B is not None

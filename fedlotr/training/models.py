@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
-from fedlotr.adapters.layer import CopiesLinear, FactoredLayer
+from fedlotr.adapters.layer import TRAINABLE, CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.examples import IGNORED, Batch
@@ -221,7 +221,7 @@ class TrainableModel:
         found: dict[str, tuple[str, str]] = {
             f"base_model.model.{name}.core_{factor}": (name, factor)
             for name, layer in factored_layers(self.module).items()
-            for factor in "ABCS"
+            for factor in TRAINABLE
             if "default" in getattr(layer, f"core_{factor}")
         }
         for name in self.heads:
@@ -229,6 +229,11 @@ class TrainableModel:
                 if getattr(self.module.get_submodule(name), part) is not None:
                     found[f"base_model.model.{name}.{part}"] = (name, part)
         return dict(sorted(found.items()))
+
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """The trained tensors that are whole matrices of a layer."""
+        return frozenset(name for name, (module, part) in self.trained.items() if part == "D")
 
     @cached_property
     def published(self) -> list[str]:
