@@ -24,8 +24,8 @@ from tests.support import read_run
 ROWS = [(method, row.strategy) for method, row in METHODS.items()]
 OTHERS = [
     ("lotr", name) for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum")
-] + [("rolora", "fedadam"), ("ravan", "fedavgm"), ("lora", "flora"), ("lora", "fedex-lora")]
-INEXACT = ("fedit",)
+] + [("rolora", "fedadam"), ("ravan", "fedavgm"), ("lora", "flora"), ("lora", "fedex-lora"), ("lora", "flexlora")]
+INEXACT = ("fedit", "flexlora")
 NOT_MEANS = ("median", "trimmed-mean", "krum")
 
 R, WIDE, NARROW = 4, 48, 32
