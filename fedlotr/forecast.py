@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from fedlotr.data import encode
 from fedlotr.errors import shorten
 from fedlotr.flower.loop import Federation, sample_clients
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.ranks import block
 from fedlotr.flower.records import derivable_record
 from fedlotr.flower.strategy import Strategy
 from fedlotr.preparation import DEMO_MODEL, DEMO_SHA256, Checked
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.simulation import DERIVABLE
+from fedlotr.simulation import DERIVABLE, ranks_of
 from fedlotr.summary import examples_worked
 from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
-from fedlotr.training.models import LOGITS, TrainableModel, load_base
+from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
 
 WIRE_BYTES = 4
 """Of a trained number on the wire: float32."""
@@ -75,8 +77,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     sizes = {name: value.numel() for name, value in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
     payload = WIRE_BYTES * sum(sizes.values())
-    numbers = range(1, config.rounds + 1)
-    sent = [WIRE_BYTES * sum(sizes[name] for name in model.moving(n) & set(model.published)) for n in numbers]
+    ranks = ranks_of(config)
     bases = bases_of(model.module)
     one_off = 0
     basis_bytes = WIRE_BYTES * sum(factor.numel() for pair in bases.values() for factor in pair)
@@ -84,8 +85,18 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         derivable = checked.core.basis in DERIVABLE
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
-    merged, held = _carried_bytes(checked, model, rounds)
-    down = WIRE_BYTES * sum(sizes[name] for name in model.published) + sum(merged) / len(merged) / len(rounds[0])
+    merged, held = _carried_bytes(checked, model, rounds, ranks)
+    published = frozenset(model.published)
+    spoken_to = sum(map(len, rounds))
+    bytes_of = partial(_bytes_of, model.values(), {})
+    up = down = 0.0
+    for number, clients in enumerate(rounds, start=1):
+        moving = model.moving(number) & published
+        for client in clients:
+            rank = config.rank if ranks is None else ranks[client]
+            up += bytes_of(moving, rank) / spoken_to
+            down += bytes_of(published, rank) / spoken_to
+    down += sum(merged) / spoken_to
     participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
     work = [examples_worked(config, len(part)) for part in checked.parts]
     examples = config.clients_per_round * sum(work) / len(work)
@@ -100,11 +111,11 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         parameters=parameters,
         trained_adapter=sum(sizes.values()) - head,
         trained_head=head,
-        upload_bytes=sum(sent) / config.rounds,
+        upload_bytes=up,
         download_bytes=down,
         one_off_bytes=one_off,
         participants=participants,
-        total_bytes=round(config.clients_per_round * (sum(sent) + config.rounds * down) + participants * one_off),
+        total_bytes=round(config.clients_per_round * config.rounds * (up + down) + participants * one_off),
         examples_a_round=examples,
         tokens_a_round=examples * sum(lengths.values()) / len(lengths),
         cohorts=len(cohorts),
@@ -124,15 +135,25 @@ def architecture(checked: Checked) -> TrainableModel:
         return TrainableModel(load_base(spec, meta=True), spec, None if core is None else _without_bases(core))
 
 
-def _carried_bytes(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+def _bytes_of(values: Tensors, known: dict[tuple[frozenset[str], int], int], names: frozenset[str], rank: int) -> int:
+    """Of a message with these tensors to or from a client of a rank."""
+    if (names, rank) not in known:
+        known[names, rank] = WIRE_BYTES * sum(block(name, values[name], rank).numel() for name in names)
+    return known[names, rank]
+
+
+def _carried_bytes(
+    checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]], ranks: Sequence[int] | None
+) -> tuple[list[int], int]:
     """Bytes of the carried term that all clients of each round are sent, and its bytes in the end.
 
     By the run's own rules, on the meta device; layers of one shape are alike.
     """
     config = checked.config
     strategy: Any = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
-    adds = strategy.merges([config.rank] * config.clients_per_round) if isinstance(strategy, Strategy) else 0
-    if not adds:
+    own = [[config.rank if ranks is None else ranks[client] for client in clients] for clients in rounds]
+    adds = [strategy.merges(present) if isinstance(strategy, Strategy) else 0 for present in own]
+    if not any(adds):
         return [0] * len(rounds), 0
     started = {} if checked.start is None else checked.start.layers
     kinds = Counter(
@@ -146,7 +167,7 @@ def _carried_bytes(checked: Checked, model: TrainableModel, rounds: Sequence[Seq
     carry = Carry.start({str(kind): meta(kind[2], *kind[:2]) for kind in kinds if kind[2]})
     holds: dict[int, int] = {}
     sent = []
-    for clients in rounds:
+    for clients, added in zip(rounds, adds, strict=True):
         numbers: dict[int, int] = {}
         for since in {holds.get(client, 0) for client in clients}:
             parts = {name: tensor.numel() for name, tensor in carry.missed(since).items()}
@@ -156,7 +177,7 @@ def _carried_bytes(checked: Checked, model: TrainableModel, rounds: Sequence[Seq
             )
         sent.append(WIRE_BYTES * sum(numbers[holds.get(client, 0)] for client in clients))
         holds |= dict.fromkeys(clients, carry.version)
-        carry = carry.grown({str(kind): meta(adds, *kind[:2]) for kind in kinds})
+        carry = carry.grown({str(kind): meta(added, *kind[:2]) for kind in kinds})
     held = {kind: sum(tensor.numel() for tensor in carry.terms[str(kind)].tensors()) for kind in kinds}
     return sent, WIRE_BYTES * sum(count * held[kind] for kind, count in kinds.items())
 

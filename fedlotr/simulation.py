@@ -30,6 +30,7 @@ from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.flower.workplace import Workplace
@@ -366,7 +367,13 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         causal=checked.task.kind == "causal-lm",
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
+        ranks=ranks_of(config),
     )
+
+
+def ranks_of(config: SimulationConfig) -> list[int] | None:
+    """The rank of each client, where they differ."""
+    return None if config.client_rank is None else client_ranks(config.client_rank, config.clients, config.seed)
 
 
 def certificate_layers(model: TrainableModel) -> list[Layer]:

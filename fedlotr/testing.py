@@ -5,7 +5,7 @@ clients that add seeded noise; the round loop is the real one, and a dense oracl
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from fedlotr.flower.carried import STATE, parts_of
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.loop import Federation, Round, State, run_round, sample_clients
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.ranks import block, padded
 from fedlotr.flower.records import to_arrays, to_record, to_tensors
 from fedlotr.simulation import certificate_layers
 from fedlotr.streams import generator
@@ -98,8 +99,8 @@ class _Net(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block["q"](x) + block["up"](x).square().mean() + block["conv"](x).sin().mean()  # type: ignore[index]
+        for part in self.blocks:
+            x = part["q"](x) + part["up"](x).square().mean() + part["conv"](x).sin().mean()  # type: ignore[index]
         return x
 
 
@@ -163,8 +164,9 @@ class _Case:
         model: TrainableModel | None,
         sampled: int,
         clients: int | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
-        """clients: of whom so many are `sampled` in a round (default: all)."""
+        """clients: of whom so many are `sampled` in a round (default: all). ranks: of them in turn."""
         self.client_states: dict[int, RecordDict] = {}
         self.method, self.model, self.strategy = method, model, make(sampled)
         self.layers: list[Layer] = [] if model is None else certificate_layers(model)
@@ -186,8 +188,16 @@ class _Case:
             held_out=0,
             causal=False,
             method=method,
+            ranks=None if ranks is None else [ranks[k % len(ranks)] for k in range(clients or sampled)],
             moving=lambda n: frozenset(name for name in names if name == HEAD or name[-1] in row.moving(n)),
         )
+
+    def _sent(self, before: Mapping[str, Any], client: int, number: int) -> dict[str, Any]:
+        """What a client sends, in the run's shapes."""
+        ranks = self.federation.ranks
+        rank = RANK if ranks is None else ranks[client]
+        reply = _reply({name: block(name, value, rank) for name, value in before.items()}, self.method, client, number)
+        return {name: padded(value, before[name].shape) for name, value in reply.items()}
 
     def round(self, kind: type[LocalGrid] = LocalGrid, dropped: int = -1) -> Round:
         """One round; for a strategy that averages, its certificate is compared with the dense oracle."""
@@ -202,7 +212,7 @@ class _Case:
             return done
         clients = [k for k in asked if k != dropped]
         shares = [(k + 1) / sum(k + 1 for k in clients) for k in clients]
-        sent = [before | _reply(before, self.method, k, number) for k in clients]
+        sent = [before | self._sent(before, k, number) for k in clients]
         stepped = getattr(self.strategy, "mean_before_step", None)
         found = to_arrays(self.state.arrays) if stepped is None else before | stepped
         head = sum(p * arrays[HEAD] for p, arrays in zip(shares, sent, strict=True))
@@ -224,20 +234,26 @@ class _Case:
         return done
 
 
-def check_strategy(name: str, arguments: Mapping[str, Any] | None = None, *, method: str = "lotr") -> None:
+def check_strategy(
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    method: str = "lotr",
+    ranks: Sequence[int] | None = None,
+) -> None:
     """Put a strategy, named as on the command line, through the conformance suite; raises AssertionError.
 
     For every strategy: unequal weights, rounds that differ, one client, a dropped client, replies in another order
     (equal bytes), layers tied and untied, a base in bfloat16. Where it says that it `averages`: the certificate equals
     a dense oracle, and is at most 1e-6 where one factor moves or the strategy says that it is `exact`. Where it merges
-    into the carried term: ten rounds with absent clients.
+    into the carried term: ten rounds with absent clients. ranks: of the clients, in turn, where they are to differ.
     """
 
     def make(clients: int) -> Any:
         return load_strategy(name, dict(arguments or {}), clients)
 
     for model in _models(method):
-        here, turned = _Case(make, method, model, CLIENTS), _Case(make, method, model, CLIENTS)
+        here, turned = (_Case(make, method, model, CLIENTS, ranks=ranks) for _ in range(2))
         before = here.state.arrays
         for dropped in (-1, -1, 1):
             here.round(dropped=dropped)
@@ -245,27 +261,27 @@ def check_strategy(name: str, arguments: Mapping[str, Any] | None = None, *, met
             assert _bytes(here.state.arrays) != _bytes(before), "the round changed nothing"
             assert _bytes(here.state.arrays) == _bytes(turned.state.arrays), "the order of the replies shows"
             before = here.state.arrays
-        alone = _Case(make, method, model, 1)
+        alone = _Case(make, method, model, 1, ranks=ranks)
         alone.round()
         alone.round()
     if here.state.carry.version:
-        _carries_on(make, method)
+        _carries_on(make, method, ranks)
 
 
-def _carries_on(make: Callable[[int], Any], method: str) -> None:
+def _carries_on(make: Callable[[int], Any], method: str, ranks: Sequence[int] | None) -> None:
     """Ten rounds with three of seven clients: what all have learnt is in the model, however often one was absent.
 
     Layers wide enough that the carried term begins as factors; a client grows its own from its own messages alone.
     """
     model = _model(method, METHODS[method].tie, torch.float32, WIDE)
-    case = _Case(make, method, model, 3, clients=7)
+    case = _Case(make, method, model, 3, clients=7, ranks=ranks)
     total = _dense(model, to_arrays(case.state.arrays))
     for _ in range(10):
         before = to_arrays(case.state.arrays)
         case.round()
         asked = sample_clients(case.federation, case.state.round)
         shares = [(k + 1) / sum(k + 1 for k in asked) for k in asked]
-        dense = [_dense(model, before | _reply(before, method, k, case.state.round)) for k in asked]
+        dense = [_dense(model, before | case._sent(before, k, case.state.round)) for k in asked]
         means = [sum(p * w for p, w in zip(shares, layer, strict=True)) for layer in zip(*dense, strict=True)]
         total = [t + m - w for t, m, w in zip(total, means, _dense(model, before), strict=True)]
     carried = _change(model, Carry(), case.state.carry)

@@ -28,10 +28,11 @@ class FedExLoRA(Strategy):
         total = sum(update.weight for update in updates)
         mean = weighted_mean(updates)
         *others, last = updates
+        k = max((update.rank for update in updates if update.rank is not None), default=None)  # the rest is zero
         carry: dict[str, Product] = {}
         for layer, factors in by_layer(mean).items() if others else ():
             a, b = factors["A"], factors["B"]
-            lefts = [update.weight / total * (update.arrays[b] - mean[b]) for update in others]
-            rights = [update.arrays[a] - last.arrays[a] for update in others]
+            lefts = [update.weight / total * (update.arrays[b] - mean[b])[:, :k] for update in others]
+            rights = [(update.arrays[a] - last.arrays[a])[:k] for update in others]
             carry[layer] = Product(np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0))
         return WithCarry(mean, carry)

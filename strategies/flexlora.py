@@ -1,9 +1,9 @@
 """FlexLoRA: the mean update, and of it what fits the rank: its leading singular values and vectors.
 
 Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources"
-(arXiv:2402.11505): Σ p_i B_i A_i = U S Vᵀ; B ← U S, A ← Vᵀ, of which a client of rank r_i gets the first r_i columns and
-rows. The product is never formed: it is that of the stacked factors, and its singular values are those of the product
-of their triangular QR factors. What is lost are the discarded singular values; at full rank nothing is.
+(arXiv:2402.11505): Σ p_i B_i A_i = U S Vᵀ; B ← U S, A ← Vᵀ, of which a client of rank r_i gets the first r_i columns
+and rows. The product is never formed: it is that of the stacked factors, and its singular values are those of the
+product of their triangular QR factors. What is lost are the discarded singular values; at full rank nothing is.
 """
 
 from collections.abc import Sequence

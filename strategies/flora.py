@@ -53,8 +53,10 @@ class FLoRA(Strategy):
         carry: dict[str, Product] = {}
         for layer, factors in by_layer(new).items():
             a, b = factors["A"], factors["B"]
-            stacked_b = np.concatenate([update.arrays[b] for update in updates], axis=1)
-            stacked_a = np.concatenate([update.weight / total * update.arrays[a] for update in updates], axis=0)
+            stacked_b = np.concatenate([update.arrays[b][:, : update.rank] for update in updates], axis=1)
+            stacked_a = np.concatenate(
+                [update.weight / total * update.arrays[a][: update.rank] for update in updates], axis=0
+            )
             carry[layer] = Product(stacked_b, stacked_a)
             bound = new[a].shape[1] ** -0.5
             stream = generator(self.seed, "flora", server_round, layer)

@@ -184,6 +184,9 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             return None
         return basis.A if name == "A" else basis.B
 
+    def _factor(self, name: str, adapter: str, copied: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        return self.expand(adapter, copied) if name == "C" else self.factor(name, adapter)
+
     def theta(self, adapter: str) -> dict[str, torch.Tensor]:
         """The trained tensors that the core is made of; empty where it is the identity."""
         found = {name: self._parameters_of(name) for name in ("C", "S")}
@@ -223,13 +226,14 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             matrix = copied.get("D", self.core_D[adapter])
             return grouped_linear(x.to(matrix.dtype), matrix)
         h = x
-        for name in FACTORS:
-            if name == "C":
-                weight = self.expand(adapter, copied)
-            else:
-                weight = copied[name] if name in copied else self.factor(name, adapter)
+        weights = {
+            name: copied[name] if name in copied and name != "C" else self._factor(name, adapter, copied)
+            for name in FACTORS
+        }
+        k = min((_rank(name, weight) for name, weight in weights.items() if weight is not None), default=0)
+        for name, weight in weights.items():
             if weight is not None:
-                h = grouped_linear(h.to(weight.dtype), weight)
+                h = grouped_linear(h.to(weight.dtype), leading(name, weight, k))
         scale = self.scaling[adapter]
         return h if scale == 1 else h * scale
 
@@ -273,6 +277,19 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
     def _parameters_of(self, name: str) -> nn.ParameterDict:
         parameters: nn.ParameterDict = getattr(self, f"core_{name}")
         return parameters
+
+
+def _rank(name: str, weight: torch.Tensor) -> int:
+    return weight.shape[-2 if name == "A" else -1]
+
+
+def leading(name: str, weight: torch.Tensor, k: int) -> torch.Tensor:
+    """The part of a factor that a client of rank k has: copies of its block stand between leading rows and columns."""
+    if _rank(name, weight) == k:
+        return weight
+    if name == "A":
+        return weight[..., :k, :]
+    return weight[..., :k] if name == "B" else weight[..., :k, :k]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
@@ -52,6 +53,7 @@ class Federation:
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
+    ranks: of each client; None: all have the run's.
     """
 
     clients: int
@@ -67,6 +69,7 @@ class Federation:
     causal: bool
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
+    ranks: Sequence[int] | None = None
 
 
 @dataclass
@@ -123,12 +126,17 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         _check_addresses(messages, view)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     add_carry(messages, view.nodes, state.carry, state.holds)
+    blocks = Blocks(federation.ranks)
+    blocks.cut(messages, view.nodes)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
     carry_sha256 = state.carry.sha256() if state.carry.version else ""
-    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256, carry_sha256)
+    good, failures = check_replies(
+        replies, messages, view.nodes, partial(blocks.of, expected), federation.bases_sha256, carry_sha256
+    )
+    blocks.pad(good, view.nodes, expected)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):

@@ -1,7 +1,7 @@
 """Which replies are fit to be averaged, and why the others are not."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,14 @@ def check_replies(
     replies: Iterable[Message],
     messages: Iterable[Message],
     nodes: Mapping[int, int],
-    expected: ArrayRecord,
+    expected: Callable[[int], ArrayRecord],
     bases_sha256: str,
     carry_sha256: str = "",
 ) -> tuple[list[Message], dict[int, Failure]]:
     """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
 
-    nodes: node id -> client. expected: tensors whose names, shapes and dtypes a reply must have. bases_sha256,
+    nodes: node id -> client. expected: client -> tensors whose names, shapes and dtypes its reply must
+    have. bases_sha256,
     carry_sha256: what a client must have computed with.
     """
     by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
@@ -49,7 +50,7 @@ def check_replies(
             failure = (
                 Failure("no reply", "no reply")
                 if reply is None
-                else _failure(reply, client, expected, bases_sha256, carry_sha256)
+                else _failure(reply, client, expected(client), bases_sha256, carry_sha256)
             )
         except Exception as error:  # a reply is what a client sends, and may hold anything
             failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")

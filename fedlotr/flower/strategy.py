@@ -23,16 +23,27 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.certificate import Product
+from fedlotr.flower.ranks import block, padded
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division."""
+    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division.
+
+    rank: of the leading block that it trained, where ranks differ; the rest of its factors is zero here. None: all.
+    """
 
     client: int
     arrays: Arrays
     weight: float
+    rank: int | None = None
+
+
+def owned(update: Update, name: str) -> npt.NDArray[np.float64]:
+    """Ones where a client trained an entry of a tensor, zeros where its rank leaves it out."""
+    shape = update.arrays[name].shape
+    return np.ones(shape) if update.rank is None else padded(block(name, np.ones(shape), update.rank), shape)
 
 
 def weighted_mean(updates: Sequence[Update]) -> Arrays:
@@ -99,7 +110,8 @@ class Strategy(FlowerStrategy):
         for reply in replies:
             content: Any = reply.content
             weight, loss = float(content["metrics"]["weight"]), float(content["metrics"]["loss"])
-            updates.append(Update(int(content["client"]["client"]), to_arrays(content["arrays"]), weight))
+            client = content["client"]
+            updates.append(Update(int(client["client"]), to_arrays(content["arrays"]), weight, client.get("rank")))
             losses.append(loss)
         if not updates:
             return None, None

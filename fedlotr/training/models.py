@@ -279,10 +279,16 @@ class TrainableModel:
         return self.publish({name: self._parameter(name).detach().clone() for name in self.trained})
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Write the published tensors; scales start again. Raises KeyError for a missing one."""
+        """Write the published tensors, or leading blocks of them among zeros; scales start again.
+
+        Raises KeyError for a missing one.
+        """
         with torch.no_grad():
             for name, value in self.start(values).items():
-                self._parameter(name).copy_(value)
+                parameter = self._parameter(name)
+                if parameter.shape != value.shape:
+                    parameter.zero_()
+                parameter[tuple(slice(size) for size in value.shape)] = value
 
     def start(self, values: Mapping[str, torch.Tensor]) -> Tensors:
         """The trained tensors at the start of a round: the published ones, and scales of one."""
