@@ -368,6 +368,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
         ranks=ranks_of(config),
+        rank=config.rank,
     )
 
 

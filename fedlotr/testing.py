@@ -189,6 +189,7 @@ class _Case:
             causal=False,
             method=method,
             ranks=None if ranks is None else [ranks[k % len(ranks)] for k in range(clients or sampled)],
+            rank=RANK,
             moving=lambda n: frozenset(name for name in names if name == HEAD or name[-1] in row.moving(n)),
         )
 

@@ -23,6 +23,7 @@ from fedlotr.testing import check_strategy
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.penalties import tail_penalty
 from tests.support import TEXTS, our_logits, plain_logits, read_run
 from tests.test_carry import WIDTHS
 from tests.test_simulation import flags
@@ -54,6 +55,61 @@ def test_flexloras_error_is_the_discarded_singular_values(clients: int, r: int) 
     assert np.all(np.diff(np.linalg.norm(found[B], axis=0)) <= 1e-12)
 
 
+def test_hetlora_weighs_by_what_was_learnt_and_prunes_by_the_tail() -> None:
+    """By hand: one layer of rank 2; the second client's last row and column have become smaller, γ r is 1."""
+    sent = {A: np.array([[1.0, 0.0], [0.0, 1.0]]), B: np.array([[1.0, 0.0], [0.0, 1.0]]), "head": np.zeros(1)}
+    grown = Update(3, {A: sent[A], B: 3 * sent[B], "head": np.ones(1)}, 1.0)
+    shrunk = Update(5, {A: sent[A], B: np.diag([4.0, 0.5]), "head": np.zeros(1)}, 3.0)
+    strategy: Any = load_strategy("hetlora", {"gamma": 0.5}, 2)
+    strategy.current = sent
+    found = strategy.combine([grown, shrunk], 1)
+    assert strategy.ranks == {5: 1} and found["head"].tolist() == [0.25]
+    one, two = np.sqrt(18), 4.0
+    np.testing.assert_allclose(found[B], (one * 3 * sent[B] + two * np.diag([4.0, 0.0])) / (one + two))
+    again: Any = load_strategy("hetlora", {"gamma": 0.5}, 2)
+    again.load_state(strategy.state())
+    assert again.ranks == {5: 1}
+    plain: Any = load_strategy("hetlora", {"gamma": 1, "sparsity_weights": False}, 2)
+    plain.current = sent
+    np.testing.assert_allclose(plain.combine([grown, shrunk], 1)[B], (3 * sent[B] + 3 * shrunk.arrays[B]) / 4)
+    assert plain.ranks == {}
+
+
+def test_the_tail_penaltys_gradient_is_that_of_its_formula() -> None:
+    torch.manual_seed(0)
+    values = {A: torch.randn(3, 4, 7, requires_grad=True), B: torch.randn(3, 5, 4, requires_grad=True)}
+    tails = [torch.linalg.matrix_norm(values[A][:, 3:]), torch.linalg.matrix_norm(values[B][:, :, 3:])]
+    wanted = torch.autograd.grad(0.3 * (tails[0] * tails[1]).sum(), list(values.values()))
+    gradients = {name: torch.ones_like(value) for name, value in values.items()}
+    with torch.no_grad():
+        found = tail_penalty({"q": {"A": A, "B": B}}, 0.3, 3)(gradients, values)
+        for name, gradient in zip(values, wanted, strict=True):
+            torch.testing.assert_close(found[name], 1 + gradient)
+            assert torch.equal(gradients[name], torch.ones_like(gradient)), "what was given stays as it was"
+        zero = {A: torch.zeros(1, 4, 7), B: torch.ones(1, 5, 4)}
+        assert all(t.isfinite().all() for t in tail_penalty({"q": {"A": A, "B": B}}, 0.3, 3)(zero, zero).values())
+
+
+def test_a_pruned_client_is_sent_less_from_then_on_also_after_a_resume(small: dict[str, Any], tmp_path: Path) -> None:
+    options = {**small, "method": "lora", "strategy": "hetlora", "rounds": 6, "lr": 0.01, "client_rank": None}
+    options["strategy_arg"] = {"gamma": 0.5, "penalty": 1.0}
+    whole = run_simulation(SimulationConfig(**options, out=tmp_path / "whole"))
+    again = {**options, "out": tmp_path / "again"}
+    run_simulation(SimulationConfig(**again | {"rounds": 4}))
+    resumed = run_simulation(SimulationConfig(**again | {"resume": True}))
+    assert resumed.summary["trained_sha256"] == whole.summary["trained_sha256"]
+    ledger = read_ledger(tmp_path / "whole" / "ledger")
+    assert ledger == read_ledger(tmp_path / "again" / "ledger")
+    sizes = {4 * (r * sum(map(sum, WIDTHS)) + HEAD): r for r in (1, 2, 4)}
+    sent: dict[int, list[int]] = {}
+    for row in ledger:
+        if row.kind == "broadcast":
+            sent.setdefault(row.client, []).append(sizes[row.payload_bytes])
+    assert all(ranks == sorted(ranks, reverse=True) for ranks in sent.values()), "never more than before"
+    assert min(map(min, sent.values())) < 4, "some client was pruned"
+    assert whole.summary["failed_clients"] == 0 and whole.summary["aggregation_error_max"] is None
+
+
 def test_ranks_are_dealt_in_turn_or_drawn_by_shares() -> None:
     assert client_ranks("4,8,16", 5, seed=0) == [4, 8, 16, 4, 8]
     drawn = client_ranks("2:3,4:1", 4000, seed=1)
@@ -79,7 +135,7 @@ def test_the_two_estimators_by_hand() -> None:
 @pytest.mark.parametrize(
     ("method", "strategy"),
     [("lotr", "exact-average"), ("loldu", "exact-average"), ("ffa-lora", "ffa-lora"), ("rolora", "rolora")]
-    + [("lora", name) for name in ("fedit", "flora", "fedex-lora", "flexlora")],
+    + [("lora", name) for name in ("fedit", "flora", "fedex-lora", "flexlora", "hetlora")],
 )
 def test_strategies_pass_the_suite_with_ranks_that_differ(method: str, strategy: str) -> None:
     check_strategy(strategy, method=method, ranks=(4, 2, 1, 3))

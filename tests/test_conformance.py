@@ -24,9 +24,17 @@ from tests.support import read_run
 ROWS = [(method, row.strategy) for method, row in METHODS.items()]
 OTHERS = [
     ("lotr", name) for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum")
-] + [("rolora", "fedadam"), ("ravan", "fedavgm"), ("lora", "flora"), ("lora", "fedex-lora"), ("lora", "flexlora")]
+] + [
+    ("rolora", "fedadam"),
+    ("ravan", "fedavgm"),
+    ("lora", "flora"),
+    ("lora", "fedex-lora"),
+    ("lora", "flexlora"),
+    ("lora", "hetlora"),
+]
 INEXACT = ("fedit", "flexlora")
-NOT_MEANS = ("median", "trimmed-mean", "krum")
+ROBUST = ("median", "trimmed-mean", "krum")
+NOT_MEANS = (*ROBUST, "hetlora")
 
 R, WIDE, NARROW = 4, 48, 32
 """Rank, and the widths of the tiny BERT: in each of two blocks four 32×32 matrices and two of
@@ -237,7 +245,7 @@ def test_robust_rules_ignore_one_hostile_client() -> None:
     updates = [Update(i, {"C": np.full(3, 1.0 + 0.01 * i)}, 1.0) for i in range(6)] + [
         Update(6, {"C": np.full(3, 1e9)}, 1.0)
     ]
-    for name in NOT_MEANS:
+    for name in ROBUST:
         found = load_strategy(name, {}, 7).combine(updates, 1)["C"]  # type: ignore[attr-defined]
         assert np.all((found >= 1) & (found <= 1.05)), name
     assert weighted_mean(updates)["C"].max() > 1e8

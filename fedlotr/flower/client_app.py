@@ -17,18 +17,20 @@ from flwr.clientapp import ClientApp
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
 from fedlotr.flower.carried import STATE, parts_of
-from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
+from fedlotr.flower.records import arrays_sha256, bases_from_record, by_layer, to_record, to_tensors
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
-from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
+from fedlotr.training.cohort import ClientResult, ClientWork, GradientTransform, train_cohort
 from fedlotr.training.evaluation import evaluate
+from fedlotr.training.models import Tensors
+from fedlotr.training.penalties import tail_penalty
 
 WORK = "fedlotr.work"
 """Key of `run_config` in which our engines tell the absolute path of the workplace."""
 OUT = "out"
 """Key of `run_config` with the folder of the run, under Flower's own engine, whose clients cannot be told more."""
 
-UNDERSTOOD = {"server-round", "lr-factor"}
+UNDERSTOOD = {"server-round", "lr-factor", "tail-penalty", "tail-share"}
 """What a train message's config may say. Anything else (FedProx's proximal term, say) would be silently ignored."""
 
 
@@ -104,9 +106,18 @@ class Worker:
             ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
             for client in clients
         ]
-        return train_cohort(
-            self.model, to_tensors(content["arrays"]), self.workplace.train, work, training, None, server_round
-        )
+        start = to_tensors(content["arrays"])
+        transform = _penalty(config, start)
+        return train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
+
+
+def _penalty(config: ConfigRecord, start: Tensors) -> GradientTransform | None:
+    """HetLoRA's penalty on the last rows and columns of a client's factors, where a message asks for it."""
+    if "tail-penalty" not in config:
+        return None
+    layers = by_layer(start)
+    rank = max(len(start[names["A"]]) for names in layers.values())
+    return tail_penalty(layers, float(config["tail-penalty"]), int(float(config["tail-share"]) * rank))
 
 
 def workplace_folder(context: Context) -> str:

@@ -28,6 +28,7 @@ from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
+from fedlotr.flower.strategy import Strategy
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
 
@@ -53,7 +54,7 @@ class Federation:
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
-    ranks: of each client; None: all have the run's.
+    ranks: of each client; None: all have the run's, which is `rank`.
     """
 
     clients: int
@@ -70,6 +71,7 @@ class Federation:
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
     ranks: Sequence[int] | None = None
+    rank: int = 0
 
 
 @dataclass
@@ -126,7 +128,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         _check_addresses(messages, view)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     add_carry(messages, view.nodes, state.carry, state.holds)
-    blocks = Blocks(federation.ranks)
+    blocks = Blocks(_ranks(strategy, federation))
     blocks.cut(messages, view.nodes)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
@@ -217,6 +219,15 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord, carry: Car
     if federation.causal:
         return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700))}
     return {"loss": scores.mean_loss, "accuracy": scores.accuracy}
+
+
+def _ranks(strategy: FlowerStrategy, federation: Federation) -> Sequence[int] | None:
+    """Of each client in this round; None where all have the run's."""
+    fewer = strategy.ranks if isinstance(strategy, Strategy) else {}
+    if not fewer:
+        return federation.ranks
+    own = federation.ranks or [federation.rank] * federation.clients
+    return [min(rank, fewer.get(client, rank)) for client, rank in enumerate(own)]
 
 
 def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:

@@ -80,12 +80,14 @@ class Strategy(FlowerStrategy):
     mean_before_step: set by a server optimizer in `combine`: the mean before its step, which is certified.
     exact: whether what it publishes is that mean also where several factors move; the suite holds it to that.
     needs: the factors that must be in every update; a method whose clients send others is refused.
+    ranks: client -> the rank that it is to train from now on, where the strategy says so and it is below its own.
     """
 
     averages: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     mean_before_step: Arrays | None = None
+    ranks: Mapping[int, int] = MappingProxyType({})
     _carry: Mapping[str, Product] = MappingProxyType({})
 
     @abstractmethod
