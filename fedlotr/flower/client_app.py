@@ -4,7 +4,7 @@ It needs the message's content and its own `node_config`, and finds its data in 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Worker:
         return train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
 
 
-def _penalty(config: ConfigRecord, start: Tensors) -> GradientTransform | None:
+def _penalty(config: Mapping[str, Any], start: Tensors) -> GradientTransform | None:
     """HetLoRA's penalty on the last rows and columns of a client's factors, where a message asks for it."""
     if "tail-penalty" not in config:
         return None
