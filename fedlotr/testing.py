@@ -77,7 +77,7 @@ def _follow(content: Any, context: Context) -> dict[str, str]:
     held = held.caught_up(int(content[STATE]["version"]), parts_of(content))
     tensors, about = held.saved()
     own["held"], own["about"] = to_record(tensors), ConfigRecord({"json": json.dumps(about)})
-    return {"carry-sha256": held.sha256()}
+    return {"carry-sha256": held.sha256}
 
 
 def _round(content: Any) -> int:

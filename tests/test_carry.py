@@ -71,13 +71,13 @@ def test_whoever_missed_whatever_catches_up_to_equal_bytes(ranks: tuple[int, ...
         for until in versions[since:]:
             received = until.missed(since)
             assert sum(t.numel() for t in received.values()) <= 2 * 2 * 6 * 8, "flat once dense"
-            assert before.caught_up(until.version, received).sha256() == until.sha256()
+            assert before.caught_up(until.version, received).sha256 == until.sha256
             tensors, about = until.saved()
             again = Carry.restored(tensors, json.loads(json.dumps(about)))
-            assert again.sha256() == until.sha256()
+            assert again.sha256 == until.sha256
             assert list(again.missed(since)) == list(received), "a server that was resumed sends the same"
             nearer = versions[(since + until.version + 1) // 2]
-            assert nearer.caught_up(until.version, received).sha256() == until.sha256(), "parts it has are passed over"
+            assert nearer.caught_up(until.version, received).sha256 == until.sha256, "parts it has are passed over"
 
 
 def test_an_absent_client_is_sent_parts_while_they_are_less_than_the_matrix() -> None:
@@ -293,6 +293,7 @@ def test_trained_sha256_is_of_the_carried_term_too() -> None:
         )
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_midst_changes_nothing(
     runs: dict[str, Path], small: dict[str, Any], simulate: Simulate, tmp_path: Path
 ) -> None:
@@ -339,7 +340,7 @@ def test_a_new_worker_follows_from_what_the_clients_were_sent_before(small: dict
     worker.follow(carry_records(versions[2], 1))
     another = Worker(Workplace(tmp_path / "work"))  # a worker that died, and came back
     another.follow(carry_records(versions[3], 2))
-    assert another.carry_sha256 == versions[3].sha256()
+    assert another.carry_sha256 == versions[3].sha256
     worker.follow(carry_records(versions[3], 0))
     assert worker.carry_sha256 == another.carry_sha256
     assert sorted(path.stem for path in (tmp_path / "work" / "carry").iterdir()) == ["2", "3"]

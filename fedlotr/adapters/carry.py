@@ -8,6 +8,7 @@ computed in float64 on one thread, so that the server and a client that receives
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,7 @@ class Carry:
             terms[name] = terms.get(name, Term(None, (), 0)).grown(Part(of_version, pair))
         return Carry(terms, version)
 
+    @cached_property
     def sha256(self) -> str:
         """Fingerprint of the terms, whatever way they came about; hexadecimal."""
         digest = hashlib.sha256()

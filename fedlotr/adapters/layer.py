@@ -184,9 +184,6 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             return None
         return basis.A if name == "A" else basis.B
 
-    def _factor(self, name: str, adapter: str, copied: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        return self.expand(adapter, copied) if name == "C" else self.factor(name, adapter)
-
     def theta(self, adapter: str) -> dict[str, torch.Tensor]:
         """The trained tensors that the core is made of; empty where it is the identity."""
         found = {name: self._parameters_of(name) for name in ("C", "S")}
@@ -221,21 +218,31 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """`s·B C A x`, or `D x`, in the trained tensors' dtype."""
-        copied = self.copies or {}
         if adapter in self.core_D:
-            matrix = copied.get("D", self.core_D[adapter])
+            matrix = (self.copies or {}).get("D", self.core_D[adapter])
             return grouped_linear(x.to(matrix.dtype), matrix)
         h = x
-        weights = {
-            name: copied[name] if name in copied and name != "C" else self._factor(name, adapter, copied)
-            for name in FACTORS
-        }
-        k = min((_rank(name, weight) for name, weight in weights.items() if weight is not None), default=0)
-        for name, weight in weights.items():
+        for weight in self._factors(adapter):
             if weight is not None:
-                h = grouped_linear(h.to(weight.dtype), leading(name, weight, k))
+                h = grouped_linear(h.to(weight.dtype), weight)
         scale = self.scaling[adapter]
         return h if scale == 1 else h * scale
+
+    def _factors(self, adapter: str) -> list[Any]:
+        """A, C (None: the identity) and B, or copies of them, in the order in which they meet the input.
+
+        Where a copy is a block of a lower rank, the others' leading rows and columns: a client has no more of them.
+        """
+        copied = self.copies or {}
+        factors = [
+            self.expand(adapter, copied) if name == "C" else copied.get(name, self.factor(name, adapter))
+            for name in FACTORS
+        ]
+        k = min(_rank(name, factor) for name, factor in zip(FACTORS, factors, strict=True) if factor is not None)
+        return [
+            factor if factor is None else leading(name, factor, k)
+            for name, factor in zip(FACTORS, factors, strict=True)
+        ]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """s·B C A + U V, or D + U V (d_out, d_in), multiplied in float64, in float32."""

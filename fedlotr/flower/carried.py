@@ -80,7 +80,7 @@ def carry_records(carry: Carry, since: int) -> dict[str, Any]:
     """The records for one who has version `since`; none where nothing has been added yet."""
     if not carry.version:
         return {}
-    state: dict[str, Any] = {"version": carry.version, "since": since, "sha256": bytes.fromhex(carry.sha256())}
+    state: dict[str, Any] = {"version": carry.version, "since": since, "sha256": bytes.fromhex(carry.sha256)}
     records: dict[str, Any] = {STATE: ConfigRecord(state)}
     if missed := carry.missed(since):
         records[PARTS] = to_record(missed)

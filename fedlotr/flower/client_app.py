@@ -62,7 +62,7 @@ class Worker:
             if here.version < version:
                 here = here.caught_up(version, parts_of(content))
             self.model.carry(here)
-            self.carry_sha256 = here.sha256()
+            self.carry_sha256 = here.sha256
             self.workplace.save_carry(here)
 
     def adopt(self, record: Any) -> None:

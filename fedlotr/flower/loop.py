@@ -134,7 +134,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
-    carry_sha256 = state.carry.sha256() if state.carry.version else ""
+    carry_sha256 = state.carry.sha256 if state.carry.version else ""
     good, failures = check_replies(
         replies, messages, view.nodes, partial(blocks.of, expected), federation.bases_sha256, carry_sha256
     )
