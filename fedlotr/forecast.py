@@ -71,7 +71,10 @@ class Forecast:
 
 
 def forecast(checked: Checked, baseline: int) -> Forecast:
-    """Reckon it. checked.config: resolved. baseline: memory of a process that has loaded the libraries."""
+    """Reckon it. checked.config: resolved. baseline: memory of a process that has loaded the libraries.
+
+    What a strategy decides as it goes is not foreseen: where it lowers clients' ranks (HetLoRA), less will cross.
+    """
     config = checked.config
     model = architecture(checked)
     sizes = {name: value.numel() for name, value in model.values().items()}
