@@ -92,14 +92,14 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     published = frozenset(model.published)
     spoken_to = sum(map(len, rounds))
     bytes_of = partial(_bytes_of, model.values(), {})
-    up = down = 0.0
+    ups = downs = 0
     for number, clients in enumerate(rounds, start=1):
         moving = model.moving(number) & published
         for client in clients:
             rank = config.rank if ranks is None else ranks[client]
-            up += bytes_of(moving, rank) / spoken_to
-            down += bytes_of(published, rank) / spoken_to
-    down += sum(merged) / spoken_to
+            ups += bytes_of(moving, rank)
+            downs += bytes_of(published, rank)
+    up, down = ups / spoken_to, (downs + sum(merged)) / spoken_to
     participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
     work = [examples_worked(config, len(part)) for part in checked.parts]
     examples = config.clients_per_round * sum(work) / len(work)

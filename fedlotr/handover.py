@@ -18,8 +18,8 @@ ENCODER = "encoder."
 README = """\
 # A LoRA adapter trained with fedlotr
 
-It needs `transformers` and `peft`, nothing of fedlotr; PEFT's `merge_and_unload()` makes plain merged weights of it. From
-this folder:
+It needs `transformers` and `peft`, nothing of fedlotr; PEFT's `merge_and_unload()` makes plain merged weights of it.
+From this folder:
 
 ```python
 {code}
