@@ -96,7 +96,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     for number, clients in enumerate(rounds, start=1):
         moving = model.moving(number) & published
         for client in clients:
-            rank = config.rank if ranks is None else ranks[client]
+            rank = None if ranks is None else ranks[client]
             ups += bytes_of(moving, rank)
             downs += bytes_of(published, rank)
     up, down = ups / spoken_to, (downs + sum(merged)) / spoken_to
@@ -138,10 +138,16 @@ def architecture(checked: Checked) -> TrainableModel:
         return TrainableModel(load_base(spec, meta=True), spec, None if core is None else _without_bases(core))
 
 
-def _bytes_of(values: Tensors, known: dict[tuple[frozenset[str], int], int], names: frozenset[str], rank: int) -> int:
-    """Of a message with these tensors to or from a client of a rank."""
+def _bytes_of(
+    values: Tensors,
+    known: dict[tuple[frozenset[str], int | None], int],
+    names: frozenset[str],
+    rank: int | None,
+) -> int:
+    """Of a message with these tensors to or from a client of a rank (None: the run's)."""
     if (names, rank) not in known:
-        known[names, rank] = WIRE_BYTES * sum(block(name, values[name], rank).numel() for name in names)
+        parts = [values[name] if rank is None else block(name, values[name], rank) for name in names]
+        known[names, rank] = WIRE_BYTES * sum(part.numel() for part in parts)
     return known[names, rank]
 
 

@@ -28,7 +28,7 @@ def client_ranks(given: str, clients: int, seed: int) -> list[int]:
 def block(name: str, tensor: Any, rank: int) -> Any:
     """The leading block of a factor, a core or the diagonal of one; any other tensor whole."""
     match = FACTOR.fullmatch(name)
-    if match is None:
+    if match is None or match["factor"] not in "ABC":
         return tensor
     if match["factor"] == "B":
         return tensor[:, :rank]
