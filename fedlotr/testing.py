@@ -195,8 +195,9 @@ class _Case:
 
     def _sent(self, before: Mapping[str, Any], client: int, number: int) -> dict[str, Any]:
         """What a client sends, in the run's shapes."""
-        ranks = self.federation.ranks
-        rank = RANK if ranks is None else ranks[client]
+        if (ranks := self.federation.ranks) is None:
+            return _reply(before, self.method, client, number)
+        rank = ranks[client]
         reply = _reply({name: block(name, value, rank) for name, value in before.items()}, self.method, client, number)
         return {name: padded(value, before[name].shape) for name, value in reply.items()}
 
