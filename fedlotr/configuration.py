@@ -114,6 +114,17 @@ def _check_task(given: str) -> str:
     return given
 
 
+def _read_client_rank(given: object) -> object:
+    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given) if type(given) is int else given
+    if not isinstance(text, str):
+        return text
+    text = text.replace(" ", "")
+    turns, shares = r"[1-9]\d{0,8}", r"[1-9]\d{0,8}:(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)"
+    if not any(re.fullmatch(f"{one}(,{one})*", text) for one in (turns, shares)):
+        raise ValueError("expected ranks with commas, such as '4,8,16', or with shares, such as '4:0.5,8:0.3,16:0.2'")
+    return text
+
+
 def _check_targets(given: str) -> str:
     try:
         re.compile(given)
@@ -228,6 +239,11 @@ class SimulationConfig(BaseModel):
         default="fed-sb", description="what the clients train and what they leave frozen"
     )
     rank: int = Field(default=16, ge=1, le=LARGEST, description="width r of the factors; a core has r*r numbers")
+    client_rank: Annotated[str, BeforeValidator(_read_client_rank)] | None = Field(
+        default=None,
+        description="ranks that clients have in turn (4,8,16), or are drawn for them by shares (4:0.5,8:0.3,16:0.2); "
+        "each trains the leading block of the factors (default: --rank)",
+    )
     alpha: float | None = Field(
         default=None, gt=0, description="the adapted term is scaled by alpha / rank (default: the method's own scale)"
     )
@@ -508,12 +524,24 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
     if not method.adapts:
-        for field in ("alpha", "basis", "tie", "core"):
+        for field in ("alpha", "basis", "tie", "core", "client_rank"):
             if getattr(config, field) is not None:
                 yield (field, "method"), "this method adapts no layer"
         if config.targets != "all-linear":
             yield ("targets", "method"), "this method adapts no layer"
         return
+    if not method.factored:
+        for field in ("alpha", "basis", "tie", "core", "client_rank"):
+            if getattr(config, field) is not None:
+                yield (field, "method"), "this method trains whole matrices, without factors"
+        return
+    if config.client_rank is not None:
+        largest = max(int(part.partition(":")[0]) for part in config.client_rank.split(","))
+        if largest != config.rank:
+            yield ("client_rank", "rank"), f"the largest must be --rank; give --rank {largest}, or one of {config.rank}"
+        if (core := config.core or method.core) in ("heads", "mix"):
+            decisive = "core" if config.core else "method"
+            yield ("client_rank", decisive), f"the core {core!r} has no leading block; choose 'full' or 'diag'"
     if config.tie not in (None, "layer") and not method.has_core:
         yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
     if (config.basis or method.basis) == "update" and config.public_examples == 0:

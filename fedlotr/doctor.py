@@ -237,7 +237,7 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
     yield Finding(
         "communication",
         "ok",
-        f"up {needs.upload_bytes:,} B and down {needs.download_bytes:,} B a client and round, one-off "
+        f"up {needs.upload_bytes:,.0f} B and down {needs.download_bytes:,.0f} B a client and round, one-off "
         f"{needs.one_off_bytes:,} B for each of {needs.participants} clients; "
         f"{readable_bytes(needs.total_bytes)} in all",
     )

@@ -1,25 +1,34 @@
 """What a configuration will need, reckoned from its checked parts by the code of a run, without weights or training."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fedlotr.adapters.tuner import CoreConfig, bases_of
+from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.carry import Carry
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.tuner import CoreConfig, bases_of, factored_layers
 from fedlotr.communication.ledger import payload_bytes
 from fedlotr.data import encode
 from fedlotr.errors import shorten
 from fedlotr.flower.loop import Federation, sample_clients
+from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.ranks import block
 from fedlotr.flower.records import derivable_record
+from fedlotr.flower.strategy import Strategy
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.simulation import DERIVABLE
+from fedlotr.simulation import DERIVABLE, ranks_of
 from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
-from fedlotr.training.models import LOGITS, TrainableModel, load_base
+from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
 
 WIRE_BYTES = 4
 """Of a trained number on the wire: float32."""
@@ -48,7 +57,7 @@ class Forecast:
     trained_adapter: int
     trained_head: int
     upload_bytes: float
-    download_bytes: int
+    download_bytes: float
     one_off_bytes: int
     participants: int
     total_bytes: int
@@ -62,15 +71,16 @@ class Forecast:
 
 
 def forecast(checked: Checked, baseline: int) -> Forecast:
-    """Reckon it. checked.config: resolved. baseline: memory of a process that has loaded the libraries."""
+    """Reckon it. checked.config: resolved. baseline: memory of a process that has loaded the libraries.
+
+    What a strategy decides as it goes is not foreseen: where it lowers clients' ranks (HetLoRA), less will cross.
+    """
     config = checked.config
     model = architecture(checked)
     sizes = {name: value.numel() for name, value in model.values().items()}
     head = sum(sizes[name] for name in model.head_names)
     payload = WIRE_BYTES * sum(sizes.values())
-    down = WIRE_BYTES * sum(sizes[name] for name in model.published)
-    numbers = range(1, config.rounds + 1)
-    sent = [WIRE_BYTES * sum(sizes[name] for name in model.moving(n) & set(model.published)) for n in numbers]
+    ranks = ranks_of(config)
     bases = bases_of(model.module)
     one_off = 0
     basis_bytes = WIRE_BYTES * sum(factor.numel() for pair in bases.values() for factor in pair)
@@ -78,6 +88,18 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         derivable = checked.core.basis in DERIVABLE
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
+    merged, held = _carried_bytes(checked, model, rounds, ranks)
+    published = frozenset(model.published)
+    spoken_to = sum(map(len, rounds))
+    bytes_of = partial(_bytes_of, model.values(), {})
+    ups = downs = 0
+    for number, clients in enumerate(rounds, start=1):
+        moving = model.moving(number) & published
+        for client in clients:
+            rank = None if ranks is None else ranks[client]
+            ups += bytes_of(moving, rank)
+            downs += bytes_of(published, rank)
+    up, down = ups / spoken_to, (downs + sum(merged)) / spoken_to
     participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
     work = [checked.training.examples_of(len(part)) for part in checked.parts]
     examples = config.clients_per_round * sum(work) / len(work)
@@ -91,24 +113,25 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     largest = max(piece.stop - piece.start for piece in cohorts)
     weights = width * parameters
     if config.baseline is not None:  # nothing is sent
-        sent, down, one_off, participants = [0 for _ in numbers], 0, 0, 0
+        up, down, one_off, participants = 0, 0, 0, 0
     return Forecast(
         parameters=parameters,
         trained_adapter=sum(sizes.values()) - head,
         trained_head=head,
-        upload_bytes=sum(sent) / config.rounds,
+        upload_bytes=up,
         download_bytes=down,
         one_off_bytes=one_off,
         participants=participants,
-        total_bytes=config.clients_per_round * (sum(sent) + config.rounds * down) + participants * one_off,
+        total_bytes=round(config.clients_per_round * config.rounds * (up + down) + participants * one_off),
         examples_a_round=examples,
         tokens_a_round=examples * sum(lengths.values()) / len(lengths),
         cohorts=len(cohorts),
         processes=1 if config.engine == "local" else 1 + (config.workers or 1),
         weights_bytes=weights,
         process_bytes=baseline + weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width),
-        # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens.
-        work_bytes=6 * payload + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
+        # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens; the
+        # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter.
+        work_bytes=6 * (payload + held) + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
     )
 
 
@@ -117,6 +140,59 @@ def architecture(checked: Checked) -> TrainableModel:
     spec, core = checked.spec, checked.core
     with torch.device("meta"):
         return TrainableModel(load_base(spec, meta=True), spec, None if core is None else _without_bases(core))
+
+
+def _bytes_of(
+    values: Tensors,
+    known: dict[tuple[frozenset[str], int | None], int],
+    names: frozenset[str],
+    rank: int | None,
+) -> int:
+    """Of a message with these tensors to or from a client of a rank (None: the run's)."""
+    if (names, rank) not in known:
+        parts = [values[name] if rank is None else block(name, values[name], rank) for name in names]
+        known[names, rank] = WIRE_BYTES * sum(part.numel() for part in parts)
+    return known[names, rank]
+
+
+def _carried_bytes(
+    checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]], ranks: Sequence[int] | None
+) -> tuple[list[int], int]:
+    """Bytes of the carried term that all clients of each round are sent, and its bytes in the end.
+
+    By the run's own rules, on the meta device; layers of one shape are alike.
+    """
+    config = checked.config
+    strategy: Any = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
+    own = [[config.rank if ranks is None else ranks[client] for client in clients] for clients in rounds]
+    adds = [strategy.merges(present) if isinstance(strategy, Strategy) else 0 for present in own]
+    if not any(adds):
+        return [0] * len(rounds), 0
+    started = {} if checked.start is None else checked.start.layers
+    kinds = Counter(
+        (*widths(layer), len(started[name].A) if name in started else 0)
+        for name, layer in factored_layers(model.module).items()
+    )
+
+    def meta(k: int, d_in: int, d_out: int) -> Factors:
+        return Factors(torch.empty(k, d_in, device="meta"), torch.empty(d_out, k, device="meta"))
+
+    carry = Carry.start({str(kind): meta(kind[2], *kind[:2]) for kind in kinds if kind[2]})
+    holds: dict[int, int] = {}
+    sent = []
+    for clients, added in zip(rounds, adds, strict=True):
+        numbers: dict[int, int] = {}
+        for since in {holds.get(client, 0) for client in clients}:
+            parts = {name: tensor.numel() for name, tensor in carry.missed(since).items()}
+            numbers[since] = sum(
+                count * sum(size for name, size in parts.items() if name.startswith(str(kind)))
+                for kind, count in kinds.items()
+            )
+        sent.append(WIRE_BYTES * sum(numbers[holds.get(client, 0)] for client in clients))
+        holds |= dict.fromkeys(clients, carry.version)
+        carry = carry.grown({str(kind): meta(added, *kind[:2]) for kind in kinds})
+    held = {kind: sum(tensor.numel() for tensor in carry.terms[str(kind)].tensors()) for kind in kinds}
+    return sent, WIRE_BYTES * sum(count * held[kind] for kind, count in kinds.items())
 
 
 def _without_bases(core: CoreConfig) -> CoreConfig:

@@ -19,7 +19,8 @@ ENCODER = "encoder."
 README = """\
 # A LoRA adapter trained with fedlotr
 
-It needs `transformers` and `peft`, nothing of fedlotr. {first}From this folder:
+It needs `transformers` and `peft`, nothing of fedlotr; PEFT's `merge_and_unload()` makes plain merged weights of it.
+{first}From this folder:
 
 ```python
 {code}

@@ -10,7 +10,7 @@ from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.errors import nearest
 
 CORE_NUMBERS = {"full": "r²", "diag": "r", "heads": "r²/4", "mix": "min(64, r²)"}
-FACTOR_NUMBERS = {"A": "r·d_in", "B": "r·d_out"}
+FACTOR_NUMBERS = {"A": "r·d_in", "B": "r·d_out", "D": "d_in·d_out"}
 USAGE = "usage: fedlotr ls methods|strategies [--json], or: fedlotr ls strategies --template"
 TEMPLATE = Path(__file__).parent / "flower" / "template.py"
 """A strategy to copy, with a word on each of its methods."""
@@ -40,9 +40,9 @@ def methods() -> list[Row]:
         {
             "method": name,
             "trains": ", then ".join(", ".join(turn) for turn in row.turns or (row.train,)) or "the head",
-            "basis": row.basis if row.adapts else "",
-            "tie": row.tie if row.adapts else "",
-            "core": row.core if row.adapts else "",
+            "basis": row.basis if row.factored else "",
+            "tie": row.tie if row.factored else "",
+            "core": row.core if row.factored else "",
             "upload a layer": upload(row),
             "one-off": one_off(row),
             "strategy": row.strategy,

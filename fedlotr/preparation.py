@@ -210,7 +210,8 @@ def check(
         if skeleton is not None and METHODS[config.method].adapts:
             targets = attempt(lambda: _targets(config, skeleton), "targets")
             if targets is not None:
-                attempt(lambda: _check_rank(config, skeleton, targets), "rank")
+                if METHODS[config.method].factored:
+                    attempt(lambda: _check_rank(config, skeleton, targets), "rank")
                 core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
                 if core is not None and core.tie == "all":
                     attempt(lambda: _check_one_shape(skeleton, targets), "tie")

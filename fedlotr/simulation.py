@@ -31,10 +31,12 @@ from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
+from fedlotr.flower.carried import restored, saved
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.flower.workplace import Workplace
@@ -215,12 +217,27 @@ def check_all(
             if config.baseline is not None:
                 strategy = strategy_of(config.baseline)
             else:
-                strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
+                strategy = load_strategy(name, config.strategy_arg, config.clients_per_round, config.seed)
+                problems += _unmet(strategy, config)
         except InputError as error:
             problems += error.problems
-    if checked is None or strategy is None:
+    if problems or checked is None or strategy is None:
         raise InputError(problems)
     return checked, strategy
+
+
+def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """What a strategy needs of every update and the method's clients do not send, in one line."""
+    needed: frozenset[str] = getattr(strategy, "needs", frozenset())
+    row = METHODS[config.method]
+    turns = row.turns or (row.train,)
+    if any(needed - set(turn) for turn in turns):
+        able = [name for name, other in METHODS.items() if not other.turns and needed <= set(other.train)]
+        sent = " in turn ".join(" and ".join(turn) for turn in turns) or "the head alone"
+        yield (
+            f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
+            f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"
+        )
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:
@@ -234,7 +251,9 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     resolved: dict[str, Any] = {"strategy": None if config.baseline else config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
-    if row.adapts:
+    if "D" in row.train and config.cohort == "auto":
+        resolved["cohort"] = 1  # each client of a cohort would have its own copy of the matrices for each example
+    if row.factored:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
     if config.engine == "ray":
         resolved["workers"] = config.workers or cores
@@ -270,7 +289,7 @@ class _Run:
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
-        state = State(to_record(self.prepared.model.values()))
+        state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
         log.info(
             "engine %s, %d workers of %s threads, %s; strategy %s",
             self.config.engine,
@@ -305,7 +324,11 @@ class _Run:
                 self.config.rounds,
                 checkpoint.round,
             )
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]))
+        carry, holds = state.carry, dict(checkpoint.extra.get("holds", []))
+        if (about := checkpoint.extra.get("carry")) is not None:
+            carry = restored(checkpoint.arrays, about)
+            self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds)
 
     def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """Run the rounds that are left; the summary."""
@@ -338,7 +361,7 @@ class _Run:
     def _evaluate(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """Of the common model; where each client has its own, the mean over them beside its spread."""
         if not isinstance(strategy, Alone):
-            return evaluate(self.grid, self.federation, state.arrays)
+            return evaluate(self.grid, self.federation, state.arrays, state.carry)
         models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
         higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
         means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
@@ -346,6 +369,7 @@ class _Run:
 
     def _write_adapter(self, state: State) -> None:
         config = self.config
+        self.prepared.model.carry(state.carry)
         self.prepared.model.assign(to_tensors(state.arrays))
         write_adapter(
             self.directory.adapter,
@@ -382,11 +406,14 @@ class _Run:
             )
         clients, client_arrays = save_clients(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
+        carried, about = saved(state.carry)
         start = self.prepared.checked.start
         extra = {
             "known": sorted(state.known),
             "strategy": packed,
             "clients": clients,
+            **about,
+            "holds": sorted(state.holds.items()),
             "initial": self.initial,
             "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
@@ -396,7 +423,7 @@ class _Run:
             "configuration": fixed_values(self.config),
         }
         self.directory.write_checkpoint(
-            state.round, {**arrays, **client_arrays, **trained}, self.history, self.ledger, extra
+            state.round, {**arrays, **client_arrays, **carried, **trained}, self.history, self.ledger, extra
         )
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
         self.display.round(done.metrics)
@@ -428,7 +455,14 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
         measure=None if own is None or own.metric_name is None else partial(measure, own),
+        ranks=ranks_of(config),
+        rank=config.rank,
     )
+
+
+def ranks_of(config: SimulationConfig) -> list[int] | None:
+    """The rank of each client, where they differ."""
+    return None if config.client_rank is None else client_ranks(config.client_rank, config.clients, config.seed)
 
 
 def certificate_layers(model: TrainableModel) -> list[Layer]:
@@ -457,6 +491,7 @@ def certificate_layers(model: TrainableModel) -> list[Layer]:
             frozen(module, "B"),
             layers[module].scaling["default"],
             core(layers[module]),
+            module,
         )
         for module, trained in by_module.items()
     ]

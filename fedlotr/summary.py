@@ -16,8 +16,8 @@ from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
+from fedlotr.flower.carried import model_sha256
 from fedlotr.flower.loop import State
-from fedlotr.flower.records import arrays_sha256
 from fedlotr.preparation import Prepared
 
 PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
@@ -122,7 +122,7 @@ def summarise(
             "dtype": config.dtype,
         },
         "bases_sha256": prepared.bases_sha256,
-        "trained_sha256": arrays_sha256(state.arrays),
+        "trained_sha256": model_sha256(state.arrays, state.carry),
         "versions": versions(),
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -48,13 +49,18 @@ def plain_logits(*adapters: Path) -> list[torch.Tensor]:
 
 def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) -> torch.Tensor:
     """The trained model's logits, from our layers and the last checkpoint, unmerged and in float32."""
+    from fedlotr.flower.carried import restored
     from fedlotr.preparation import check, prepare
     from fedlotr.simulation import resolve
     from fedlotr.training.examples import Batch
 
     checked = check(resolve(config.model_copy(update={"out": None})))
     model = prepare(checked, run_dir / "again").model
-    model.assign(load_file(sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]))
+    last = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
+    model.assign(load_file(last))
+    about = json.loads(last.with_suffix(".json").read_text(encoding="utf-8")).get("carry")
+    if about is not None:
+        model.carry(restored(load_numpy(last), about))
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     tokenizer.pad_token_id, tokenizer.padding_side = model.spec.pad_id, "right"
     batch = tokenizer(*texts, padding=True, return_tensors="pt")

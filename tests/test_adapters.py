@@ -29,7 +29,7 @@ from fedlotr.adapters.bases import (
 from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of
 from fedlotr.adapters.tuner import factored_layers
 
-ROWS = [(method, basis) for method, row in METHODS.items() if row.adapts for basis in ("random", "svd", "update")]
+ROWS = [(method, basis) for method, row in METHODS.items() if row.factored for basis in ("random", "svd", "update")]
 
 
 def llama() -> LlamaForCausalLM:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlotr.engines import CohortRule, LocalGrid, RayGrid, node_of, partition_of
@@ -158,6 +159,26 @@ def test_the_number_of_workers_changes_no_reply(ray_grid: RayGrid, workers: int)
         for _ in range(2):
             assert contents(grid.send_and_receive(broadcast(range(CLIENTS)))) == expected
         assert calls(grid) == dict.fromkeys(range(1, CLIENTS, 2), 2)
+
+
+def test_a_large_record_is_stored_once_for_all_jobs_and_again_after_a_death(
+    ray_grid: RayGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored: list[object] = []
+    put = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))
+    for flag in ({}, {"die_once": 3, "flag": str(tmp_path / "flag")}):
+        messages = broadcast(range(CLIENTS), **flag)
+        large = ArrayRecord({"core": Array(np.arange(2**19, dtype=np.float32))})
+        for message in messages:
+            message.content = RecordDict({**message.content, "arrays": large})
+        stored.clear()
+        replies = ray_grid.send_and_receive(messages)
+        assert len(replies) == CLIENTS and not failed(replies) and len(stored) == 1
+        for reply in replies:
+            found = reply.content.array_records["arrays"]["core"].numpy()
+            assert found[-1] == 2**19 - 1 + partition_of(reply.metadata.src_node_id)
+        assert all(message.content["arrays"] is large for message in messages), "the senders' messages stay whole"
 
 
 def test_workers_compute_with_the_threads_asked_for(ray_session: None) -> None:

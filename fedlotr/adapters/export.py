@@ -1,7 +1,9 @@
 """A plain PEFT LoRA adapter out of trained factors: it needs nothing of ours to be used.
 
 `s·B C A` becomes `lora_B · lora_A` with lora_A = A, lora_B = s·B·C (multiplied in float64) and alpha = r. What a layer
-started from is stacked onto them: lora_A = [V; A], lora_B = [U, s·B·C], which is exact at the rank k + r.
+carries is stacked onto them: lora_A = [V; A], lora_B = [U, s·B·C], which is exact at the rank k + r. Where that rank
+passes min(d_in, d_out), or the carried term or what was trained is a matrix, the sum of both is one matrix D, and the
+narrower of the two factors the identity: lora_B · lora_A = D · I or I · D, exact too.
 """
 
 import re
@@ -41,12 +43,7 @@ def export_lora(
     ranks: dict[str, int] = {}
     conv = False
     for name, layer in layers.items():
-        a, b, c = (layer.factor(factor, "default") for factor in "ABC")
-        assert a is not None and b is not None
-        left = b.double() if c is None else b.double() @ c.double()
-        lora_a, lora_b = a.detach().float(), (layer.scaling["default"] * left).detach().float()
-        if (carry := layer.carry("default")) is not None:
-            lora_a, lora_b = torch.cat([carry.A, lora_a]), torch.cat([carry.B, lora_b], dim=1)
+        lora_a, lora_b = _pair(layer)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a.clone().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.contiguous()
         ranks[name] = lora_a.shape[0]
@@ -80,3 +77,24 @@ def export_lora(
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _pair(layer: FactoredLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B of all that a layer adds to its base."""
+    a, b, c = (layer.factor(factor, "default") for factor in "ABC")
+    if a is None or b is None:
+        return whole(layer.get_delta_weight("default").detach())
+    left = b.double() if c is None else b.double() @ c.double()
+    lora_a, lora_b = a.detach().float(), (layer.scaling["default"] * left).detach().float()
+    if (carry := layer.carry("default")) is None:
+        return lora_a, lora_b
+    if carry.dense or len(carry.A) + len(lora_a) > min(layer.in_features, layer.out_features):
+        return whole(layer.get_delta_weight("default").detach())
+    return torch.cat([carry.A, lora_a]), torch.cat([carry.B, lora_b], dim=1)
+
+
+def whole(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B of rank min(d_out, d_in) whose product is the matrix (d_out, d_in), to the bit."""
+    d_out, d_in = delta.shape
+    identity = torch.eye(min(d_out, d_in), dtype=delta.dtype)
+    return (delta, identity) if d_out <= d_in else (identity, delta)

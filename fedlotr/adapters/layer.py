@@ -1,6 +1,7 @@
 """The factored layer `y = W x + s·B C A x`, with copies of its trained factors for clients and examples.
 
-A run that starts from an adapter has that one beside W as a constant: `y = W x + s·B C A x + U V x`.
+What the server has merged so far, and an adapter that a run starts from, stand beside W as a constant: the carried
+term of `y = W x + s·B C A x + U V x`.
 
 While training, a trained factor may carry leading axes, (K,) for K clients or (K, b) for b examples of each: the rows
 of the input are then K (or K·b) equal groups in that order, and each group meets its own copy. The frozen base is
@@ -21,6 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.cores import CORES, Core
 from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
+
+FACTORS = ("A", "C", "B")
+"""In the order in which they meet the input."""
+TRAINABLE = "ABCDS"
+"""The letters of all that can be trained of a layer."""
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,19 +90,44 @@ class Basis(nn.Module):
         self.register_buffer("B", torch.full((d_out, r), torch.nan), persistent=persistent)
 
 
+class Carried(nn.Module):
+    """A constant beside W in float32: the pair V (as A) and U (as B), or the matrix (d_out, d_in) itself."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    W: torch.Tensor
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        """V (k, d_in) and U (d_out, k), or one matrix."""
+        super().__init__()
+        self.dense = len(tensors) == 1
+        for name, tensor in zip(("W",) if self.dense else ("A", "B"), tensors, strict=True):
+            self.register_buffer(name, tensor.detach().float(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`U V x` in float32."""
+        return F.linear(x.to(self.W.dtype), self.W) if self.dense else low_rank(x, self.A, self.B)
+
+    def matrix(self) -> torch.Tensor:
+        """U V (d_out, d_in), multiplied in float64."""
+        return self.W.double() if self.dense else self.B.double() @ self.A.double()
+
+
 class FactoredLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer (`nn.Linear`, `Conv1D`, quantised) with `s·B C A` beside it.
 
-    Per adapter: `core_A`, `core_B`, `core_C` hold the trained factors as parameters (`core_C` and `core_S` those that
-    the core's `expand` makes C of), `core_basis` the frozen ones, `core_carry` the pair V and U (as A and B) of an
-    adapter that training starts from. The base layer is called, never read, except to merge.
+    Or with a trained matrix D: `W x + D x`, and no factors.
+
+    Per adapter: `core_A`, `core_B`, `core_C`, `core_D` hold what is trained as parameters (`core_C` and `core_S` those
+    that the core's `expand` makes C of), `core_basis` the frozen factors, `core_carry` the carried term. The base layer
+    is called, never read, except to merge.
     """
 
-    adapter_layer_names = ("core_A", "core_B", "core_C", "core_S")
+    adapter_layer_names = tuple(f"core_{name}" for name in TRAINABLE)
     other_param_names = ("core_basis", "core_carry", "scaling", "r", "core")
 
     copies: Mapping[str, torch.Tensor] | None = None
-    """Copies of the active adapter's trained factors, by name "A", "B", "C" or "S"; see `copies`."""
+    """Copies of the active adapter's trained factors, by name "A", "B", "C", "D" or "S"; see `copies`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -104,6 +135,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         self.core_A = nn.ParameterDict()
         self.core_B = nn.ParameterDict()
         self.core_C = nn.ParameterDict()
+        self.core_D = nn.ParameterDict()
         self.core_S = nn.ParameterDict()
         self.core_basis = nn.ModuleDict()
         self.core: dict[str, Core] = {}
@@ -132,17 +164,14 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             # Only the device follows the base: cast to its dtype, orthonormal factors would be rounded.
             self._parameters_of(name)[adapter] = nn.Parameter(value.to(device))
 
-    def add_carry(self, adapter: str, v: torch.Tensor, u: torch.Tensor) -> None:
-        """Let an adapter contain a constant `U V x` too. v: (k, d_in), u: (d_out, k); kept in float32."""
-        carry = Basis(self.in_features, self.out_features, v.shape[0], persistent=False)
-        carry.A.copy_(v)
-        carry.B.copy_(u)
+    def add_carry(self, adapter: str, *tensors: torch.Tensor) -> None:
+        """Let an adapter contain a constant `U V x`, instead of the one it had; tensors: as `Carried` takes them."""
         device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
-        self.core_carry[adapter] = carry.to(device)
+        self.core_carry[adapter] = Carried(*tensors).to(device)
 
-    def carry(self, adapter: str) -> Basis | None:
-        """The pair V (as A) and U (as B) that an adapter started from, or None."""
-        return cast(Basis, self.core_carry[adapter]) if adapter in self.core_carry else None
+    def carry(self, adapter: str) -> Carried | None:
+        """The carried term of an adapter, or None."""
+        return cast(Carried, self.core_carry[adapter]) if adapter in self.core_carry else None
 
     def factor(self, name: str, adapter: str) -> torch.Tensor | None:
         """The factor "A", "B" or "C" of an adapter, trained or frozen; None for a core that is the identity."""
@@ -188,7 +217,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             if adapter in self.scaling:
                 y = y + self._update(x, adapter).to(y.dtype)
                 if (carry := self.carry(adapter)) is not None:
-                    y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
+                    y = y + carry(x).to(y.dtype)
         return y
 
     def _packed(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
@@ -197,17 +226,20 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.scaling]
         y: torch.Tensor | None = None
         for adapter in adapters:
-            factors, scale = self._factors(adapter), self.scaling[adapter]
+            (a, c, b), scale = self._factors(adapter), self.scaling[adapter]
             if y is None:
-                y = factored_linear(self.base_layer, x, *factors, scale, spans)
+                y = factored_linear(self.base_layer, x, a, c, b, scale, spans)
             else:
-                y = add_update(y, x, *factors, scale, spans)
+                y = add_update(y, x, a, c, b, scale, spans)
             if (carry := self.carry(adapter)) is not None:
-                y = y + low_rank(x, carry.A, carry.B).to(y.dtype)
+                y = y + carry(x).to(y.dtype)
         return cast(torch.Tensor, self.base_layer(x)) if y is None else y
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """`s·B C A x` in the factors' dtype."""
+        """`s·B C A x`, or `D x`, in the trained tensors' dtype."""
+        if adapter in self.core_D:
+            matrix = (self.copies or {}).get("D", self.core_D[adapter])
+            return grouped_linear(x.to(matrix.dtype), matrix)
         h = x
         for weight in self._factors(adapter):
             if weight is not None:
@@ -215,21 +247,35 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         scale = self.scaling[adapter]
         return h if scale == 1 else h * scale
 
-    def _factors(self, adapter: str) -> tuple[Any, Any, Any]:
-        """A, C (None: the identity) and B, or copies of them: as they meet the input."""
+    def _factors(self, adapter: str) -> list[Any]:
+        """A, C (None: the identity) and B, or copies of them, in the order in which they meet the input.
+
+        Where a copy is a block of a lower rank, the others' leading rows and columns: a client has no more of them.
+        """
         copied = self.copies or {}
-        a, b = (copied[name] if name in copied else self.factor(name, adapter) for name in ("A", "B"))
-        return a, self.expand(adapter, copied), b
+        factors = [
+            self.expand(adapter, copied) if name == "C" else copied.get(name, self.factor(name, adapter))
+            for name in FACTORS
+        ]
+        k = min(_rank(name, factor) for name, factor in zip(FACTORS, factors, strict=True) if factor is not None)
+        return [
+            factor if factor is None else leading(name, factor, k)
+            for name, factor in zip(FACTORS, factors, strict=True)
+        ]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """s·B C A + U V (d_out, d_in), multiplied in float64, in the factors' dtype."""
-        a, b, c = (self.factor(name, adapter) for name in "ABC")
-        assert a is not None and b is not None
-        left = b.double() if c is None else b.double() @ c.double()
-        delta = self.scaling[adapter] * (left @ a.double())
+        """s·B C A + U V, or D + U V (d_out, d_in), multiplied in float64, in float32."""
+        delta: torch.Tensor
+        if adapter in self.core_D:
+            delta = self.core_D[adapter].double()
+        else:
+            a, b, c = (self.factor(name, adapter) for name in "ABC")
+            assert a is not None and b is not None
+            left = b.double() if c is None else b.double() @ c.double()
+            delta = self.scaling[adapter] * (left @ a.double())
         if (carry := self.carry(adapter)) is not None:
-            delta = delta + carry.B.double() @ carry.A.double()
-        return delta.to(a.dtype)
+            delta = delta + carry.matrix()
+        return delta.float()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters' updates to the base weight; `safe_merge` refuses a result that is not finite."""
@@ -257,6 +303,19 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
     def _parameters_of(self, name: str) -> nn.ParameterDict:
         parameters: nn.ParameterDict = getattr(self, f"core_{name}")
         return parameters
+
+
+def _rank(name: str, weight: torch.Tensor) -> int:
+    return weight.shape[-2 if name == "A" else -1]
+
+
+def leading(name: str, weight: torch.Tensor, k: int) -> torch.Tensor:
+    """The part of a factor that a client of rank k has: copies of its block stand between leading rows and columns."""
+    if _rank(name, weight) == k:
+        return weight
+    if name == "A":
+        return weight[..., :k, :]
+    return weight[..., :k] if name == "B" else weight[..., :k, :k]
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """The table of methods: each is a point in the grid basis × tie × core × what is trained, never a class of its own.
 
 An adapted layer computes `y = W x + s·B C A x`; a row says where B and A come from, who shares them, and which of
-the three factors a client trains. Adding a method is adding a row. This module imports nothing heavy, so that the
-command line can list its choices at once.
+the three factors a client trains. One row, `full`, has no factors: it trains a matrix D of `y = W x + D x`. Adding a
+method is adding a row. This module imports nothing heavy, so that the command line can list its choices at once.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Factor = Literal["A", "B", "C"]
+Factor = Literal["A", "B", "C", "D"]
 
 BASES: dict[str, str] = {
     "random": "orthonormal, drawn from the seed",
@@ -70,11 +70,16 @@ class Method:
     @property
     def freezes(self) -> bool:
         """Whether a pair of frozen factors stands in the layers: A, B or both do not move."""
-        return self.adapts and not {"A", "B"} <= set(self.train)
+        return self.factored and not {"A", "B"} <= set(self.train)
 
     def moving(self, server_round: int) -> tuple[Factor, ...]:
         """The factors that clients train and send in a round, counted from 1."""
         return self.turns[(server_round - 1) % len(self.turns)] if self.turns else self.train
+
+    @property
+    def factored(self) -> bool:
+        """Whether B and A stand in the layers, of some rank: not so for a whole matrix, nor for the head alone."""
+        return self.adapts and "D" not in self.train
 
     @property
     def adapts(self) -> bool:
@@ -209,6 +214,17 @@ METHODS: dict[str, Method] = {
         head_lr=3e-2,
         core="identity",
         turns=(("B",), ("A",)),
+    ),
+    "full": Method(
+        "every number of every adapted layer, as a matrix beside it: the ceiling, for small models",
+        "McMahan et al. 2017, FedAvg",
+        basis="random",
+        tie="layer",
+        train=("D",),
+        strategy="exact-average",
+        lr=1e-4,
+        head_lr=3e-2,
+        core="identity",
     ),
     "head": Method(
         "only the classification head: the honest floor",

@@ -78,17 +78,22 @@ class CoreConfig(PeftConfig):
             raise ValueError(
                 f"method {self.method!r} adapts no layer: train the classification head without an adapter"
             )
-        self.basis, self.tie = self.basis or row.basis, self.tie or row.tie
-        self.core = self.core or row.core
+        if not row.factored:
+            given = [name for name in ("alpha", "basis", "tie", "core") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"method {self.method!r} trains whole matrices, without {' or '.join(given)}")
+        else:
+            self.basis, self.tie = self.basis or row.basis, self.tie or row.tie
+            self.core = self.core or row.core
         if self.r < 1:
             raise ValueError(f"r is {self.r}; a rank is at least 1")
         if row.has_core and self.basis == "lora":
             raise ValueError(
                 f"basis 'lora' has B = 0, so the core of {self.method!r} would never learn; take another basis"
             )
-        if not row.has_core and self.tie != "layer":
+        if not row.has_core and self.tie not in (None, "layer"):
             raise ValueError(f"method {self.method!r} trains B and A in every layer, so tie {self.tie!r} cannot hold")
-        if row.has_core != (self.core != "identity"):
+        if row.has_core != (self.core not in (None, "identity")):
             raise ValueError(
                 f"core {self.core!r} does not go with method {self.method!r}, which trains {', '.join(row.train)}"
             )
@@ -111,7 +116,7 @@ class CoreConfig(PeftConfig):
 
     def tag(self, key: str, layer: nn.Module) -> str:
         """The name of the tie that a module belongs to: its own, or its projection type's with the widths."""
-        if self.tie == "layer":
+        if self.tie in (None, "layer"):
             return key
         if self.tie == "all":
             return "all"
@@ -152,10 +157,10 @@ class CoreModel(BaseTuner):
         config = cast(CoreConfig, peft_config)
         layer = target if isinstance(target, FactoredLayer) else FactoredLayer(target)
         d_in, d_out, r, row = layer.in_features, layer.out_features, config.r, config.row
-        if r > min(d_in, d_out):
+        if r > min(d_in, d_out) and row.factored:
             raise ValueError(f"rank {r} is above the width of {current_key} ({d_in} in, {d_out} out)")
         core = CORE_FUNCTIONS[config.core if row.has_core else "full"]  # type: ignore[index]
-        shapes: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r)} | (
+        shapes: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r), "D": (d_out, d_in)} | (
             core.shapes(r) if row.has_core else {}
         )
         tag = config.tag(current_key, layer)
@@ -196,8 +201,9 @@ class CoreModel(BaseTuner):
                     "then get_peft_model(model, config)"
                 )
             return  # a saved adapter: its bases come with its state
+        ties = self._members if config.row.factored else {}
         with basis_makers.one_thread(), torch.no_grad():
-            for tag, members in self._members.items():
+            for tag, members in ties.items():
                 layers = [layer for _, layer in members]
                 pair = config.bases.get(members[0][0]) or make_basis(config, tag, layers)
                 basis = layers[0].basis(adapter)

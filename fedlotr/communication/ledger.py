@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from fedlotr.files import write_atomically
 
 Direction = Literal["up", "down"]
-Kind = Literal["broadcast", "update", "basis", "control"]
+Kind = Literal["broadcast", "update", "basis", "carry", "control"]
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
 SCHEMA = pa.schema(
@@ -68,6 +68,8 @@ def entry(server_round: int, client: int, direction: Direction, name: str, recor
     kind: Kind = "control"
     if name == "basis":
         kind = "basis"
+    elif name == "carry":
+        kind = "carry"
     elif isinstance(record, ArrayRecord):
         kind = "broadcast" if direction == "down" else "update"
     return Entry(server_round, client, direction, kind, payload_bytes(record), record.count_bytes())
@@ -110,8 +112,9 @@ def total(
 def communication_summary(entries: Sequence[Entry]) -> dict[str, float | int]:
     """What a run cost, as in summary.json; means are over (client, round) pairs in which a client was spoken to.
 
-    `*_payload_bytes_per_client_round` count the trained tensors alone (the update, the broadcast); `*_wire_bytes_*`
-    count all that crosses the wire in that direction each round (control records too, bases apart).
+    `*_payload_bytes_per_client_round` count the trained tensors alone: the update; the broadcast, with the parts of the
+    carried term that a client missed. `*_wire_bytes_*` count all that crosses the wire in that direction each round
+    (control records too, bases apart).
     `one_off_bytes_per_client` is the payload of the bases that a client receives, summed over the run.
     """
     down = {(row.client, row.round) for row in entries if row.direction == "down"}
@@ -124,7 +127,9 @@ def communication_summary(entries: Sequence[Entry]) -> dict[str, float | int]:
 
     return {
         "upload_payload_bytes_per_client_round": mean(total(entries, "payload_bytes", kind="update"), len(up)),
-        "download_payload_bytes_per_client_round": mean(total(entries, "payload_bytes", kind="broadcast"), len(down)),
+        "download_payload_bytes_per_client_round": mean(
+            total(entries, "payload_bytes", kind="broadcast") + total(entries, "payload_bytes", kind="carry"), len(down)
+        ),
         "upload_wire_bytes_per_client_round": mean(total(entries, "wire_bytes", direction="up"), len(up)),
         "download_wire_bytes_per_client_round": mean(
             total(entries, "wire_bytes", direction="down") - total(bases, "wire_bytes"), len(down)

@@ -7,6 +7,7 @@ with Gram matrices nothing is squared, so differences far below the size of ΔW 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,9 @@ Matrix = npt.NDArray[np.float64]
 class Layer(NamedTuple):
     """An adapted layer: the names of its trained tensors by factor, and its frozen factors (None where trained).
 
-    A (r, d_in), B (d_out, r); no core among the trained factors means the core is the identity.
-    core: what makes the r×r matrix of the published core; linear.
+    A (r, d_in), B (d_out, r); no core among the trained factors means the core is the identity. A matrix D
+    (d_out, d_in) instead of factors is always trained.
+    core: what makes the r×r matrix of the published core; linear. name: what a carried term calls the layer.
     """
 
     trained: Mapping[str, str]
@@ -29,6 +31,14 @@ class Layer(NamedTuple):
     B: Matrix | None
     scale: float
     core: Callable[[Matrix], Matrix] = lambda published: published
+    name: str = ""
+
+
+class Product(NamedTuple):
+    """The matrix `left @ right`, (d_out, k) and (k, d_in), kept as its factors."""
+
+    left: Matrix
+    right: Matrix
 
 
 class Weighted(NamedTuple):
@@ -39,10 +49,15 @@ class Weighted(NamedTuple):
 
 
 def aggregation_error(
-    layers: Sequence[Layer], start: Arrays, published: Arrays, replies: Sequence[Weighted]
+    layers: Sequence[Layer],
+    start: Arrays,
+    published: Arrays,
+    replies: Sequence[Weighted],
+    merged: Mapping[str, Product] = MappingProxyType({}),
 ) -> float | None:
     """||published ΔW - Σ p_i ΔW_i|| / ||Σ p_i ΔW_i|| over all layers, ΔW the change since `start`; 0/0 is None.
 
+    merged: by layer what this round adds to the carried term, scale and all; it is published as well.
     All in float64. The head is not part of it: its mean is exact for every strategy that averages.
     """
     residual = mean = 0.0
@@ -50,16 +65,34 @@ def aggregation_error(
         shares = [reply.share for reply in replies]
         arrays = [published, start, *(reply.arrays for reply in replies)]
         # The start cancels in the residual, since the shares sum to one.
-        lost, change = _squared_norms(layer, arrays, ([1.0, 0.0, *(-p for p in shares)], [0.0, -1.0, *shares]))
+        added = [merged[layer.name]] if layer.name in merged else []
+        lost, change = _squared_norms(
+            layer, arrays, ([1.0, 0.0, *(-p for p in shares)], [0.0, -1.0, *shares]), (added, [])
+        )
         residual, mean = residual + lost, mean + change
     return _ratio(residual, mean)
 
 
-def transport_error(layers: Sequence[Layer], start: Arrays, published: Arrays, sent: Arrays) -> float | None:
-    """||sent ΔW - published ΔW|| / ||published ΔW||: what the cast to the wire's numbers loses."""
-    lost = sum(_squared_norm(layer, [(1.0, sent), (-1.0, published)]) for layer in layers)
-    change = sum(_squared_norm(layer, [(1.0, published), (-1.0, start)]) for layer in layers)
-    return _ratio(lost, change)
+def transport_error(
+    layers: Sequence[Layer],
+    start: Arrays,
+    published: Arrays,
+    sent: Arrays,
+    merged: Mapping[str, Product] = MappingProxyType({}),
+    lost: Callable[[str], Product | Matrix | None] = lambda layer: None,
+) -> float | None:
+    """||sent ΔW - published ΔW|| / ||published ΔW||: what the cast to the wire's numbers loses.
+
+    lost: how far the carried term's change in a layer is from what `merged` has for it.
+    """
+    gone = change = 0.0
+    for layer in layers:
+        added = [merged[layer.name]] if layer.name in merged else []
+        more = lost(layer.name)
+        products, matrix = ([more], None) if isinstance(more, Product) else ([], more)
+        gone += _squared_norm(layer, [(1.0, sent), (-1.0, published)], products, matrix)
+        change += _squared_norm(layer, [(1.0, published), (-1.0, start)], added)
+    return _ratio(gone, change)
 
 
 def _ratio(above: float, below: float) -> float | None:
@@ -68,33 +101,73 @@ def _ratio(above: float, below: float) -> float | None:
     return math.sqrt(above / below)
 
 
-def _squared_norm(layer: Layer, terms: Sequence[tuple[float, Arrays]]) -> float:
-    """||Σ c_j s·B_j C_j A_j||² of (coefficient, tensors) terms."""
+def _squared_norm(
+    layer: Layer,
+    terms: Sequence[tuple[float, Arrays]],
+    products: Sequence[Product] = (),
+    matrix: Matrix | None = None,
+) -> float:
+    """||Σ c_j s·B_j C_j A_j + Σ L_j R_j + M||² of (coefficient, tensors) terms, products and perhaps a matrix."""
     coefficients, arrays = zip(*terms, strict=True)
-    return _squared_norms(layer, arrays, (coefficients,))[0]
+    return _squared_norms(layer, arrays, (coefficients,), (products,), matrix)[0]
 
 
-def _squared_norms(layer: Layer, arrays: Sequence[Arrays], combinations: Sequence[Sequence[float]]) -> list[float]:
-    """||Σ c_j s·B_j C_j A_j||² for each combination of coefficients; the factors are decomposed once for all."""
+def _squared_norms(
+    layer: Layer,
+    arrays: Sequence[Arrays],
+    combinations: Sequence[Sequence[float]],
+    products: Sequence[Sequence[Product]],
+    matrix: Matrix | None = None,
+) -> list[float]:
+    """||Σ c_j s·B_j C_j A_j + Σ L_j R_j + M||² for each combination of coefficients with its own products.
+
+    What the terms have in common is decomposed once for all combinations.
+    """
+    sums = list(zip(combinations, products, strict=True))
+    if "D" in layer.trained:
+        norms = []
+        for coefficients, added in sums:
+            terms = zip(coefficients, arrays, strict=True)
+            whole = sum((c * each[layer.trained["D"]] for c, each in terms if c), np.zeros(()))
+            whole = sum((p.left @ p.right for p in added), whole + (0 if matrix is None else matrix))
+            norms.append(float(np.square(whole).sum()))
+        return norms
     if set(layer.trained) == {"C"}:
         # Linear in the core: combine the small matrices first.
         assert layer.A is not None and layer.B is not None
         norms = []
-        for coefficients in combinations:
+        for coefficients, added in sums:
             terms = zip(coefficients, arrays, strict=True)
             core = layer.core(sum((c * each[layer.trained["C"]] for c, each in terms if c), np.zeros(())))
-            norms.append(_norm(layer, np.linalg.qr(layer.B @ core).R, np.linalg.qr(layer.A.T).R))
+            norms.append(_norm([layer.scale * (layer.B @ core)], [layer.A], added, matrix))
         return norms
     lefts, rights = [], []
     for each in arrays:
         b = layer.B if layer.B is not None else each[layer.trained["B"]]
-        lefts.append(b @ layer.core(each[layer.trained["C"]]) if "C" in layer.trained else b)
+        lefts.append(layer.scale * (b @ layer.core(each[layer.trained["C"]]) if "C" in layer.trained else b))
         rights.append(layer.A if layer.A is not None else each[layer.trained["A"]])
-    upper_left, upper_right = np.linalg.qr(np.hstack(lefts)).R, np.linalg.qr(np.vstack(rights).T).R
     widths = [left.shape[1] for left in lefts]
-    return [_norm(layer, upper_left * np.repeat(coefficients, widths), upper_right) for coefficients in combinations]
+    left, right = np.hstack(lefts), np.vstack(rights)
+    if matrix is None:
+        every = [product for added in products for product in added]
+        left = np.linalg.qr(np.hstack([left, *(product.left for product in every)])).R
+        right = np.linalg.qr(np.vstack([right, *(product.right for product in every)]).T).R
+        own = [product.left.shape[1] for product in every]
+        norms = []
+        for at, (coefficients, _) in enumerate(sums):
+            ones = [float(k == at) for k, added in enumerate(products) for _ in added]
+            columns = np.repeat([*coefficients, *ones], [*widths, *own])
+            norms.append(float(np.square((left * columns) @ right.T).sum()))
+        return norms
+    return [_norm([left * np.repeat(coefficients, widths)], [right], added, matrix) for coefficients, added in sums]
 
 
-def _norm(layer: Layer, left: Matrix, right: Matrix) -> float:
-    """||s L Rᵀ||² of small factors."""
-    return float(np.square(layer.scale * (left @ right.T)).sum())
+def _norm(
+    lefts: Sequence[Matrix], rights: Sequence[Matrix], products: Sequence[Product], matrix: Matrix | None
+) -> float:
+    """||L R + Σ L_j R_j + M||², of stacked factors."""
+    left = np.hstack([*lefts, *(product.left for product in products)])
+    right = np.vstack([*rights, *(product.right for product in products)])
+    if matrix is not None:
+        return float(np.square(left @ right + matrix).sum())
+    return float(np.square(np.linalg.qr(left).R @ np.linalg.qr(right.T).R.T).sum())

@@ -4,7 +4,7 @@ It needs the message's content and its own `node_config`, and finds its data in 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
-from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
+from fedlotr.flower.carried import STATE, parts_of
+from fedlotr.flower.records import arrays_sha256, bases_from_record, by_layer, to_record, to_tensors
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
-from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
+from fedlotr.training.cohort import ClientResult, ClientWork, GradientTransform, train_cohort
 from fedlotr.training.evaluation import evaluate
 from fedlotr.training.memory import keep_freed_memory
+from fedlotr.training.models import Tensors
+from fedlotr.training.penalties import tail_penalty
 from fedlotr.training.results import Results
 
 WORK = "fedlotr.work"
@@ -29,7 +32,7 @@ WORK = "fedlotr.work"
 OUT = "out"
 """Key of `run_config` with the folder of the run, under Flower's own engine, whose clients cannot be told more."""
 
-UNDERSTOOD = {"server-round", "lr-factor"}
+UNDERSTOOD = {"server-round", "lr-factor", "tail-penalty", "tail-share"}
 """What a train message's config may say. Anything else (FedProx's proximal term, say) would be silently ignored."""
 
 
@@ -42,6 +45,28 @@ class Worker:
         torch.set_num_threads(workplace.recipe.threads)  # Flower's engine would give its own number
         self.model = workplace.build_model()
         self.bases_sha256 = bases_sha256(self.model.module)
+        self.carry_sha256 = ""
+
+    def follow(self, content: Any) -> None:
+        """Bring the carried term to the version of a message; what it brings is used as far as it is not here yet.
+
+        Raises RuntimeError where it is missing parts that this client never had.
+        """
+        if STATE not in content:
+            return
+        state, here = content[STATE], self.model.carried
+        version, since = int(state["version"]), int(state["since"])
+        if here.version != version:
+            if not since <= here.version < version or self.workplace.has_carry(version):
+                found = self.workplace.load_carry(since, version)
+                if found is None:
+                    raise RuntimeError(f"the carried term of version {since}, which this message goes on from, is lost")
+                here = found
+            if here.version < version:
+                here = here.caught_up(version, parts_of(content))
+            self.model.carry(here)
+            self.carry_sha256 = here.sha256
+            self.workplace.save_carry(here)
 
     def adopt(self, record: Any) -> None:
         """Use the bases a message brings, if they are not those in use; those made here come as a hash alone."""
@@ -51,6 +76,11 @@ class Worker:
         if sha256(list(brought.items())) != self.bases_sha256:  # type: ignore[arg-type]
             install_bases(self.model, brought)
             self.bases_sha256 = bases_sha256(self.model.module)
+
+    def identity(self, client: int) -> ConfigRecord:
+        """Who replies, and with what frozen parts it has computed."""
+        carried = {"carry-sha256": self.carry_sha256} if self.carry_sha256 else {}
+        return ConfigRecord({"client": client, "bases-sha256": self.bases_sha256, **carried})
 
     def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
         """Train clients, each from what its own message says.
@@ -66,9 +96,11 @@ class Worker:
                 raise ValueError(f"the strategy sends {', '.join(unknown)}, which this client does not act on")
             if "basis" in content:
                 self.adopt(content["basis"])
-            moving = self.model.moving(int(config["server-round"]))
-            still = ArrayRecord({name: array for name, array in content["arrays"].items() if name not in moving})
-            alike.setdefault((arrays_sha256(still), *sorted(config.items())), []).append(at)
+            self.follow(content)
+            arrays, moving = content["arrays"], self.model.moving(int(config["server-round"]))
+            still = ArrayRecord({name: array for name, array in arrays.items() if name not in moving})
+            shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items() if name in moving)
+            alike.setdefault((arrays_sha256(still), shapes, *sorted(config.items())), []).append(at)
         results: dict[int, ClientResult] = {}
         for group in alike.values():
             trained = self._train_alike([messages[at].content for at in group], [clients[at] for at in group])
@@ -86,7 +118,17 @@ class Worker:
             for client in clients
         ]
         start = starts[0] if one else starts
-        return train_cohort(self.model, start, self.workplace.train, work, training, None, server_round)
+        transform = _penalty(config, starts[0])
+        return train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
+
+
+def _penalty(config: Mapping[str, Any], start: Tensors) -> GradientTransform | None:
+    """HetLoRA's penalty on the last rows and columns of a client's factors, where a message asks for it."""
+    if "tail-penalty" not in config:
+        return None
+    layers = by_layer(start)
+    rank = max(len(start[names["A"]]) for names in layers.values())
+    return tail_penalty(layers, float(config["tail-penalty"]), int(float(config["tail-share"]) * rank))
 
 
 def workplace_folder(context: Context) -> str:
@@ -126,7 +168,7 @@ class CohortClientApp(ClientApp):
                                 "loss": result.loss,
                             }
                         ),
-                        "client": ConfigRecord({"client": client, "bases-sha256": here.bases_sha256}),
+                        "client": here.identity(client),
                     }
                 ),
                 reply_to=message,
@@ -153,6 +195,7 @@ def evaluate_shard(message: Message, context: Context) -> Message:
     here = worker(workplace_folder(context))
     content: Any = message.content
     config = content["config"]
+    here.follow(content)
     here.model.assign(to_tensors(content["arrays"]))
     rows = np.arange(int(config["start"]), int(config["stop"]))
     found = Results.empty(len(rows)) if config.get("rows") else None

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +20,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlotr.adapters.carry import Carry, in_words
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
+from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
+from fedlotr.flower.strategy import Strategy
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
 from fedlotr.training.results import Results
@@ -56,6 +61,7 @@ class Federation:
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
     measure: further metrics, of what the model made of each test row.
+    ranks: of each client; None: all have the run's, which is `rank`.
     """
 
     clients: int
@@ -72,6 +78,8 @@ class Federation:
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
     measure: Callable[[Results], dict[str, float | None]] | None = None
+    ranks: Sequence[int] | None = None
+    rank: int = 0
 
 
 @dataclass
@@ -82,6 +90,10 @@ class State:
     round: int = 0
     known: set[int] = field(default_factory=set)
     """Clients that have received the bases."""
+    carry: Carry = field(default_factory=Carry)
+    """What the server has merged into the model."""
+    holds: dict[int, int] = field(default_factory=dict)
+    """Client -> the version of it that the client has; a client that is not named has version 0."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +139,18 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
+    add_carry(messages, view.nodes, state.carry, state.holds)
+    blocks = Blocks(_ranks(strategy, federation))
+    blocks.cut(messages, view.nodes)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
-    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256)
+    carry_sha256 = state.carry.sha256 if state.carry.version else ""
+    good, failures = check_replies(
+        replies, messages, view.nodes, partial(blocks.of, expected), federation.bases_sha256, carry_sha256
+    )
+    blocks.pad(good, view.nodes, expected)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):
@@ -143,14 +162,17 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         # Some of Flower's strategies pop arrays out of the replies.
         aggregated, metrics = strategy.aggregate_train(number, [_copy(message) for message in good])
         published = _published(aggregated, expected)
+        start = to_arrays(state.arrays)
+        added = additions(strategy, federation.layers, start)
     # What did not move in this round stays.
     published = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
 
-    start, mean = to_arrays(state.arrays), to_arrays(published)
-    sent = _cast(published, state.arrays)
+    mean, sent, carry = to_arrays(published), _cast(published, state.arrays), merged(state.carry, added)
     error = None
     if getattr(strategy, "averages", False):
-        error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start))
+        error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start), added)
+    if added:
+        log.info("round %d: the model carries %s", number, in_words(carry.terms.values()))
     row: dict[str, Any] = {
         "round": number,
         "loss": None,
@@ -161,29 +183,42 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
         "aggregation_error": error,
-        "transport_error": transport_error(federation.layers, start, mean, to_arrays(sent)),
+        "transport_error": transport_error(
+            federation.layers, start, mean, to_arrays(sent), added, partial(lost, state.carry, carry, added)
+        ),
         "epsilon": None,
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
     state.arrays, state.round = sent, number
     state.known |= newcomers - set(failures)
+    state.holds |= {view.nodes[message.metadata.src_node_id]: state.carry.version for message in good}
+    state.carry = carry
     said = [(int(reply.content["client"]["client"]), dict(reply.content["metrics"])) for reply in good]  # type: ignore[arg-type]
     return Round(row, view.entries, failures, dict(said))
 
 
-def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[str, float | None]:
+def evaluate(
+    grid: Grid, federation: Federation, arrays: ArrayRecord, carry: Carry | None = None
+) -> dict[str, float | None]:
     """Loss and accuracy, or loss and perplexity, and the federation's own metric, on the held-out examples.
 
-    The server's own work, spread over the engine's workers; it passes by the ledger. Raises FedlotrError where a shard
-    fails.
+    The server's own work, spread over the engine's workers; it passes by the ledger. carry: what the model carries;
+    workers lack its newest version. Raises FedlotrError where a shard fails.
     """
     nodes = _nodes(grid)
+    carried = {} if carry is None else carry_records(carry, max(carry.version - 1, 0))
     pieces = shards(federation.held_out, EVALUATION_SHARD)
     asked = {} if federation.measure is None else {"rows": True}
     messages = [
         Message(
-            RecordDict({"arrays": arrays, "config": ConfigRecord({"start": piece.start, "stop": piece.stop, **asked})}),
+            RecordDict(
+                {
+                    "arrays": arrays,
+                    "config": ConfigRecord({"start": piece.start, "stop": piece.stop, **asked}),
+                    **carried,
+                }
+            ),
             nodes[at % federation.clients],
             MessageType.EVALUATE,
         )
@@ -207,6 +242,15 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord) -> dict[st
     if federation.causal:
         return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700)), **further}
     return {"loss": scores.mean_loss, "accuracy": scores.accuracy, **further}
+
+
+def _ranks(strategy: FlowerStrategy, federation: Federation) -> Sequence[int] | None:
+    """Of each client in this round; None where all have the run's."""
+    fewer = strategy.ranks if isinstance(strategy, Strategy) else {}
+    if not fewer:
+        return federation.ranks
+    own = federation.ranks or [federation.rank] * federation.clients
+    return [min(rank, fewer.get(client, rank)) for client, rank in enumerate(own)]
 
 
 def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:

@@ -20,8 +20,8 @@ GROUP = "fedlotr.strategies"
 """Entry point group in which packages announce their strategies."""
 
 
-def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: int) -> FlowerStrategy:
-    """Make the strategy.
+def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: int, seed: int = 0) -> FlowerStrategy:
+    """Make the strategy. seed: the run's, for one that draws and so has an argument `seed`.
 
     Flower's own strategies get what lets the loop sample and weigh for them: they train every client that their grid
     shows, weigh by the record `weight`, and evaluate nothing. `arguments` win over that.
@@ -34,6 +34,7 @@ def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: in
         "min_train_nodes": clients_per_round,
         "min_available_nodes": clients_per_round,
         "weighted_by_key": "weight",
+        "seed": seed,
     }
     parameters = _parameters(kind)
     unknown = [key for key in arguments if parameters is not None and key not in parameters]

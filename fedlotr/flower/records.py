@@ -3,7 +3,8 @@
 import hashlib
 import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 _NPY_1_0 = b"\x93NUMPY\x01\x00"
 
 Arrays = dict[str, npt.NDArray[np.float64]]
+FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.core_(?P<factor>[A-Z])")
+"""How the trained tensors of an adapted layer are called."""
 Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -58,6 +61,15 @@ def to_tensors(record: ArrayRecord) -> dict[str, torch.Tensor]:
 def to_arrays(record: ArrayRecord) -> Arrays:
     """float64 arrays by name: what aggregation computes with."""
     return {name: value(array).astype(np.float64) for name, array in record.items()}
+
+
+def by_layer(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The tensors of adapted layers: layer -> "A", "B" or "C" -> the tensor's name; a head's are passed over."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := FACTOR.fullmatch(name):
+            found.setdefault(match["layer"], {})[match["factor"]] = name
+    return found
 
 
 def bases_record(bases: Bases) -> ArrayRecord:

@@ -1,7 +1,7 @@
 """Which replies are fit to be averaged, and why the others are not."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,15 @@ def check_replies(
     replies: Iterable[Message],
     messages: Iterable[Message],
     nodes: Mapping[int, int],
-    expected: ArrayRecord,
+    expected: Callable[[int], ArrayRecord],
     bases_sha256: str,
+    carry_sha256: str = "",
 ) -> tuple[list[Message], dict[int, Failure]]:
     """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
 
-    nodes: node id -> client. expected: tensors whose names, shapes and dtypes a reply must have.
+    nodes: node id -> client. expected: client -> tensors whose names, shapes and dtypes its reply must
+    have. bases_sha256,
+    carry_sha256: what a client must have computed with.
     """
     by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
     good: list[Message] = []
@@ -46,7 +49,9 @@ def check_replies(
         reply = by_client.get(client)
         try:
             failure = (
-                Failure("no reply", "no reply") if reply is None else _failure(reply, client, expected, bases_sha256)
+                Failure("no reply", "no reply")
+                if reply is None
+                else _failure(reply, client, expected(client), bases_sha256, carry_sha256)
             )
         except Exception as error:  # a reply is what a client sends, and may hold anything
             failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
@@ -57,7 +62,9 @@ def check_replies(
     return good, failures
 
 
-def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: str) -> Failure | None:
+def _failure(
+    reply: Message, client: int, expected: ArrayRecord, bases_sha256: str, carry_sha256: str
+) -> Failure | None:
     """What makes a reply unfit to be averaged; None if nothing does."""
     if reply.has_error():
         reason = reply.error.reason or "no reason was given"
@@ -98,4 +105,10 @@ def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: s
     if found != bases_sha256:
         reason = f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"
         return Failure("other bases", reason)
+    found = str(content["client"].get("carry-sha256", ""))
+    if found != carry_sha256:
+        reason = (
+            f"it trained beside another carried term (SHA-256 {found[:12] or 'none'}, expected {carry_sha256[:12]})"
+        )
+        return Failure("another carried term", reason)
     return None

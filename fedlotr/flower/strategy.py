@@ -13,7 +13,8 @@ unchanged, gets the same care.
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +22,28 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlotr.flower.certificate import Product
+from fedlotr.flower.ranks import block, padded
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division."""
+    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division.
+
+    rank: of the leading block that it trained, where ranks differ; the rest of its factors is zero here. None: all.
+    """
 
     client: int
     arrays: Arrays
     weight: float
+    rank: int | None = None
+
+
+def owned(update: Update, name: str) -> npt.NDArray[np.float64]:
+    """Ones where a client trained an entry of a tensor, zeros where its rank leaves it out."""
+    shape = update.arrays[name].shape
+    return np.ones(shape) if update.rank is None else padded(block(name, np.ones(shape), update.rank), shape)
 
 
 def weighted_mean(updates: Sequence[Update]) -> Arrays:
@@ -45,6 +58,17 @@ def weighted_mean(updates: Sequence[Update]) -> Arrays:
     return mean
 
 
+class WithCarry(NamedTuple):
+    """What `combine` may give instead of tensors alone: what the server is to merge into the model besides.
+
+    carry: by layer (as `by_layer` names it) the factors of what is added to the carried term, in units of `B A`: the
+    loop scales it by the s of `W x + s·B C A x`, as it does the adapter.
+    """
+
+    arrays: Mapping[str, npt.NDArray[np.float64]]
+    carry: Mapping[str, Product]
+
+
 class Strategy(FlowerStrategy):
     """Base class. Override `combine`; everything else has a default that suits one message and one reply a client.
 
@@ -54,13 +78,22 @@ class Strategy(FlowerStrategy):
     averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
     measures how far it is from that. Where it is False, `aggregation_error` is null.
     mean_before_step: set by a server optimizer in `combine`: the mean before its step, which is certified.
+    exact: whether what it publishes is that mean also where several factors move; the suite holds it to that.
+    needs: the factors that must be in every update; a method whose clients send others is refused.
+    ranks: client -> the rank that it is to train from now on, where the strategy says so and it is below its own.
     """
 
     averages: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
     mean_before_step: Arrays | None = None
+    ranks: Mapping[int, int] = MappingProxyType({})
+    _carry: Mapping[str, Product] = MappingProxyType({})
 
     @abstractmethod
-    def combine(self, updates: Sequence[Update], server_round: int) -> Mapping[str, npt.NDArray[np.float64]]:
+    def combine(
+        self, updates: Sequence[Update], server_round: int
+    ) -> Mapping[str, npt.NDArray[np.float64]] | WithCarry:
         """The new trained tensors by name, from at least one update, sorted by client. Return float64."""
 
     def configure_train(
@@ -79,12 +112,26 @@ class Strategy(FlowerStrategy):
         for reply in replies:
             content: Any = reply.content
             weight, loss = float(content["metrics"]["weight"]), float(content["metrics"]["loss"])
-            updates.append(Update(int(content["client"]["client"]), to_arrays(content["arrays"]), weight))
+            client = content["client"]
+            updates.append(Update(int(client["client"]), to_arrays(content["arrays"]), weight, client.get("rank")))
             losses.append(loss)
         if not updates:
             return None, None
         loss = float(np.average(losses, weights=[update.weight for update in updates]))
-        return to_record(dict(self.combine(updates, server_round))), MetricRecord({"loss": loss})
+        combined = self.combine(updates, server_round)
+        if isinstance(combined, WithCarry):
+            combined, self._carry = combined
+        return to_record(dict(combined)), MetricRecord({"loss": loss})
+
+    def merges(self, ranks: Sequence[int]) -> int:
+        """The rank that a round of clients of these ranks adds to a layer's carried term; `doctor` reckons by it."""
+        return 0
+
+    def take_carry(self) -> Mapping[str, Product]:
+        """What the last `combine` wants merged, handed out once: the round loop asks."""
+        taken = self._carry
+        vars(self).pop("_carry", None)  # it is no state of ours, and would swell the checkpoints
+        return taken
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -1,4 +1,4 @@
-"""What a client process finds on its disk: the recipe of the run, its data, the bases it was sent.
+"""What a client process finds on its disk: the recipe of the run, its data, the bases and carried terms it was sent.
 
 Everything else reaches a client in messages. The folder lies in the run directory, in `.work/`, while the run goes on.
 """
@@ -14,11 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save
 from safetensors.torch import save_file as save_tensors
 
 from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.examples import Examples
@@ -126,6 +129,37 @@ class Workplace:
         model = TrainableModel(load_base(recipe.model), recipe.model, core, carry)
         self.record_load()
         return model
+
+    def save_carry(self, carry: Carry) -> None:
+        """Keep what a client has received, as its own disk would: one file a version, the last two of them."""
+        path = self._carry_path(carry.version)
+        if not path.exists():
+            tensors, about = carry.saved()
+            path.parent.mkdir(exist_ok=True)
+            # Several workers may be at it at once: each under a name of its own, and whoever is last replaces its like.
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_bytes(save(tensors, {"about": json.dumps(about)}))
+            partial.replace(path)
+            for old in path.parent.glob("*.safetensors"):
+                if int(old.stem) < carry.version - 1:
+                    old.unlink(missing_ok=True)
+
+    def has_carry(self, version: int) -> bool:
+        """Whether that version is on this disk."""
+        return self._carry_path(version).exists()
+
+    def load_carry(self, least: int, most: int) -> Carry | None:
+        """The latest version between two that is on this disk, or None."""
+        for version in range(most, least - 1, -1):
+            path = self._carry_path(version)
+            if path.exists():
+                with safe_open(path, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                    return Carry.restored(tensors, json.loads(file.metadata()["about"]))
+        return Carry.start(_load_pairs(self.folder / "carry.safetensors")) if least == 0 else None
+
+    def _carry_path(self, version: int) -> Path:
+        return self.folder / "carry" / f"{version}.safetensors"
 
     def record_load(self) -> None:
         """Note that this process loaded the frozen base once more."""

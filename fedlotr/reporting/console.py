@@ -14,6 +14,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedlotr.adapters.methods import METHODS
 from fedlotr.configuration import SimulationConfig
 
 SHOWN_CLIENTS = 8
@@ -224,7 +225,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
             "method",
             joined(
                 config.method,
-                f"rank {config.rank}" if adapter != 0 else None,
+                f"rank {config.rank}" if METHODS[config.method].factored else None,
                 known("basis {}", "basis"),
                 known("tie {}", "tie"),
                 known("strategy {}", "strategy"),

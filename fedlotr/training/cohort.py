@@ -166,7 +166,9 @@ def _backward(
     for chosen in pack(examples.lengths[rows], model.pass_tokens(PASS_TOKENS)):
         owner = torch.from_numpy(owners[chosen]).to(model.device)
         batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
-        copied = {name: stack.index_select(0, owner) for name, stack in stacks.items()}
+        # A client alone meets its whole matrices as they are: a copy of one for each row would not fit the memory.
+        alone = model.matrices if len(batches) == 1 else frozenset()
+        copied = {name: stack[0] if name in alone else stack.index_select(0, owner) for name, stack in stacks.items()}
         with copies(model.module, model.as_copies(copied)):
             losses = model.losses(batch)
             torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses)).backward()  # type: ignore[no-untyped-call]

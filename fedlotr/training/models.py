@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedlotr.adapters.bases import Factors
-from fedlotr.adapters.layer import CopiesLinear, FactoredLayer
+from fedlotr.adapters.carry import Carry
+from fedlotr.adapters.layer import TRAINABLE, CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.examples import IGNORED, Batch
@@ -242,17 +243,15 @@ class TrainableModel:
     def __init__(
         self, base: nn.Module, spec: ModelSpec, core: CoreConfig | None, carry: Mapping[str, Factors] | None = None
     ) -> None:
-        """carry: by layer the pair of an adapter that training starts from, a constant beside the base."""
+        """carry: by layer the pair of an adapter that training starts from: version 0 of the carried term."""
         self.heads = list(head_layers(base))
         if core is not None:
             with warnings.catch_warnings():
                 # PEFT asks transformers for a property that transformers is about to rename: no user's concern.
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
-        layers = factored_layers(base)
-        for name, pair in (carry or {}).items():
-            layers[name].add_carry("default", pair.A, pair.B)
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
+        self.carry(Carry.start(carry or {}))
 
     @cached_property
     def trained(self) -> dict[str, tuple[str, str]]:
@@ -260,7 +259,7 @@ class TrainableModel:
         found: dict[str, tuple[str, str]] = {
             f"base_model.model.{name}.core_{factor}": (name, factor)
             for name, layer in factored_layers(self.module).items()
-            for factor in "ABCS"
+            for factor in TRAINABLE
             if "default" in getattr(layer, f"core_{factor}")
         }
         for name in self.heads:
@@ -268,6 +267,11 @@ class TrainableModel:
                 if getattr(self.module.get_submodule(name), part) is not None:
                     found[f"base_model.model.{name}.{part}"] = (name, part)
         return dict(sorted(found.items()))
+
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """The trained tensors that are whole matrices of a layer."""
+        return frozenset(name for name, (module, part) in self.trained.items() if part == "D")
 
     @cached_property
     def published(self) -> list[str]:
@@ -313,15 +317,28 @@ class TrainableModel:
         return self.publish({name: self._parameter(name).detach().clone() for name in self.trained})
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Write the published tensors; scales start again. Raises KeyError for a missing one."""
+        """Write the published tensors, or leading blocks of them among zeros; scales start again.
+
+        Raises KeyError for a missing one.
+        """
         with torch.no_grad():
             for name, value in self.start(values).items():
-                self._parameter(name).copy_(value)
+                parameter = self._parameter(name)
+                if parameter.shape != value.shape:
+                    parameter.zero_()
+                parameter[tuple(slice(size) for size in value.shape)] = value
 
     def start(self, values: Mapping[str, torch.Tensor]) -> Tensors:
         """The trained tensors at the start of a round: the published ones, and scales of one."""
         sent = set(self.published)
         return {name: values[name] if name in sent else torch.ones_like(self._parameter(name)) for name in self.trained}
+
+    def carry(self, carry: Carry) -> None:
+        """Let the layers carry these terms, and no others. Raises KeyError for a layer that is not adapted."""
+        self.carried = carry
+        layers = factored_layers(self.module)
+        for name, term in carry.terms.items():
+            layers[name].add_carry("default", *term.tensors())
 
     def as_copies(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
         """Trained tensors with copies axes, arranged for `adapters.copies`."""
@@ -349,7 +366,7 @@ class TrainableModel:
     def takes_ragged(self) -> bool:
         """Whether the model takes packed sequences."""
         known = self.spec.code is None and getattr(self.module.config, "model_type", "") in RAGGED
-        return known and isinstance(self.module, MeanPooledClassifier)
+        return known and isinstance(self.module, MeanPooledClassifier) and not self.matrices
 
     def ragged_logits(self, batch: Ragged) -> torch.Tensor:
         """(rows, labels), float32; inside `adapters.packed`."""
