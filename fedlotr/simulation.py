@@ -48,6 +48,9 @@ log = logging.getLogger("fedlotr")
 CLIENT_APP = "fedlotr.flower.client_app:app"
 DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
 """Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
+NO_CLIENT_STATE = (
+    "Flower does not show what its clients keep between rounds, so no checkpoint could hold it; choose ray or local"
+)
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -157,12 +160,27 @@ def check_all(
     if not {"strategy", "strategy_arg", "strategy" if config.strategy else "method"}.intersection(wrong):
         name = config.strategy or METHODS[config.method].strategy
         try:
-            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round)
+            strategy = load_strategy(name, config.strategy_arg, config.clients_per_round, clients=config.clients)
+            problems += unmet_controls(strategy, config)
         except InputError as error:
             problems += error.problems
-    if checked is None or strategy is None:
+    if problems or checked is None or strategy is None:
         raise InputError(problems)
     return checked, strategy
+
+
+def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why clients cannot keep control variates as a strategy asks, each one line."""
+    if not getattr(strategy, "controls", False):
+        return
+    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
+    if METHODS[config.method].adapts and (config.core or METHODS[config.method].core) == "heads":
+        yield (
+            f"{name} with --core heads: the blocks' scales start again in every round, so there is no lasting gradient "
+            "that a control variate could stand for; choose --core full"
+        )
+    if config.engine == "flower":
+        yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:

@@ -22,6 +22,7 @@ from fedlotr.flower.certificate import Layer
 from fedlotr.flower.loop import Federation, Round, State, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_arrays, to_record
+from fedlotr.flower.terms import CONTROL
 from fedlotr.simulation import certificate_layers
 from fedlotr.streams import generator
 from fedlotr.training.models import ModelSpec, TrainableModel
@@ -57,6 +58,8 @@ def _train(message: Message, context: Context) -> Message:
         "metrics": MetricRecord({"num-examples": client + 1, "weight": float(client + 1), "loss": 1.0}),
         "client": ConfigRecord({"client": client, "bases-sha256": str(context.run_config["bases"])}),
     }
+    if CONTROL in content:  # the change of its control variates, noise too
+        records[CONTROL] = to_record({name: sent[name] - content["arrays"][name].numpy() for name in sent})
     return Message(RecordDict(records), reply_to=message)
 
 

@@ -24,7 +24,7 @@ from tests.support import read_run
 ROWS = [(method, row.strategy) for method, row in METHODS.items()]
 OTHERS = [
     ("lotr", name) for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum")
-] + [("rolora", "fedadam"), ("ravan", "fedavgm")]
+] + [("rolora", "fedadam"), ("ravan", "fedavgm"), ("lotr", "fedprox"), ("lotr", "scaffold"), ("rolora", "scaffold")]
 INEXACT = ("fedit",)
 NOT_MEANS = ("median", "trimmed-mean", "krum")
 

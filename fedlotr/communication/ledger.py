@@ -18,6 +18,9 @@ Direction = Literal["up", "down"]
 Kind = Literal["broadcast", "update", "basis", "control"]
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
+CONTROLS = ("control", "moments")
+"""Records of arrays that steer training and are no part of the model: control variates, moments of optimizers."""
+
 SCHEMA = pa.schema(
     [
         ("round", pa.int32()),
@@ -66,7 +69,7 @@ def entry(server_round: int, client: int, direction: Direction, name: str, recor
     kind: Kind = "control"
     if name == "basis":
         kind = "basis"
-    elif isinstance(record, ArrayRecord):
+    elif isinstance(record, ArrayRecord) and name not in CONTROLS:
         kind = "broadcast" if direction == "down" else "update"
     return Entry(server_round, client, direction, kind, payload_bytes(record), record.count_bytes())
 

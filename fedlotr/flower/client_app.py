@@ -5,7 +5,7 @@ It needs the message's content and its own `node_config`, and finds its data in 
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from flwr.clientapp import ClientApp
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
+from fedlotr.flower.terms import CONTROL, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
-from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort
+from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort, training_order
+from fedlotr.training.corrections import chain
 from fedlotr.training.evaluation import evaluate
 
 WORK = "fedlotr.work"
@@ -27,8 +29,16 @@ WORK = "fedlotr.work"
 OUT = "out"
 """Key of `run_config` with the folder of the run, under Flower's own engine, whose clients cannot be told more."""
 
-UNDERSTOOD = {"server-round", "lr-factor"}
-"""What a train message's config may say. Anything else (FedProx's proximal term, say) would be silently ignored."""
+UNDERSTOOD = {"server-round", "lr-factor", *TERMS}
+"""What a train message's config may say. Anything else would be silently ignored."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client comes back with: its result, and the records that go up beside it."""
+
+    result: ClientResult
+    beside: dict[str, ArrayRecord]
 
 
 class Worker:
@@ -49,8 +59,11 @@ class Worker:
             install_bases(self.model, brought)
             self.bases_sha256 = bases_sha256(self.model.module)
 
-    def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
-        """Train clients, each from what its own message says; those whose messages agree train together."""
+    def train(self, messages: Sequence[Message], clients: Sequence[int], states: Sequence[RecordDict]) -> list[Trained]:
+        """Train clients, each from what its own message says; what a client keeps is changed in place in `states`.
+
+        Those train together whose messages agree in all but the tensors that move in this round.
+        """
         alike: dict[tuple[Any, ...], list[int]] = {}
         for at, message in enumerate(messages):
             content: Any = message.content
@@ -60,24 +73,42 @@ class Worker:
                 raise ValueError(f"the strategy sends {', '.join(unknown)}, which this client does not act on")
             if "basis" in content:
                 self.adopt(content["basis"])
-            alike.setdefault((arrays_sha256(content["arrays"]), *sorted(config.items())), []).append(at)
-        results: dict[int, ClientResult] = {}
+            moving = self.model.moving(int(config["server-round"]))
+            still = ArrayRecord({name: array for name, array in content["arrays"].items() if name not in moving})
+            control = arrays_sha256(content[CONTROL]) if CONTROL in content else ""
+            alike.setdefault((arrays_sha256(still), control, *sorted(config.items())), []).append(at)
+        results: dict[int, Trained] = {}
         for group in alike.values():
-            trained = self._train_alike(messages[group[0]].content, [clients[at] for at in group])
+            contents, own = [messages[at].content for at in group], [states[at] for at in group]
+            trained = self._train_alike(contents, [clients[at] for at in group], own)
             results |= dict(zip(group, trained, strict=True))
         return [results[at] for at in range(len(messages))]
 
-    def _train_alike(self, content: Any, clients: Sequence[int]) -> list[ClientResult]:
-        recipe, config = self.workplace.recipe, content["config"]
+    def _train_alike(
+        self, contents: Sequence[Any], clients: Sequence[int], states: Sequence[RecordDict]
+    ) -> list[Trained]:
+        recipe, config = self.workplace.recipe, contents[0]["config"]
+        one = len({arrays_sha256(content["arrays"]) for content in contents}) == 1
+        starts = [to_tensors(content["arrays"]) for content in (contents[:1] if one else contents)]
         factor, server_round = float(config.get("lr-factor", 1.0)), int(config["server-round"])
         training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
         work = [
             ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
             for client in clients
         ]
-        return train_cohort(
-            self.model, to_tensors(content["arrays"]), self.workplace.train, work, training, None, server_round
-        )
+        order = training_order(work, training)
+        moving = self.model.moving(server_round)
+        begun = [self.model.start(values) for values in (starts if one else [starts[at] for at in order])]
+        stacked = {name: torch.stack([values[name] for values in begun]).float() for name in begun[0] if name in moving}
+        asked = terms(Cohort(contents[0], [states[at] for at in order], stacked))
+        transform = chain([term.transform for term in asked])
+        start = starts[0] if one else starts
+        results = train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
+        beside: dict[int, dict[str, ArrayRecord]] = {at: {} for at in order}
+        for row, at in enumerate(order):
+            for term in asked:
+                beside[at] |= term.report(row)
+        return [Trained(result, beside[at]) for at, result in enumerate(results)]
 
 
 def workplace_folder(context: Context) -> str:
@@ -103,26 +134,27 @@ class CohortClientApp(ClientApp):
         """One reply a message, in order."""
         clients = [int(context.node_config["partition-id"]) for context in contexts]
         here = worker(workplace_folder(contexts[0]))
-        results = here.train(messages, clients)
+        trained = here.train(messages, clients, [context.state for context in contexts])
         weighs_examples = here.workplace.recipe.weights == "examples"
         return [
             Message(
                 RecordDict(
                     {
-                        "arrays": to_record(result.tensors),
+                        "arrays": to_record(one.result.tensors),
                         "metrics": MetricRecord(
                             {
-                                "num-examples": result.examples,
-                                "weight": float(result.examples) if weighs_examples else 1.0,
-                                "loss": result.loss,
+                                "num-examples": one.result.examples,
+                                "weight": float(one.result.examples) if weighs_examples else 1.0,
+                                "loss": one.result.loss,
                             }
                         ),
                         "client": ConfigRecord({"client": client, "bases-sha256": here.bases_sha256}),
+                        **one.beside,
                     }
                 ),
                 reply_to=message,
             )
-            for message, client, result in zip(messages, clients, results, strict=True)
+            for message, client, one in zip(messages, clients, trained, strict=True)
         ]
 
 

@@ -24,6 +24,8 @@ from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, trans
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
+from fedlotr.flower.state import ClientStates
+from fedlotr.flower.terms import CONTROL
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
 
@@ -114,12 +116,15 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     with blaming(strategy, number, federation.method, "configure_train"):
         messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
+    kept = ClientStates(grid, clients)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
-    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256)
+    beside = {CONTROL: expected} if getattr(strategy, "controls", False) else {}
+    good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256, beside)
+    kept.restore(failures)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,12 @@ def check_replies(
     nodes: Mapping[int, int],
     expected: ArrayRecord,
     bases_sha256: str,
+    beside: Mapping[str, ArrayRecord] = MappingProxyType({}),
 ) -> tuple[list[Message], dict[int, Failure]]:
     """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
 
-    nodes: node id -> client. expected: tensors whose names, shapes and dtypes a reply must have.
+    nodes: node id -> client. expected: tensors whose names, shapes and dtypes a reply must have. beside: by the name
+    of a record the same, of what a reply holds besides.
     """
     by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
     good: list[Message] = []
@@ -45,7 +48,9 @@ def check_replies(
         reply = by_client.get(client)
         try:
             failure = (
-                Failure("no reply", "no reply") if reply is None else _failure(reply, client, expected, bases_sha256)
+                Failure("no reply", "no reply")
+                if reply is None
+                else _failure(reply, client, {"arrays": expected, **beside}, bases_sha256)
             )
         except Exception as error:  # a reply is what a client sends, and may hold anything
             failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
@@ -56,7 +61,7 @@ def check_replies(
     return good, failures
 
 
-def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: str) -> Failure | None:
+def _failure(reply: Message, client: int, expected: Mapping[str, ArrayRecord], bases_sha256: str) -> Failure | None:
     """What makes a reply unfit to be averaged; None if nothing does."""
     if reply.has_error():
         reason = reply.error.reason or "no reason was given"
@@ -65,24 +70,15 @@ def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: s
         return Failure("worker died" if reply.error.code == CLIENT_CRASHED else named, reason)
     content: Any = reply.content
     kinds = {name: type(record) for name, record in content.items()}
-    if RECORDS.items() - kinds.items() or any(
-        kinds[name] is not ConfigRecord for name in kinds.keys() - RECORDS.keys()
-    ):
+    needed = RECORDS | dict.fromkeys(expected, ArrayRecord)
+    if needed.items() - kinds.items() or any(kinds[name] is not ConfigRecord for name in kinds.keys() - needed.keys()):
         found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items()) or "none"
-        return Failure("records", f"a reply needs the records arrays, metrics and client; this one has {found}")
-    arrays, metrics = content["arrays"], content["metrics"]
-    if set(arrays) != set(expected):
-        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
-        return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
-    for name, array in arrays.items():
-        # Decoded, and not only by what it says of itself: that need not be so.
-        value, wanted = array.numpy(), expected[name]
-        shape, dtype = tuple(wanted.shape), wanted.dtype
-        if {tuple(array.shape), value.shape} != {shape} or {array.dtype, str(value.dtype)} != {dtype}:
-            kind = "wrong dtype" if value.shape == shape == tuple(array.shape) else "wrong shape"
-            return Failure(kind, f"{name} is {value.dtype} {value.shape}, expected {dtype} {shape}")
-        if not np.isfinite(value).all():
-            return Failure("not finite", f"{name} has values that are not finite")
+        wanted = f"{', '.join(list(needed)[:-1])} and {list(needed)[-1]}"
+        return Failure("records", f"a reply needs the records {wanted}; this one has {found}")
+    for name, tensors in expected.items():
+        if (failure := _tensors(content[name], tensors)) is not None:
+            return failure if name == "arrays" else Failure(failure.kind, f"its {name}: {failure.reason}")
+    metrics = content["metrics"]
     if set(metrics) != METRICS:
         return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(METRICS)}")
     weight, loss = metrics["weight"], metrics["loss"]
@@ -97,4 +93,21 @@ def _failure(reply: Message, client: int, expected: ArrayRecord, bases_sha256: s
     if found != bases_sha256:
         reason = f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"
         return Failure("other bases", reason)
+    return None
+
+
+def _tensors(arrays: ArrayRecord, expected: ArrayRecord) -> Failure | None:
+    """What of a record's tensors is not as expected."""
+    if set(arrays) != set(expected):
+        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+        return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
+    for name, array in arrays.items():
+        # Decoded, and not only by what it says of itself: that need not be so.
+        value, wanted = array.numpy(), expected[name]
+        shape, dtype = tuple(wanted.shape), wanted.dtype
+        if {tuple(array.shape), value.shape} != {shape} or {array.dtype, str(value.dtype)} != {dtype}:
+            kind = "wrong dtype" if value.shape == shape == tuple(array.shape) else "wrong shape"
+            return Failure(kind, f"{name} is {value.dtype} {value.shape}, expected {dtype} {shape}")
+        if not np.isfinite(value).all():
+            return Failure("not finite", f"{name} has values that are not finite")
     return None

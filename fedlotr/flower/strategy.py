@@ -12,7 +12,8 @@ unchanged, gets the same care.
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,15 +23,20 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.records import Arrays, to_arrays, to_record
+from fedlotr.flower.terms import CONTROL, CONTROL_VARIATES
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division."""
+    """One client's reply: its trained tensors after local training (float64), and its weight p_i before division.
+
+    control: the change of its control variates, where the strategy has such (`Strategy.controls`).
+    """
 
     client: int
     arrays: Arrays
     weight: float
+    control: Arrays = field(default_factory=dict)
 
 
 def weighted_mean(updates: Sequence[Update]) -> Arrays:
@@ -54,9 +60,15 @@ class Strategy(FlowerStrategy):
     averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
     measures how far it is from that. Where it is False, `aggregation_error` is null.
     mean_before_step: set by a server optimizer in `combine`: the mean before its step, which is certified.
+    asks: what clients are to do besides plain training: keys of the train message's config with their values; which
+    there are is said in `fedlotr.flower.terms`.
+    controls: whether they are to correct their gradients by control variates, and keep their own between rounds:
+    `control` is then sent to them, and every `Update` has the change of the client's.
     """
 
     averages: ClassVar[bool] = False
+    controls: ClassVar[bool] = False
+    asks: Mapping[str, float | bool] = MappingProxyType({})
     mean_before_step: Arrays | None = None
 
     @abstractmethod
@@ -68,7 +80,11 @@ class Strategy(FlowerStrategy):
     ) -> Iterable[Message]:
         """The same broadcast to every client of the round: the grid shows no others."""
         config["server-round"] = server_round
+        config.update({**self.asks, **({CONTROL_VARIATES: True} if self.controls else {})})
         content = RecordDict({"arrays": arrays, "config": config})
+        if self.controls:
+            control = self.control(arrays)
+            content[CONTROL] = to_record({name: value.astype(np.float32) for name, value in control.items()})
         return [Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()]
 
     def aggregate_train(
@@ -79,12 +95,17 @@ class Strategy(FlowerStrategy):
         for reply in replies:
             content: Any = reply.content
             weight, loss = float(content["metrics"]["weight"]), float(content["metrics"]["loss"])
-            updates.append(Update(int(content["client"]["client"]), to_arrays(content["arrays"]), weight))
+            control = to_arrays(content[CONTROL]) if self.controls else {}
+            updates.append(Update(int(content["client"]["client"]), to_arrays(content["arrays"]), weight, control))
             losses.append(loss)
         if not updates:
             return None, None
         loss = float(np.average(losses, weights=[update.weight for update in updates]))
         return to_record(dict(self.combine(updates, server_round))), MetricRecord({"loss": loss})
+
+    def control(self, arrays: ArrayRecord) -> Arrays:
+        """The server's control variates, one for each of the model's tensors; asked for where `controls` is set."""
+        raise NotImplementedError(f"{type(self).__name__} says that it has control variates; give it `control`")
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

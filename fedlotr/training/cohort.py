@@ -21,7 +21,8 @@ from fedlotr.training.optimizers import OPTIMIZERS, clip_by_norm
 Rows = npt.NDArray[np.int64]
 GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """(gradients, current values), both by name and (active, ...) -> gradients: what a strategy or a privacy mechanism
-puts between backward and optimizer."""
+puts between backward and optimizer, after `clip_norm`. Row j is client `training_order(...)[j]`'s; clients stop from
+the last row on, so whatever a transform keeps by client is cut as `kept[: len(gradient)]`."""
 
 PASS_TOKENS = 2048
 """Padded tokens in one forward and backward: bounds the activations held, and is large enough for full speed."""
@@ -51,6 +52,17 @@ class LocalTraining:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+
+    def steps_of(self, held: int) -> int:
+        """Optimizer steps in a round of a client that holds so many examples."""
+        return self.steps if self.steps is not None else self.epochs * -(-held // self.batch_size)
+
+    def examples_of(self, held: int) -> int:
+        """Examples that it works through in a round."""
+        if self.steps is None:
+            return held * self.epochs
+        epochs, rest = divmod(self.steps, -(-held // self.batch_size))
+        return epochs * held + min(rest * self.batch_size, held)
 
 
 @dataclass(frozen=True)
@@ -82,29 +94,41 @@ def client_batches(work: ClientWork, training: LocalTraining) -> list[Rows]:
     return batches[: training.steps]
 
 
+def training_order(cohort: Sequence[ClientWork], training: LocalTraining) -> list[int]:
+    """Whose each row of what is stacked is, as positions in the cohort: those with the most steps first.
+
+    The clients still active at any step are then a prefix, and stopping is slicing.
+    """
+    return sorted(range(len(cohort)), key=lambda k: -training.steps_of(len(cohort[k].rows)))
+
+
 def train_cohort(
     model: TrainableModel,
-    start: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]],
     examples: Examples,
     cohort: Sequence[ClientWork],
     training: LocalTraining,
     transform: GradientTransform | None = None,
     server_round: int = 1,
 ) -> list[ClientResult]:
-    """Train every client of the cohort from the same start; results in the cohort's order.
+    """Train every client of the cohort from the same start, or each from its own; results in the cohort's order.
 
-    start: the published tensors by name. server_round: for methods whose factors move in turn. The results hold what
-    is published of the tensors that moved. Equal to training the clients one after another, up to rounding.
+    start: the published tensors by name; or such of each client, equal in those that do not move. server_round: for
+    methods whose factors move in turn. The results hold what is published of the tensors that moved. Equal to training
+    the clients one after another, up to rounding.
     """
     plans = [client_batches(work, training) for work in cohort]
-    # Longest first: the clients still active at any step are then a prefix, and stopping is slicing.
-    order = sorted(range(len(cohort)), key=lambda k: -len(plans[k]))
-    begun = {name: value.detach().float() for name, value in model.start(start).items()}
+    order = training_order(cohort, training)
+    starts = [start] if isinstance(start, Mapping) else [start[k] for k in order]
+    begun = [model.start(values) for values in starts]
     moving = model.moving(server_round)
-    model.assign(start)  # what does not move is not copied
+    model.assign(starts[0])  # what does not move is not copied
     stacks = {
-        name: value.expand(len(cohort), *value.shape).clone().requires_grad_()
-        for name, value in begun.items()
+        name: torch.stack([values[name].detach().float() for values in begun])
+        .expand(len(cohort), *begun[0][name].shape)
+        .clone()
+        .requires_grad_()
+        for name in begun[0]
         if name in moving
     }
     optimizer = OPTIMIZERS[training.optimizer](training)
