@@ -254,7 +254,12 @@ class SimulationConfig(BaseModel):
         default=None, ge=1, le=LARGEST, description="steps of a client in a round, instead of --local-epochs"
     )
     batch_size: int = Field(default=8, ge=1, le=LARGEST, description="examples in a step of a client")
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer, fresh every round")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer")
+    optimizer_state: Literal["reset", "keep", "mean-v"] = Field(
+        default="reset",
+        description="what a client's optimizer starts a round with: nothing, what it had at the end of the client's "
+        "last one, or of adamw one mean of the second moments of each tensor, which travels",
+    )
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of the optimizer sgd")
     lr: float | None = Field(
         default=None, gt=0, description="learning rate of the adapted layers (default: the method's)"
@@ -471,6 +476,15 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("local_epochs", "local_steps"), "one of them must be a number"
     if config.momentum and config.optimizer != "sgd":
         yield ("momentum", "optimizer"), "momentum belongs to the optimizer 'sgd'"
+    if config.optimizer_state == "mean-v" and config.optimizer != "adamw":
+        yield ("optimizer_state", "optimizer"), "second moments belong to the optimizer 'adamw'; choose reset or keep"
+    if config.optimizer_state == "keep" and config.optimizer == "sgd" and not config.momentum:
+        yield ("optimizer_state", "momentum"), "sgd without momentum has nothing to keep; give it some, or reset"
+    if config.optimizer_state == "keep" and config.engine == "flower":
+        yield (
+            ("optimizer_state", "engine"),
+            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
+        )
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
     if config.resume and config.out is None:

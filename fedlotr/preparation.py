@@ -171,6 +171,7 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
+        optimizer_state=config.optimizer_state,
     )
     count = len(source.test)
     test_rows = np.arange(count)

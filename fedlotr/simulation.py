@@ -263,7 +263,8 @@ class _Run:
                 self.config.rounds,
                 checkpoint.round,
             )
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]))
+        moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), moments)
 
     def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """Run the rounds that are left; the summary."""
@@ -318,6 +319,7 @@ class _Run:
             "known": sorted(state.known),
             "strategy": packed,
             "clients": clients,
+            "moments": {name: pair.tolist() for name, pair in state.moments.items()},
             "initial": self.initial,
             "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
@@ -358,6 +360,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         causal=checked.task.kind == "causal-lm",
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
+        mean_moments=config.optimizer_state == "mean-v",
     )
 
 

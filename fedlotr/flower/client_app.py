@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
+from fedlotr.flower import moments
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.terms import CONTROL, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
@@ -92,19 +93,26 @@ class Worker:
         starts = [to_tensors(content["arrays"]) for content in (contents[:1] if one else contents)]
         factor, server_round = float(config.get("lr-factor", 1.0)), int(config["server-round"])
         training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
+        moving, kept = self.model.moving(server_round), training.optimizer_state
+        shapes = {name: value for name, value in self.model.start(starts[0]).items() if name in moving}
         work = [
-            ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
-            for client in clients
+            ClientWork(
+                self.workplace.rows(client),
+                generator(recipe.seed, "shuffle", server_round, client),
+                moments.begin(kept, content, state, shapes),
+            )
+            for client, content, state in zip(clients, contents, states, strict=True)
         ]
         order = training_order(work, training)
-        moving = self.model.moving(server_round)
         begun = [self.model.start(values) for values in (starts if one else [starts[at] for at in order])]
         stacked = {name: torch.stack([values[name] for values in begun]).float() for name in begun[0] if name in moving}
         asked = terms(Cohort(contents[0], [states[at] for at in order], stacked))
         transform = chain([term.transform for term in asked])
         start = starts[0] if one else starts
         results = train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
-        beside: dict[int, dict[str, ArrayRecord]] = {at: {} for at in order}
+        beside = {
+            at: moments.end(kept, result.optimizer, states[at], result.tensors) for at, result in enumerate(results)
+        }
         for row, at in enumerate(order):
             for term in asked:
                 beside[at] |= term.report(row)

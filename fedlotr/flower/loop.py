@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
@@ -51,6 +52,7 @@ class Federation:
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
+    mean_moments: whether means of AdamW's second moments travel beside them.
     """
 
     clients: int
@@ -66,6 +68,7 @@ class Federation:
     causal: bool
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
+    mean_moments: bool = False
 
 
 @dataclass
@@ -76,6 +79,8 @@ class State:
     round: int = 0
     known: set[int] = field(default_factory=set)
     """Clients that have received the bases."""
+    moments: Arrays = field(default_factory=dict)
+    """Where `mean_moments`: by tensor the mean of AdamW's second moments, and the weight it is corrected by."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,15 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
     kept = ClientStates(grid, clients)
+    add_moments(messages, state.moments)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
     beside = {CONTROL: expected} if getattr(strategy, "controls", False) else {}
+    if federation.mean_moments:
+        beside[MOMENTS] = expected_moments(expected)
     good, failures = check_replies(replies, messages, view.nodes, expected, federation.bases_sha256, beside)
     kept.restore(failures)
     for client, failure in failures.items():
@@ -159,6 +167,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
+    if federation.mean_moments:
+        state.moments = mean_moments(good, state.moments)
     state.arrays, state.round = sent, number
     state.known |= newcomers - set(failures)
     return Round(row, view.entries, failures)

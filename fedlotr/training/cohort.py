@@ -6,7 +6,7 @@ length and cut into passes with little padding; passes add up, so their cut chan
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from fedlotr.adapters.layer import copies
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import Tensors, TrainableModel
-from fedlotr.training.optimizers import OPTIMIZERS, clip_by_norm
+from fedlotr.training.optimizers import OPTIMIZERS, State, clip_by_norm
 
 Rows = npt.NDArray[np.int64]
 GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -40,6 +40,8 @@ class LocalTraining:
     epochs: passes over its examples, or steps: a number of optimizer steps instead. lr, head_lr: learning rates of
     the factors and of the head (already scaled for the round). momentum: SGD's. eps: AdamW's.
     clip_norm: joint norm of a client's gradient, or None.
+    optimizer_state: what an optimizer starts a round with: nothing, what the client's own had at the end of its last
+    one, or (mean-v) AdamW's second moments alone, in each tensor the mean over all clients and entries.
     """
 
     epochs: int = 1
@@ -52,6 +54,7 @@ class LocalTraining:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    optimizer_state: Literal["reset", "keep", "mean-v"] = "reset"
 
     def steps_of(self, held: int) -> int:
         """Optimizer steps in a round of a client that holds so many examples."""
@@ -67,20 +70,25 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class ClientWork:
-    """One client's examples (row numbers) and the generator that shuffles them."""
+    """One client's examples (row numbers), the generator that shuffles them, and what its optimizer goes on from."""
 
     rows: Rows
     shuffle: np.random.Generator
+    optimizer: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What one client has after its local training; loss is the mean over the examples it saw, when it saw them."""
+    """What one client has after its local training; loss is the mean over the examples it saw, when it saw them.
+
+    optimizer: what its optimizer holds, unless that is not wanted again (`optimizer_state`).
+    """
 
     tensors: Tensors
     examples: int
     steps: int
     loss: float
+    optimizer: State = field(default_factory=dict)
 
 
 def client_batches(work: ClientWork, training: LocalTraining) -> list[Rows]:
@@ -132,6 +140,8 @@ def train_cohort(
         if name in moving
     }
     optimizer = OPTIMIZERS[training.optimizer](training)
+    if any(work.optimizer for work in cohort):
+        optimizer.load([cohort[k].optimizer for k in order], stacks)
     rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
     losses = np.zeros(len(cohort))
     for step in range(len(plans[order[0]])):
@@ -152,7 +162,9 @@ def train_cohort(
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
         tensors = model.publish({name: stack.detach()[position].clone() for name, stack in stacks.items()})
-        results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), float(losses[k]) / max(seen[k], 1))
+        held = optimizer.save(position) if training.optimizer_state != "reset" else {}
+        loss = float(losses[k]) / max(seen[k], 1)
+        results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), loss, held)
     return [result for result in results if result is not None]
 
 
