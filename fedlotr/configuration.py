@@ -281,6 +281,13 @@ class SimulationConfig(BaseModel):
     eval_examples: int = Field(
         default=1024, ge=0, le=LARGEST, description="seeded rows of the test split to evaluate on; 0: all of them"
     )
+    client_eval: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of each client's rows that is held back from it, for a score of each client by itself "
+        "(default: 0.2 where factors stay with the clients, else 0)",
+    )
     eval_split: str | None = Field(
         default=None,
         description="split to evaluate on (default: test, else a validation split, else a tenth of train)",
@@ -311,6 +318,9 @@ class SimulationConfig(BaseModel):
 
     out: Annotated[Path, AfterValidator(_expand)] | None = Field(
         default=None, description="folder of the run, new or empty (default: a new one in runs)"
+    )
+    client_adapters: bool = Field(
+        default=False, description="write an adapter for each client too, where factors stay with the clients"
     )
     resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
     quiet: bool = Field(default=False, description="print nothing but errors")
@@ -489,6 +499,15 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
+    if method.personal and config.client_eval == 0:
+        yield ("client_eval", "method"), "clients with factors of their own can only be scored on rows of their own"
+    if method.personal and config.engine == "flower":
+        yield (
+            ("method", "engine"),
+            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
+        )
+    if config.client_adapters and not method.personal:
+        yield ("client_adapters", "method"), "no factors stay with the clients: all have the one in adapter/"
     if not method.adapts:
         for field in ("alpha", "basis", "tie", "core"):
             if getattr(config, field) is not None:
@@ -496,11 +515,18 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         if config.targets != "all-linear":
             yield ("targets", "method"), "this method adapts no layer"
         return
-    if config.tie not in (None, "layer") and not method.has_core:
+    if config.tie not in (None, "layer") and not (method.has_core and method.freezes):
         yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
     if (config.basis or method.basis) == "update" and config.public_examples == 0:
         decisive = "basis" if config.basis else "method"
         yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
+    if config.core == "mix" and not method.freezes:
+        yield (
+            ("core", "method"),
+            "the matrices of 'mix' belong to frozen factors, and this method trains B and A",
+        )
+    if (config.basis or method.basis) == "lora" and method.has_core and "B" in method.train:
+        yield ("basis", "method"), "this basis starts with B at zero, as does the method's core: nothing would learn"
     if (config.basis or method.basis) == "lora" and "B" not in method.train:
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 

@@ -65,7 +65,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     """Reckon it. checked.config: resolved. baseline: memory of a process that has loaded the libraries."""
     config = checked.config
     model = architecture(checked)
-    sizes = {name: value.numel() for name, value in model.values().items()}
+    sizes = model.sizes()
     head = sum(sizes[name] for name in model.head_names)
     payload = WIRE_BYTES * sum(sizes.values())
     down = WIRE_BYTES * sum(sizes[name] for name in model.published)

@@ -25,7 +25,7 @@ It needs `transformers` and `peft`, nothing of fedlotr. From this folder:
 ```
 {labels}
 Trained with method `{method}` on `{base}`.
-"""
+{note}"""
 
 MEAN_POOLED = """\
 import torch
@@ -90,11 +90,12 @@ def write_adapter(
     max_length: int,
     labels: tuple[str, ...],
     pair: bool,
+    note: str = "",
 ) -> None:
     """Write the adapter with the model's trained tensors as they are assigned now.
 
     base: what the base model is called: a hub id or a folder. source: the folder it was loaded from here.
-    pair: whether the texts are pairs.
+    pair: whether the texts are pairs. note: what else its README is to say.
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
@@ -132,7 +133,10 @@ def write_adapter(
         base=base, source=str(source), texts=texts, max_length=max_length, num_labels=spec.labels, pad_id=spec.pad_id
     )
     names = f"\nLabels: {', '.join(f'{i} = {name}' for i, name in enumerate(labels))}.\n" if labels else ""
-    write_atomically(folder / "README.md", README.format(code=code, labels=names, method=method, base=base))
+    write_atomically(
+        folder / "README.md",
+        README.format(code=code, labels=names, method=method, base=base, note=f"\n{note}\n" if note else ""),
+    )
 
 
 def _inner(name: str, mean_pooled: bool) -> str:

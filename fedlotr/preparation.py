@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,8 @@ DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 class Checked:
     """A configuration whose words have become things; nothing heavy has happened yet.
 
-    public: rows of the source's train split withheld from all clients; parts: each client's rows of it.
+    public: rows of the source's train split withheld from all clients; parts: each client's rows of it to train on;
+    held_back: its rows to be evaluated on by itself.
     test_rows: the rows of the test split to evaluate on.
     """
 
@@ -66,6 +67,7 @@ class Checked:
     labels: Rows
     test_rows: Rows
     start: WarmStart | None
+    held_back: list[Rows] = field(default_factory=list)
 
     @property
     def base_name(self) -> str:
@@ -160,6 +162,12 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
     assert source is not None and task is not None and tokenizer is not None and spec is not None
     assert labels is not None and dealt is not None
     public, parts = dealt
+    parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
+    if config.client_eval and not any(map(len, held_back)):
+        raise InputError(
+            f"--client-eval {config.client_eval}: no client has more than one example, so none can be held back; "
+            "give --clients a smaller number, or --max-examples a larger one"
+        )
     row = METHODS[config.method]
     training = LocalTraining(
         epochs=config.local_epochs or 1,
@@ -177,13 +185,15 @@ def check(config: SimulationConfig, wrong: Collection[str] = (), *, data: OwnDat
     test_rows = np.arange(count)
     if 0 < config.eval_examples < count:
         test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
-    return Checked(config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start)
+    return Checked(
+        config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start, held_back
+    )
 
 
 def prepare(checked: Checked, folder: Path) -> Prepared:
     """Tokenise once, fit the head and make the bases on the public examples, and lay out the workers' folder."""
     config, task = checked.config, checked.task
-    train, parts, public = _encode_train(checked)
+    train, parts, held_back, public = _encode_train(checked)
     test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
     full = int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum())
     if full:
@@ -227,7 +237,7 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
         config.seed,
         config.threads or torch.get_num_threads(),
     )
-    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry)
+    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()
     return Prepared(checked, model, workplace, bases_sha256(model.module))
 
@@ -427,11 +437,29 @@ def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows,
     return public, [private[part] for part in parts]
 
 
-def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], Rows]:
-    """Tokenise the rows that are used, and number them anew: the clients' parts and the public rows among them."""
-    used = np.unique(np.concatenate([*checked.parts, checked.public]))
+def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], list[Rows]]:
+    """(rows to train on, rows to be evaluated on) of each client: a seeded share of its rows, rounded.
+
+    At least one of either, where a client has two; its only row is for training.
+    """
+    if not share:
+        return list(parts), [part[:0] for part in parts]
+    kept, held = [], []
+    for client, part in enumerate(parts):
+        count = min(max(round(share * len(part)), 1), len(part) - 1)
+        chosen = np.zeros(len(part), bool)
+        chosen[generator(seed, "held back", client).choice(len(part), count, replace=False)] = True
+        kept.append(part[~chosen])
+        held.append(part[chosen])
+    return kept, held
+
+
+def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows]:
+    """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them."""
+    used = np.unique(np.concatenate([*checked.parts, *checked.held_back, checked.public]))
     train = encode(checked.task, checked.source.train.select(used), checked.tokenizer, checked.config.max_length)
-    return train, [np.searchsorted(used, part) for part in checked.parts], np.searchsorted(used, checked.public)
+    parts, held_back = ([np.searchsorted(used, rows) for rows in them] for them in (checked.parts, checked.held_back))
+    return train, parts, held_back, np.searchsorted(used, checked.public)
 
 
 def _fields(core: CoreConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fedlotr.configuration import SimulationConfig, flag_of
 from fedlotr.errors import InputError
 from fedlotr.run_directory import Checkpoint, RunDirectory
 
-MAY_CHANGE = {"workers", "quiet", "json_output", "out", "resume"}
+MAY_CHANGE = {"workers", "quiet", "json_output", "out", "resume", "client_adapters"}
 """What changes nothing in the results."""
 
 

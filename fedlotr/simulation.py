@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fedlotr.errors import InputError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
+from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
@@ -50,6 +52,10 @@ DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
 """Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
 NO_CLIENT_STATE = (
     "Flower does not show what its clients keep between rounds, so no checkpoint could hold it; choose ray or local"
+)
+SHARED_ALONE = (
+    "It holds what the clients share; the factors that stay with each of them are here as before any training. "
+    "`--client-adapters` writes one of every client."
 )
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -193,6 +199,7 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     before = saved_configuration(config.out) if config.resume and config.out is not None else None
     resolved: dict[str, Any] = {"strategy": config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
+    resolved["client_eval"] = config.client_eval if config.client_eval is not None else 0.2 if row.personal else 0.0
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if row.adapts:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
@@ -241,7 +248,7 @@ class _Run:
         self.directory.open_round_folders()
         if checkpoint is None:
             self.directory.go_back_to(None)  # a run that was killed in its first round has left something
-            self.initial = evaluate(self.grid, self.federation, state.arrays)
+            self.initial = self._evaluate(state)
             log.info("before the first round: %s", self.initial)
             return state
         check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
@@ -273,20 +280,10 @@ class _Run:
             done = run_round(self.grid, strategy, self.federation, state)
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
-                done.metrics.update(evaluate(self.grid, self.federation, state.arrays))
+                done.metrics.update(self._evaluate(state))
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
-        self.prepared.model.assign(to_tensors(state.arrays))
-        write_adapter(
-            self.directory.adapter,
-            self.prepared.model,
-            base=self.prepared.checked.base_name,
-            source=Path(self.prepared.checked.spec.path).resolve(),
-            method=config.method,
-            max_length=config.max_length,
-            labels=self.prepared.checked.task.label_names,
-            pair=len(self.prepared.checked.task.columns) == 2,
-        )
+        self._write_adapters(state)
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(
@@ -295,6 +292,39 @@ class _Run:
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
+
+    def _write_adapters(self, state: State) -> None:
+        """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
+        config, model, shared = self.config, self.prepared.model, to_tensors(state.arrays)
+        write = partial(
+            write_adapter,
+            model=model,
+            base=self.prepared.checked.base_name,
+            source=Path(self.prepared.checked.spec.path).resolve(),
+            method=config.method,
+            max_length=config.max_length,
+            labels=self.prepared.checked.task.label_names,
+            pair=len(self.prepared.checked.task.columns) == 2,
+        )
+        model.assign(shared)
+        write(self.directory.adapter, note=SHARED_ALONE if model.personal else "")
+        if config.client_adapters:
+            for client in range(config.clients):
+                model.assign(shared | personal(self.grid.client_states.get(client, {})))
+                write(self.directory.adapter_of(client), note=f"It is that of client {client}, whose factors differ.")
+
+    def _evaluate(self, state: State) -> dict[str, Any]:
+        """Of the server's model on the test split; of every client on its own rows, where some are held back.
+
+        Where factors stay with the clients there is no model of the server's, and what counts is the clients' mean.
+        """
+        own, causal = self.prepared.model.personal, self.federation.causal
+        found: dict[str, Any] = {} if own else evaluate(self.grid, self.federation, state.arrays)
+        held_back = [len(rows) for rows in self.prepared.checked.held_back]
+        if any(held_back):
+            clients = evaluate_clients(self.grid, state.arrays, held_back, causal=causal)
+            found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
+        return found
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
@@ -365,7 +395,9 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
 
 
 def certificate_layers(model: TrainableModel) -> list[Layer]:
-    """The adapted layers as the certificate reads them."""
+    """The adapted layers as the certificate reads them; none where a part of each stays with the clients."""
+    if model.personal:
+        return []
     by_module: dict[str, dict[str, str]] = {}
     for tensor, (module, part) in model.trained.items():
         if module not in model.heads and part != "S":

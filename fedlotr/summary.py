@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import fedlotr
+from fedlotr.adapters.methods import METHODS
 from fedlotr.communication import Entry, communication_summary
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
@@ -26,7 +27,7 @@ PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets",
 def facts(prepared: Prepared) -> dict[str, Any]:
     """What the display's header shows besides the configuration."""
     checked, model = prepared.checked, prepared.model
-    sizes = {name: tensor.numel() for name, tensor in model.values().items()}
+    sizes = model.sizes()
     head = sum(sizes[name] for name in model.head_names)
     names = checked.task.label_names
     config = checked.config
@@ -86,11 +87,13 @@ def summarise(
         "seed": config.seed,
         "initial": initial,
         "final": {metric: evaluated[-1][metric], "loss": evaluated[-1]["loss"]},
+        "client_evaluation": evaluated[-1].get("client_evaluation"),
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
         "failed_clients": sum(row["failed"] for row in history),
         "failures": _failures(history),
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
+        "aggregation_error_reason": None if errors else why_not_certified(config.method),
         "privacy": None,
         "timing": {
             "seconds_total": time.monotonic() - started,
@@ -112,6 +115,17 @@ def summarise(
             **{name: version(name) for name in PACKAGES},
         },
     }
+
+
+def why_not_certified(method: str) -> str:
+    """Why no round has an aggregation error."""
+    row = METHODS[method]
+    if row.personal:
+        own = " and ".join(sorted(row.personal))
+        return f"{own} of every client stays with it, so there is no common model whose update could be their mean"
+    if not row.adapts:
+        return "no layer is adapted, and the head's mean is exact"
+    return "the strategy does not say that it averages, or no layer has moved"
 
 
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

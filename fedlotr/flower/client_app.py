@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
 from fedlotr.flower import moments
+from fedlotr.flower.personal import OWN_ROWS, keep_personal, personal
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.terms import CONTROL, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
@@ -89,8 +90,9 @@ class Worker:
         self, contents: Sequence[Any], clients: Sequence[int], states: Sequence[RecordDict]
     ) -> list[Trained]:
         recipe, config = self.workplace.recipe, contents[0]["config"]
-        one = len({arrays_sha256(content["arrays"]) for content in contents}) == 1
-        starts = [to_tensors(content["arrays"]) for content in (contents[:1] if one else contents)]
+        one = not self.model.personal and len({arrays_sha256(content["arrays"]) for content in contents}) == 1
+        pairs = list(zip(contents, states, strict=True))[: 1 if one else None]
+        starts = [to_tensors(content["arrays"]) | personal(state) for content, state in pairs]
         factor, server_round = float(config.get("lr-factor", 1.0)), int(config["server-round"])
         training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
         moving, kept = self.model.moving(server_round), training.optimizer_state
@@ -105,7 +107,8 @@ class Worker:
         ]
         order = training_order(work, training)
         begun = [self.model.start(values) for values in (starts if one else [starts[at] for at in order])]
-        stacked = {name: torch.stack([values[name] for values in begun]).float() for name in begun[0] if name in moving}
+        shared = moving.difference(self.model.personal)
+        stacked = {name: torch.stack([values[name] for values in begun]).float() for name in begun[0] if name in shared}
         asked = terms(Cohort(contents[0], [states[at] for at in order], stacked))
         transform = chain([term.transform for term in asked])
         start = starts[0] if one else starts
@@ -113,6 +116,8 @@ class Worker:
         beside = {
             at: moments.end(kept, result.optimizer, states[at], result.tensors) for at, result in enumerate(results)
         }
+        for state, result in zip(states, results, strict=True):
+            keep_personal(state, result.personal)
         for row, at in enumerate(order):
             for term in asked:
                 beside[at] |= term.report(row)
@@ -177,13 +182,20 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_shard(message: Message, context: Context) -> Message:
-    """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards."""
+    """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards.
+
+    Or, asked for its own rows: this client's model, with what stays with it, on what is held back of its own.
+    """
     here = worker(workplace_folder(context))
     content: Any = message.content
     config = content["config"]
-    here.model.assign(to_tensors(content["arrays"]))
-    rows = np.arange(int(config["start"]), int(config["stop"]))
-    scores = evaluate(here.model, here.workplace.test, rows)
+    if OWN_ROWS in config:
+        here.model.assign(to_tensors(content["arrays"]) | personal(context.state))
+        examples, rows = here.workplace.train, here.workplace.held_back(int(context.node_config["partition-id"]))
+    else:
+        here.model.assign(to_tensors(content["arrays"]))
+        examples, rows = here.workplace.test, np.arange(int(config["start"]), int(config["stop"]))
+    scores = evaluate(here.model, examples, rows)
     metrics = MetricRecord(
         {"loss": scores.loss, "units": scores.units, "correct": scores.correct, "num-examples": len(rows)}
     )

@@ -26,8 +26,9 @@ CONTROL = "control"
 class Cohort:
     """Clients that train together, in the order of their training: row j of what is stacked is client j's.
 
-    content: of their train messages, which agree. states: what each keeps, to be changed in place. start: the tensors
-    that move in this round, (K, ...), or (1, ...) where all start alike.
+    content: of their train messages, which agree. states: what each keeps, to be changed in place. start: of what is
+    the federation's the tensors that move in this round, (K, ...), or (1, ...) where all start alike; personal factors
+    are no part of it.
     """
 
     content: Any

@@ -81,13 +81,15 @@ class ClientWork:
 class ClientResult:
     """What one client has after its local training; loss is the mean over the examples it saw, when it saw them.
 
-    optimizer: what its optimizer holds, unless that is not wanted again (`optimizer_state`).
+    personal: the tensors that stay with the client, by name. optimizer: what its optimizer holds, unless that is not
+    wanted again (`optimizer_state`).
     """
 
     tensors: Tensors
     examples: int
     steps: int
     loss: float
+    personal: Tensors = field(default_factory=dict)
     optimizer: State = field(default_factory=dict)
 
 
@@ -161,10 +163,12 @@ def train_cohort(
     seen = [sum(len(batch) for batch in plan) for plan in plans]
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
-        tensors = model.publish({name: stack.detach()[position].clone() for name, stack in stacks.items()})
+        trained = {name: stack.detach()[position].clone() for name, stack in stacks.items()}
         held = optimizer.save(position) if training.optimizer_state != "reset" else {}
         loss = float(losses[k]) / max(seen[k], 1)
-        results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), loss, held)
+        results[k] = ClientResult(
+            model.publish(trained), len(cohort[k].rows), len(plans[k]), loss, model.keep(trained), held
+        )
     return [result for result in results if result is not None]
 
 

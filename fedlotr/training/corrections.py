@@ -28,11 +28,14 @@ def chain(transforms: Sequence[GradientTransform]) -> GradientTransform | None:
 def proximal(mu: float, start: Stacks) -> GradientTransform:
     """g + μ (x - x₀), the gradient of the loss + μ/2 ||x - x₀||²: Li et al. 2020, FedProx (arXiv:1812.06127), eq. 2.
 
-    start: x₀ by name, (K, ...) or (1, ...).
+    start: x₀ by name, (K, ...) or (1, ...); what it does not name is free.
     """
 
     def transform(gradients: Tensors, values: Mapping[str, torch.Tensor]) -> Tensors:
-        return {name: g + mu * (values[name] - start[name][: len(g)].to(g)) for name, g in gradients.items()}
+        pulls = {
+            name: mu * (values[name] - start[name][: len(g)].to(g)) for name, g in gradients.items() if name in start
+        }
+        return {name: g + pulls[name] if name in pulls else g for name, g in gradients.items()}
 
     return transform
 
@@ -46,7 +49,7 @@ class ControlVariates:
     """
 
     def __init__(self, server: Stacks, own: Stacks) -> None:
-        """server: c by name, (1, ...). own: c_i, (K, ...)."""
+        """server: c by name, (1, ...). own: c_i, (K, ...). What they do not name is not corrected."""
         self._offsets = {name: server[name] - own[name] for name in own}
         self._sums: Tensors = {}
         self._steps: list[int] = []
@@ -55,12 +58,12 @@ class ControlVariates:
         """See the class."""
         active = len(next(iter(gradients.values())))
         if not self._sums:  # in the first step nobody has stopped
-            self._sums = {name: torch.zeros_like(g) for name, g in gradients.items()}
+            self._sums = {name: torch.zeros_like(gradients[name]) for name in self._offsets}
             self._steps = [0] * active
-        for name, g in gradients.items():
-            self._sums[name][:active] += g
+        for name, total in self._sums.items():
+            total[:active] += gradients[name]
         self._steps[:active] = [taken + 1 for taken in self._steps[:active]]
-        return {name: g + self._offsets[name][:active].to(g) for name, g in gradients.items()}
+        return gradients | {name: gradients[name] + o[:active].to(gradients[name]) for name, o in self._offsets.items()}
 
     def means(self, row: int) -> Tensors:
         """The new c_i of one client: the mean of its gradients over its steps."""
