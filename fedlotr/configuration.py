@@ -286,7 +286,12 @@ class SimulationConfig(BaseModel):
         default=None, ge=1, le=LARGEST, description="steps of a client in a round, instead of --local-epochs"
     )
     batch_size: int = Field(default=8, ge=1, le=LARGEST, description="examples in a step of a client")
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer, fresh every round")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer")
+    optimizer_state: Literal["reset", "keep", "mean-v"] = Field(
+        default="reset",
+        description="what a client's optimizer starts a round with: nothing, what it had at the end of the client's "
+        "last one, or of adamw one mean of the second moments of each tensor, which travels",
+    )
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of the optimizer sgd")
     lr: float | None = Field(
         default=None, gt=0, description="learning rate of the adapted layers (default: the method's)"
@@ -307,6 +312,13 @@ class SimulationConfig(BaseModel):
     )
     eval_examples: int = Field(
         default=1024, ge=0, le=LARGEST, description="seeded rows of the test split to evaluate on; 0: all of them"
+    )
+    client_eval: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of each client's rows that is held back from it, for a score of each client by itself "
+        "(default: 0.2 where factors stay with the clients, else 0)",
     )
     eval_split: str | None = Field(
         default=None,
@@ -339,6 +351,9 @@ class SimulationConfig(BaseModel):
 
     out: Annotated[Path, AfterValidator(_expand)] | None = Field(
         default=None, description="folder of the run, new or empty (default: a new one in runs)"
+    )
+    client_adapters: bool = Field(
+        default=False, description="write an adapter for each client too, where factors stay with the clients"
     )
     resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
     quiet: bool = Field(default=False, description="print nothing but errors")
@@ -513,6 +528,15 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("local_epochs", "local_steps"), "one of them must be a number"
     if config.momentum and config.optimizer != "sgd":
         yield ("momentum", "optimizer"), "momentum belongs to the optimizer 'sgd'"
+    if config.optimizer_state == "mean-v" and config.optimizer != "adamw":
+        yield ("optimizer_state", "optimizer"), "second moments belong to the optimizer 'adamw'; choose reset or keep"
+    if config.optimizer_state == "keep" and config.optimizer == "sgd" and not config.momentum:
+        yield ("optimizer_state", "momentum"), "sgd without momentum has nothing to keep; give it some, or reset"
+    if config.optimizer_state == "keep" and config.engine == "flower":
+        yield (
+            ("optimizer_state", "engine"),
+            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
+        )
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
     if config.baseline is not None:
@@ -523,6 +547,20 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
             yield ("baseline", "engine"), "a baseline runs on the engines ray and local"
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
+    if method.personal and config.client_eval == 0:
+        yield ("client_eval", "method"), "clients with factors of their own can only be scored on rows of their own"
+    if method.personal and config.engine == "flower":
+        yield (
+            ("method", "engine"),
+            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
+        )
+    if config.baseline is not None and (method.personal or config.client_eval):
+        decisive = "method" if method.personal else "client_eval"
+        yield ("baseline", decisive), "a baseline's clients keep no factors and are tested on the test split alone"
+    if method.personal and config.client_rank is not None:
+        yield ("client_rank", "method"), "factors that stay with the clients have the run's rank"
+    if config.client_adapters and not method.personal:
+        yield ("client_adapters", "method"), "no factors stay with the clients: all have the one in adapter/"
     if not method.adapts:
         for field in ("alpha", "basis", "tie", "core", "client_rank"):
             if getattr(config, field) is not None:
@@ -542,11 +580,18 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         if (core := config.core or method.core) in ("heads", "mix"):
             decisive = "core" if config.core else "method"
             yield ("client_rank", decisive), f"the core {core!r} has no leading block; choose 'full' or 'diag'"
-    if config.tie not in (None, "layer") and not method.has_core:
+    if config.tie not in (None, "layer") and not (method.has_core and method.freezes):
         yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
     if (config.basis or method.basis) == "update" and config.public_examples == 0:
         decisive = "basis" if config.basis else "method"
         yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
+    if config.core == "mix" and not method.freezes:
+        yield (
+            ("core", "method"),
+            "the matrices of 'mix' belong to frozen factors, and this method trains B and A",
+        )
+    if (config.basis or method.basis) == "lora" and method.has_core and "B" in method.train:
+        yield ("basis", "method"), "this basis starts with B at zero, as does the method's core: nothing would learn"
     if (config.basis or method.basis) == "lora" and "B" not in method.train:
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 

@@ -77,7 +77,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     """
     config = checked.config
     model = architecture(checked)
-    sizes = {name: value.numel() for name, value in model.values().items()}
+    sizes = model.sizes()
     head = sum(sizes[name] for name in model.head_names)
     payload = WIRE_BYTES * sum(sizes.values())
     ranks = ranks_of(config)

@@ -27,7 +27,7 @@ It needs `transformers` and `peft`, nothing of fedlotr; PEFT's `merge_and_unload
 ```
 {labels}
 Trained with method `{method}` on `{base}`.
-"""
+{note}"""
 
 OWN = """\
 Its base was a model of the caller's own (`{base}`, a {kind}); \
@@ -128,11 +128,13 @@ def write_adapter(
     labels: tuple[str, ...],
     pair: bool,
     own: OwnBase | None = None,
+    note: str = "",
 ) -> None:
     """Write the adapter with the model's trained tensors as they are assigned now.
 
     base: what the base model is called: a hub id or a folder. source: the folder it was loaded from here.
     pair: whether the texts are pairs. own: of a base that the caller brought.
+    note: what else its README is to say.
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
@@ -185,7 +187,10 @@ def write_adapter(
     first = "" if own is None else OWN.format(base=base, kind=own.kind)
     names = f"\nLabels: {', '.join(f'{i} = {name}' for i, name in enumerate(labels))}.\n" if labels else ""
     write_atomically(
-        folder / "README.md", README.format(code=code, labels=names, method=method, base=base, first=first)
+        folder / "README.md",
+        README.format(
+            code=code, labels=names, method=method, base=base, first=first, note=f"\n{note}\n" if note else ""
+        ),
     )
 
 

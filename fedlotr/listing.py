@@ -20,7 +20,7 @@ Row = dict[str, str]
 
 def upload(row: Method) -> str:
     """Numbers that a client sends a round for each adapted layer, as a formula in r, d_in and d_out."""
-    turns = row.turns or (row.train,)
+    turns = row.turns or (tuple(f for f in row.train if f not in row.personal),)
     sums = [" + ".join(CORE_NUMBERS[row.core] if f == "C" else FACTOR_NUMBERS[f] for f in turn) for turn in turns]
     return ", then ".join(sums) or "0"
 

@@ -1,8 +1,8 @@
 """From a configuration to everything a run needs: first all checks, every mistake reported, then the heavy work."""
 
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +69,8 @@ _T = TypeVar("_T")
 class Checked:
     """A configuration whose words have become things; nothing heavy has happened yet.
 
-    public: rows of the source's train split withheld from all clients; parts: each client's rows of it.
+    public: rows of the source's train split withheld from all clients; parts: each client's rows of it to train on;
+    held_back: its rows to be evaluated on by itself.
     test_rows: the rows of the test split to evaluate on.
     """
 
@@ -87,6 +88,7 @@ class Checked:
     start: WarmStart | None
     own_model: OwnModel | None = None
     own_task: OwnTask | None = None
+    held_back: list[Rows] = field(default_factory=list)
 
     @property
     def base_name(self) -> str:
@@ -161,6 +163,11 @@ def check(
         config = names_brought("task", task_name(own_task))
         if unread := [option for option in ("text_column", "label_column") if getattr(config, option) is not None]:
             problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
+        if METHODS[config.method].personal and own_task.metric_name is not None:
+            problems.append(
+                f"--method {config.method}: factors stay with the clients, who are scored by accuracy or perplexity on "
+                f"rows of their own, not by the task's {own_task.metric_name!r}; choose a method without such factors"
+            )
     if source is not None and own_task is not None:
         raw = source
         source, task = attempt(lambda: apply_task(own_task, raw)) or (None, None)
@@ -223,6 +230,12 @@ def check(
     assert source is not None and task is not None and tokenizer is not None and spec is not None
     assert labels is not None and dealt is not None
     public, parts = dealt
+    parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
+    if config.client_eval and not any(map(len, held_back)):
+        raise InputError(
+            f"--client-eval {config.client_eval}: no client has more than one example, so none can be held back; "
+            "give --clients a smaller number, or --max-examples a larger one"
+        )
     row = METHODS[config.method]
     training = LocalTraining(
         epochs=config.local_epochs or 1,
@@ -234,6 +247,7 @@ def check(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
+        optimizer_state=config.optimizer_state,
     )
     if config.baseline == "central":
         parts, training = pooled(parts, training, config.sampled_clients)
@@ -242,14 +256,28 @@ def check(
     if 0 < config.eval_examples < count:
         test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
     return Checked(
-        config, source, task, tokenizer, spec, core, training, public, parts, labels, test_rows, start, own, own_task
+        config,
+        source,
+        task,
+        tokenizer,
+        spec,
+        core,
+        training,
+        public,
+        parts,
+        labels,
+        test_rows,
+        start,
+        own,
+        own_task,
+        held_back,
     )
 
 
 def prepare(checked: Checked, folder: Path) -> Prepared:
     """Tokenise once, fit the head and make the bases on the public examples, and lay out the workers' folder."""
     config, task = checked.config, checked.task
-    train, parts, public = _encode_train(checked)
+    train, parts, held_back, public = _encode_train(checked)
     test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
     full = int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum())
     if full:
@@ -303,7 +331,7 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
         config.seed,
         config.threads or torch.get_num_threads(),
     )
-    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry)
+    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()
     return Prepared(checked, model, workplace, bases_sha256(model.module))
 
@@ -360,11 +388,29 @@ def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows,
     return public, [private[part] for part in parts]
 
 
-def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], Rows]:
-    """Tokenise the rows that are used, and number them anew: the clients' parts and the public rows among them."""
-    used = np.unique(np.concatenate([*checked.parts, checked.public]))
+def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], list[Rows]]:
+    """(rows to train on, rows to be evaluated on) of each client: a seeded share of its rows, rounded.
+
+    At least one of either, where a client has two; its only row is for training.
+    """
+    if not share:
+        return list(parts), [part[:0] for part in parts]
+    kept, held = [], []
+    for client, part in enumerate(parts):
+        count = min(max(round(share * len(part)), 1), len(part) - 1)
+        chosen = np.zeros(len(part), bool)
+        chosen[generator(seed, "held back", client).choice(len(part), count, replace=False)] = True
+        kept.append(part[~chosen])
+        held.append(part[chosen])
+    return kept, held
+
+
+def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows]:
+    """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them."""
+    used = np.unique(np.concatenate([*checked.parts, *checked.held_back, checked.public]))
     train = encode(checked.task, checked.source.train.select(used), checked.tokenizer, checked.config.max_length)
-    return train, [np.searchsorted(used, part) for part in checked.parts], np.searchsorted(used, checked.public)
+    parts, held_back = ([np.searchsorted(used, rows) for rows in them] for them in (checked.parts, checked.held_back))
+    return train, parts, held_back, np.searchsorted(used, checked.public)
 
 
 def _fields(core: CoreConfig) -> dict[str, Any]:

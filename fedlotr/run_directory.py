@@ -150,6 +150,10 @@ class RunDirectory:
         finished = "round 1 is" if self.saved == 1 else f"rounds 1 to {self.saved} are"
         return f"{reason}; {finished} safe in {self.path}: {mend}, and go on with --resume"
 
+    def adapter_of(self, client: int) -> Path:
+        """The folder of one client's adapter, where each has its own."""
+        return self.path / "adapters" / f"client-{client:05d}"
+
     def open_round_folders(self) -> None:
         """Make the folders that rounds write to; should they vanish later, that is an error and not made good."""
         self.ledger.mkdir(exist_ok=True)

@@ -35,6 +35,7 @@ from fedlotr.flower.carried import restored, saved
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
+from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
@@ -57,6 +58,13 @@ log = logging.getLogger("fedlotr")
 CLIENT_APP = "fedlotr.flower.client_app:app"
 DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
 """Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
+NO_CLIENT_STATE = (
+    "Flower does not show what its clients keep between rounds, so no checkpoint could hold it; choose ray or local"
+)
+SHARED_ALONE = (
+    "It holds what the clients share; the factors that stay with each of them are here as before any training. "
+    "`--client-adapters` writes one of every client."
+)
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -217,8 +225,10 @@ def check_all(
             if config.baseline is not None:
                 strategy = strategy_of(config.baseline)
             else:
-                strategy = load_strategy(name, config.strategy_arg, config.clients_per_round, config.seed)
-                problems += _unmet(strategy, config)
+                strategy = load_strategy(
+                    name, config.strategy_arg, config.clients_per_round, config.seed, clients=config.clients
+                )
+                problems += [*_unmet(strategy, config), *unmet_controls(strategy, config)]
         except InputError as error:
             problems += error.problems
     if problems or checked is None or strategy is None:
@@ -227,7 +237,12 @@ def check_all(
 
 
 def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """What a strategy needs of every update and the method's clients do not send, in one line."""
+    """What a strategy needs of every update and the method's clients do not send, each in one line."""
+    if config.optimizer_state == "keep" and "ranks" in vars(strategy):
+        yield (
+            f"--optimizer-state keep with --strategy {config.strategy}: it changes clients' ranks, and what an "
+            "optimizer holds has the old one; choose reset or mean-v"
+        )
     needed: frozenset[str] = getattr(strategy, "needs", frozenset())
     row = METHODS[config.method]
     turns = row.turns or (row.train,)
@@ -240,6 +255,22 @@ def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
         )
 
 
+def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why clients cannot keep control variates as a strategy asks, each one line."""
+    if not getattr(strategy, "controls", False):
+        return
+    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
+    if METHODS[config.method].adapts and (config.core or METHODS[config.method].core) == "heads":
+        yield (
+            f"{name} with --core heads: the blocks' scales start again in every round, so there is no lasting gradient "
+            "that a control variate could stand for; choose --core full"
+        )
+    if config.client_rank is not None:
+        yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
+    if config.engine == "flower":
+        yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
+
+
 def resolve(config: SimulationConfig) -> SimulationConfig:
     """Put in what the method and this machine decide where the configuration leaves it open.
 
@@ -250,6 +281,7 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     before = saved_configuration(config.out) if config.resume and config.out is not None else None
     resolved: dict[str, Any] = {"strategy": None if config.baseline else config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
+    resolved["client_eval"] = config.client_eval if config.client_eval is not None else 0.2 if row.personal else 0.0
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if "D" in row.train and config.cohort == "auto":
         resolved["cohort"] = 1  # each client of a cohort would have its own copy of the matrices for each example
@@ -301,7 +333,7 @@ class _Run:
         self.directory.open_round_folders()
         if checkpoint is None:
             self.directory.go_back_to(None)  # a run that was killed in its first round has left something
-            self.initial = evaluate(self.grid, self.federation, state.arrays)
+            self.initial = self._evaluate(state)
             log.info("before the first round: %s", self.initial)
             self.audience.evaluated(0, self.initial)
             return state
@@ -328,7 +360,8 @@ class _Run:
         if (about := checkpoint.extra.get("carry")) is not None:
             carry = restored(checkpoint.arrays, about)
             self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds)
+        moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments)
 
     def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """Run the rounds that are left; the summary."""
@@ -340,7 +373,7 @@ class _Run:
             evaluation = None
             if state.round % config.eval_every == 0 or state.round == config.rounds:
                 began = time.monotonic()
-                evaluation = self._evaluate(strategy, state)
+                evaluation = self._evaluate(state, strategy)
                 done.metrics.update(evaluation)
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
@@ -348,7 +381,7 @@ class _Run:
         if isinstance(strategy, Alone):
             state = replace(state, arrays=strategy.all(config.clients, state.arrays))
         else:
-            self._write_adapter(state)
+            self._write_adapters(state)
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(
@@ -358,22 +391,12 @@ class _Run:
         log.info("done: %s", summary["final"])
         return summary
 
-    def _evaluate(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
-        """Of the common model; where each client has its own, the mean over them beside its spread."""
-        if not isinstance(strategy, Alone):
-            return evaluate(self.grid, self.federation, state.arrays, state.carry)
-        models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
-        higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
-        means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
-        return {**means, "over_clients": spread}
-
-    def _write_adapter(self, state: State) -> None:
-        config = self.config
-        self.prepared.model.carry(state.carry)
-        self.prepared.model.assign(to_tensors(state.arrays))
-        write_adapter(
-            self.directory.adapter,
-            self.prepared.model,
+    def _write_adapters(self, state: State) -> None:
+        """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
+        config, model, shared = self.config, self.prepared.model, to_tensors(state.arrays)
+        write = partial(
+            write_adapter,
+            model=model,
             base=self.prepared.checked.base_name,
             source=Path(self.prepared.checked.spec.path).resolve(),
             method=config.method,
@@ -382,11 +405,37 @@ class _Run:
             pair=len(self.prepared.checked.task.columns) == 2,
             own=self._own_base(),
         )
+        model.carry(state.carry)
+        model.assign(shared)
+        write(self.directory.adapter, note=SHARED_ALONE if model.personal else "")
+        if config.client_adapters:
+            for client in range(config.clients):
+                model.assign(shared | personal(self.grid.client_states.get(client, {})))
+                write(self.directory.adapter_of(client), note=f"It is that of client {client}, whose factors differ.")
 
     def _own_base(self) -> OwnBase | None:
         own = self.prepared.checked.own_model
         segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
         return None if own is None else OwnBase(own.kind, ("input_ids", "attention_mask", *segments))
+
+    def _evaluate(self, state: State, strategy: FlowerStrategy | None = None) -> dict[str, Any]:
+        """Of the common model on the test split; of every client on its own rows, where some are held back.
+
+        Where factors stay with the clients there is no common model, and what counts is the clients' mean. Where each
+        client has a model of its own (strategy: a baseline's), all are tested on the test split: mean and spread.
+        """
+        if isinstance(strategy, Alone):
+            models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
+            higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
+            means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
+            return {**means, "over_clients": spread}
+        personal, causal = self.prepared.model.personal, self.federation.causal
+        found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, state.carry)
+        held_back = [len(rows) for rows in self.prepared.checked.held_back]
+        if any(held_back):
+            clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, causal=causal)
+            found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
+        return found
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
@@ -413,6 +462,7 @@ class _Run:
             "strategy": packed,
             "clients": clients,
             **about,
+            "moments": {name: pair.tolist() for name, pair in state.moments.items()},
             "holds": sorted(state.holds.items()),
             "initial": self.initial,
             "rounds": self.config.rounds,
@@ -457,6 +507,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         measure=None if own is None or own.metric_name is None else partial(measure, own),
         ranks=ranks_of(config),
         rank=config.rank,
+        mean_moments=config.optimizer_state == "mean-v",
     )
 
 
@@ -466,7 +517,9 @@ def ranks_of(config: SimulationConfig) -> list[int] | None:
 
 
 def certificate_layers(model: TrainableModel) -> list[Layer]:
-    """The adapted layers as the certificate reads them."""
+    """The adapted layers as the certificate reads them; none where a part of each stays with the clients."""
+    if model.personal:
+        return []
     by_module: dict[str, dict[str, str]] = {}
     for tensor, (module, part) in model.trained.items():
         if module not in model.heads and part != "S":

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets",
 def facts(prepared: Prepared) -> dict[str, Any]:
     """What the configuration does not say and is known before the first round: the display's header, facts.json."""
     checked, model = prepared.checked, prepared.model
-    sizes = {name: tensor.numel() for name, tensor in model.values().items()}
+    sizes = model.sizes()
     head = sum(sizes[name] for name in model.head_names)
     names = checked.task.label_names
     config = checked.config
@@ -102,12 +102,13 @@ def summarise(
         "metric": metric,
         "over_clients": evaluated[-1].get("over_clients"),
         "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
+        "client_evaluation": evaluated[-1].get("client_evaluation"),
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
         "failed_clients": sum(row["failed"] for row in history),
         "failures": _failures(history),
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
-        "aggregation_error_null": None if errors else _no_certificate(config),
+        "aggregation_error_reason": None if errors else _no_certificate(config),
         "privacy": None,
         "timing": {
             "seconds_total": time.monotonic() - started,
@@ -146,6 +147,9 @@ def _no_certificate(config: SimulationConfig) -> str:
     """Why no round has an aggregation error."""
     if config.baseline is not None:
         return f"baseline {config.baseline}: no updates are averaged"
+    if personal := METHODS[config.method].personal:
+        own = " and ".join(sorted(personal))
+        return f"{own} of every client stays with it, so there is no common model whose update could be their mean"
     if not METHODS[config.method].adapts:
         return f"method {config.method} adapts no layer"
     return f"strategy {config.strategy} does not say that it averages"

@@ -26,6 +26,7 @@ from fedlotr.flower.loop import Federation, Round, State, run_round, sample_clie
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.ranks import block, padded
 from fedlotr.flower.records import to_arrays, to_record, to_tensors
+from fedlotr.flower.terms import CONTROL
 from fedlotr.simulation import certificate_layers
 from fedlotr.streams import generator
 from fedlotr.training.models import ModelSpec, TrainableModel
@@ -63,6 +64,8 @@ def _train(message: Message, context: Context) -> Message:
         "metrics": MetricRecord({"num-examples": client + 1, "weight": float(client + 1), "loss": 1.0}),
         "client": ConfigRecord({"client": client, "bases-sha256": str(context.run_config["bases"]), **carried}),
     }
+    if CONTROL in content:  # the change of its control variates, noise too
+        records[CONTROL] = to_record({name: sent[name] - content["arrays"][name].numpy() for name in sent})
     return Message(RecordDict(records), reply_to=message)
 
 
@@ -210,7 +213,7 @@ class _Case:
             done = run_round(grid, self.strategy, self.federation, self.state)
         asked = sample_clients(self.federation, number)
         assert set(done.failures) == {dropped}.intersection(asked), f"failures {done.failures}"
-        if not getattr(self.strategy, "averages", False):
+        if not getattr(self.strategy, "averages", False) or METHODS[self.method].personal:
             return done
         clients = [k for k in asked if k != dropped]
         shares = [(k + 1) / sum(k + 1 for k in clients) for k in clients]

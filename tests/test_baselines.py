@@ -74,7 +74,7 @@ def test_central_is_the_federation_of_one_client_that_holds_everything(
     assert set(central.summary["communication"].values()) == {0}
     assert [row["bytes_up"] + row["bytes_down"] for row in central.history] == [0, 0]
     assert central.summary["aggregation_error_max"] is None
-    assert central.summary["aggregation_error_null"] == "baseline central: no updates are averaged"
+    assert central.summary["aggregation_error_reason"] == "baseline central: no updates are averaged"
     assert (central.run_dir / "adapter" / "adapter_model.safetensors").is_file()
 
 

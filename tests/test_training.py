@@ -28,6 +28,7 @@ from fedlotr.training.models import (
     load_base,
     unbatched_layers,
 )
+from fedlotr.training.optimizers import OPTIMIZERS
 from fedlotr.training.supported import is_sentence_encoder
 
 SIZES = [1, 3, 9, 12, 16, 17, 30]
@@ -298,3 +299,66 @@ def test_two_loads_of_a_base_are_equal_to_the_bit(tiny_bert: Path) -> None:
     torch.manual_seed(6)
     other = load_base(spec).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+HELD = {
+    "adamw": LocalTraining(epochs=1, lr=1e-2, head_lr=1e-2, eps=1e-4, weight_decay=0.1, optimizer_state="keep"),
+    "sgd": LocalTraining(epochs=1, optimizer="sgd", momentum=0.9, lr=0.05, head_lr=0.02, optimizer_state="keep"),
+}
+
+
+@pytest.mark.parametrize("plan", HELD)
+def test_an_optimizer_that_is_kept_goes_on_as_torchs_own(tiny_bert: Path, plan: str) -> None:
+    """Three clients, each with steps of its own behind it and before it: one never trained, so with none."""
+    model = build(tiny_bert, "classification", "lora")
+    training, examples, start = HELD[plan], examples_for(model.spec), model.values()
+    rows = [np.arange(0, 30), np.arange(30, 47), np.arange(47, 60)]
+    past = [2, 1, 0]
+    states: list[Any] = [{}, {}, {}]
+    for k, times in enumerate(past):
+        for n in range(times):
+            work = ClientWork(rows[k], np.random.default_rng(n), states[k])
+            states[k] = train_cohort(model, start, examples, [work], training)[0].optimizer
+    last = [ClientWork(rows[k], np.random.default_rng(9), states[k]) for k in range(3)]
+    together = train_cohort(model, start, examples, last, training)
+    for k, times in enumerate(past):
+        parameters = {name: model._parameter(name).requires_grad_() for name in model.trained}
+        groups = [
+            {"params": [p], "lr": training.head_lr if name in model.head_names else training.lr}
+            for name, p in parameters.items()
+        ]
+        oracle: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, eps=training.eps, weight_decay=training.weight_decay)
+            if training.optimizer == "adamw"
+            else torch.optim.SGD(groups, momentum=training.momentum)
+        )
+        for shuffle in [*range(times), 9]:
+            model.assign(start)  # every round starts from the server's model
+            for batch in client_batches(ClientWork(rows[k], np.random.default_rng(shuffle)), training):
+                oracle.zero_grad()
+                model.losses(examples.batch(batch)).mean().backward()
+                oracle.step()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        assert relative(together[k].tensors, model.values(), start) < 1e-5, k
+        reset = train_cohort(model, start, examples, [ClientWork(rows[k], np.random.default_rng(9))], training)[0]
+        assert (relative(together[k].tensors, reset.tensors, start) < 1e-5) == (times == 0)
+        model.assign(start)
+
+
+def test_a_mean_of_moments_is_corrected_by_the_mean_of_their_weights() -> None:
+    """Gradients of one size: whatever numbers of steps the moments come from, v / weight is that size squared."""
+    training = LocalTraining(lr=0.1)
+    held = []
+    for steps in (1, 5):
+        optimizer, stack = OPTIMIZERS["adamw"](training), {"x": torch.zeros(1, 2)}
+        for _ in range(steps):
+            optimizer.step(stack, {"x": torch.full((1, 2), 3.0)}, {"x": 0.1}, 1)
+        held.append(optimizer.save(0))
+    mean = {kind: {"x": sum((state[kind]["x"] for state in held), torch.zeros(2)) / 2} for kind in ("square", "weight")}
+    mean["weight"]["x"][0] = 0.0
+    optimizer, stack = OPTIMIZERS["adamw"](training), {"x": torch.zeros(2, 2)}
+    optimizer.load([mean, {}], stack)
+    optimizer.step(stack, {"x": torch.full((2, 2), 3.0)}, {"x": 0.1}, 2)
+    # m̂ / √v̂ = 1 in every entry, of the copy that goes on and of the one that begins.
+    torch.testing.assert_close(stack["x"], torch.full((2, 2), -0.1))

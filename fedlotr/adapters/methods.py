@@ -44,6 +44,8 @@ class Method:
 
     train: the factors that move on the client; those not named are frozen and equal on every client. Without any
     factor no layer is adapted and only the classification head moves.
+    publish: of those the factors that leave the client; the others stay with it from round to round, each client's its
+    own. None: all leave it.
     core: what C is. turns: where not empty, the factors that move and are sent in each round, in turn.
     strategy: how the server combines the updates unless told otherwise.
     lr, head_lr: default learning rates of AdamW, for the factors and for the classification head, under the cosine
@@ -61,6 +63,12 @@ class Method:
     head_lr: float
     core: str = "full"
     turns: tuple[tuple[Factor, ...], ...] = ()
+    publish: tuple[Factor, ...] | None = None
+
+    @property
+    def personal(self) -> frozenset[Factor]:
+        """The trained factors that stay with the client."""
+        return frozenset() if self.publish is None else frozenset(self.train) - frozenset(self.publish)
 
     @property
     def has_core(self) -> bool:
@@ -225,6 +233,29 @@ METHODS: dict[str, Method] = {
         lr=1e-4,
         head_lr=3e-2,
         core="identity",
+    ),
+    "fedsa-lora": Method(
+        "LoRA whose A is averaged; each client's B is its own and stays with it",
+        "Guo et al. 2024, FedSA-LoRA",
+        basis="lora",
+        tie="layer",
+        train=("A", "B"),
+        strategy="fedsa",
+        lr=2e-3,
+        head_lr=3e-2,
+        core="identity",
+        publish=("A",),
+    ),
+    "personal-core": Method(
+        "A and B averaged, and between them a core of each client's own that stays with it",
+        "ours: FedSA-LoRA's split, with the core as the part that stays",
+        basis="random",
+        tie="layer",
+        train=("A", "B", "C"),
+        strategy="fedsa",
+        lr=2e-3,
+        head_lr=3e-2,
+        publish=("A", "B"),
     ),
     "head": Method(
         "only the classification head: the honest floor",

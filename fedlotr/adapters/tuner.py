@@ -193,7 +193,7 @@ class CoreModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _fill(self, config: CoreConfig, adapter: str) -> None:
-        """Give every tie its pair; where the method has no core, A starts from the basis and B at zero."""
+        """Give every tie its pair; trained factors start from it too, but for B at zero where there is no core."""
         if config.basis == "update" and not config.bases:
             if config.bases_sha256 is None:
                 raise ValueError(
@@ -212,6 +212,8 @@ class CoreModel(BaseTuner):
                     basis.B.copy_(pair.B)
                 elif layers[0].core_A[adapter].device.type != "meta":
                     layers[0].core_A[adapter].copy_(pair.A)
+                    if config.row.has_core:  # the core starts at zero, and B must not
+                        layers[0].core_B[adapter].copy_(pair.B)
         found = bases_sha256(self.model, adapter)
         if config.bases_sha256 not in (None, found):
             raise ValueError(

@@ -20,6 +20,9 @@ Direction = Literal["up", "down"]
 Kind = Literal["broadcast", "update", "basis", "carry", "control"]
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
+CONTROLS = ("control", "moments")
+"""Records of arrays that steer training and are no part of the model: control variates, moments of optimizers."""
+
 SCHEMA = pa.schema(
     [
         ("round", pa.int32()),
@@ -70,7 +73,7 @@ def entry(server_round: int, client: int, direction: Direction, name: str, recor
         kind = "basis"
     elif name == "carry":
         kind = "carry"
-    elif isinstance(record, ArrayRecord):
+    elif isinstance(record, ArrayRecord) and name not in CONTROLS:
         kind = "broadcast" if direction == "down" else "update"
     return Entry(server_round, client, direction, kind, payload_bytes(record), record.count_bytes())
 

@@ -4,8 +4,8 @@ It needs the message's content and its own `node_config`, and finds its data in 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
+from fedlotr.flower import moments
 from fedlotr.flower.carried import STATE, parts_of
-from fedlotr.flower.records import arrays_sha256, bases_from_record, by_layer, to_record, to_tensors
+from fedlotr.flower.personal import OWN_ROWS, keep_personal, personal
+from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
+from fedlotr.flower.terms import CONTROL, TAIL_SHARE, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.streams import generator
-from fedlotr.training.cohort import ClientResult, ClientWork, GradientTransform, train_cohort
+from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort, training_order
+from fedlotr.training.corrections import chain
 from fedlotr.training.evaluation import evaluate
 from fedlotr.training.memory import keep_freed_memory
-from fedlotr.training.models import Tensors
-from fedlotr.training.penalties import tail_penalty
 from fedlotr.training.results import Results
 
 WORK = "fedlotr.work"
@@ -32,8 +34,16 @@ WORK = "fedlotr.work"
 OUT = "out"
 """Key of `run_config` with the folder of the run, under Flower's own engine, whose clients cannot be told more."""
 
-UNDERSTOOD = {"server-round", "lr-factor", "tail-penalty", "tail-share"}
-"""What a train message's config may say. Anything else (FedProx's proximal term, say) would be silently ignored."""
+UNDERSTOOD = {"server-round", "lr-factor", TAIL_SHARE, *TERMS}
+"""What a train message's config may say. Anything else would be silently ignored."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client comes back with: its result, and the records that go up beside it."""
+
+    result: ClientResult
+    beside: dict[str, ArrayRecord]
 
 
 class Worker:
@@ -82,8 +92,8 @@ class Worker:
         carried = {"carry-sha256": self.carry_sha256} if self.carry_sha256 else {}
         return ConfigRecord({"client": client, "bases-sha256": self.bases_sha256, **carried})
 
-    def train(self, messages: Sequence[Message], clients: Sequence[int]) -> list[ClientResult]:
-        """Train clients, each from what its own message says.
+    def train(self, messages: Sequence[Message], clients: Sequence[int], states: Sequence[RecordDict]) -> list[Trained]:
+        """Train clients, each from what its own message says; what a client keeps is changed in place in `states`.
 
         Those train together whose messages agree in all but the tensors that move in this round.
         """
@@ -100,35 +110,51 @@ class Worker:
             arrays, moving = content["arrays"], self.model.moving(int(config["server-round"]))
             still = ArrayRecord({name: array for name, array in arrays.items() if name not in moving})
             shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items() if name in moving)
-            alike.setdefault((arrays_sha256(still), shapes, *sorted(config.items())), []).append(at)
-        results: dict[int, ClientResult] = {}
+            control = arrays_sha256(content[CONTROL]) if CONTROL in content else ""
+            alike.setdefault((arrays_sha256(still), shapes, control, *sorted(config.items())), []).append(at)
+        results: dict[int, Trained] = {}
         for group in alike.values():
-            trained = self._train_alike([messages[at].content for at in group], [clients[at] for at in group])
+            contents, own = [messages[at].content for at in group], [states[at] for at in group]
+            trained = self._train_alike(contents, [clients[at] for at in group], own)
             results |= dict(zip(group, trained, strict=True))
         return [results[at] for at in range(len(messages))]
 
-    def _train_alike(self, contents: Sequence[Any], clients: Sequence[int]) -> list[ClientResult]:
+    def _train_alike(
+        self, contents: Sequence[Any], clients: Sequence[int], states: Sequence[RecordDict]
+    ) -> list[Trained]:
         recipe, config = self.workplace.recipe, contents[0]["config"]
-        one = len({arrays_sha256(content["arrays"]) for content in contents}) == 1
-        starts = [to_tensors(content["arrays"]) for content in (contents[:1] if one else contents)]
+        one = not self.model.personal and len({arrays_sha256(content["arrays"]) for content in contents}) == 1
+        pairs = list(zip(contents, states, strict=True))[: 1 if one else None]
+        starts = [to_tensors(content["arrays"]) | personal(state) for content, state in pairs]
         factor, server_round = float(config.get("lr-factor", 1.0)), int(config["server-round"])
         training = replace(recipe.training, lr=recipe.training.lr * factor, head_lr=recipe.training.head_lr * factor)
+        moving, kept = self.model.moving(server_round), training.optimizer_state
+        shapes = {name: value for name, value in self.model.start(starts[0]).items() if name in moving}
         work = [
-            ClientWork(self.workplace.rows(client), generator(recipe.seed, "shuffle", server_round, client))
-            for client in clients
+            ClientWork(
+                self.workplace.rows(client),
+                generator(recipe.seed, "shuffle", server_round, client),
+                moments.begin(kept, content, state, shapes),
+            )
+            for client, content, state in zip(clients, contents, states, strict=True)
         ]
+        order = training_order(work, training)
+        begun = [self.model.start(values) for values in (starts if one else [starts[at] for at in order])]
+        shared = moving.difference(self.model.personal)
+        stacked = {name: torch.stack([values[name] for values in begun]).float() for name in begun[0] if name in shared}
+        asked = terms(Cohort(contents[0], [states[at] for at in order], stacked))
+        transform = chain([term.transform for term in asked])
         start = starts[0] if one else starts
-        transform = _penalty(config, starts[0])
-        return train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
-
-
-def _penalty(config: Mapping[str, Any], start: Tensors) -> GradientTransform | None:
-    """HetLoRA's penalty on the last rows and columns of a client's factors, where a message asks for it."""
-    if "tail-penalty" not in config:
-        return None
-    layers = by_layer(start)
-    rank = max(len(start[names["A"]]) for names in layers.values())
-    return tail_penalty(layers, float(config["tail-penalty"]), int(float(config["tail-share"]) * rank))
+        results = train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
+        beside = {
+            at: moments.end(kept, result.optimizer, states[at], result.tensors) for at, result in enumerate(results)
+        }
+        for state, result in zip(states, results, strict=True):
+            keep_personal(state, result.personal)
+        for row, at in enumerate(order):
+            for term in asked:
+                beside[at] |= term.report(row)
+        return [Trained(result, beside[at]) for at, result in enumerate(results)]
 
 
 def workplace_folder(context: Context) -> str:
@@ -154,26 +180,27 @@ class CohortClientApp(ClientApp):
         """One reply a message, in order."""
         clients = [int(context.node_config["partition-id"]) for context in contexts]
         here = worker(workplace_folder(contexts[0]))
-        results = here.train(messages, clients)
+        trained = here.train(messages, clients, [context.state for context in contexts])
         weighs_examples = here.workplace.recipe.weights == "examples"
         return [
             Message(
                 RecordDict(
                     {
-                        "arrays": to_record(result.tensors),
+                        "arrays": to_record(one.result.tensors),
                         "metrics": MetricRecord(
                             {
-                                "num-examples": result.examples,
-                                "weight": float(result.examples) if weighs_examples else 1.0,
-                                "loss": result.loss,
+                                "num-examples": one.result.examples,
+                                "weight": float(one.result.examples) if weighs_examples else 1.0,
+                                "loss": one.result.loss,
                             }
                         ),
                         "client": here.identity(client),
+                        **one.beside,
                     }
                 ),
                 reply_to=message,
             )
-            for message, client, result in zip(messages, clients, results, strict=True)
+            for message, client, one in zip(messages, clients, trained, strict=True)
         ]
 
 
@@ -190,16 +217,21 @@ def train(message: Message, context: Context) -> Message:
 def evaluate_shard(message: Message, context: Context) -> Message:
     """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards.
 
-    Where `rows` is asked for, also what came of each row.
+    Where `rows` is asked for, also what came of each row. Or, asked for its own rows: this client's model, with what
+    stays with it, on what is held back of its own.
     """
     here = worker(workplace_folder(context))
     content: Any = message.content
     config = content["config"]
     here.follow(content)
-    here.model.assign(to_tensors(content["arrays"]))
-    rows = np.arange(int(config["start"]), int(config["stop"]))
+    if OWN_ROWS in config:
+        here.model.assign(to_tensors(content["arrays"]) | personal(context.state))
+        examples, rows = here.workplace.train, here.workplace.held_back(int(context.node_config["partition-id"]))
+    else:
+        here.model.assign(to_tensors(content["arrays"]))
+        examples, rows = here.workplace.test, np.arange(int(config["start"]), int(config["stop"]))
     found = Results.empty(len(rows)) if config.get("rows") else None
-    scores = evaluate(here.model, here.workplace.test, rows, found)
+    scores = evaluate(here.model, examples, rows, found)
     metrics = MetricRecord(
         {"loss": scores.loss, "units": scores.units, "correct": scores.correct, "num-examples": len(rows)}
     )

@@ -25,11 +25,14 @@ from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
+from fedlotr.flower.state import ClientStates
 from fedlotr.flower.strategy import Strategy
+from fedlotr.flower.terms import CONTROL
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
 from fedlotr.training.results import Results
@@ -62,6 +65,7 @@ class Federation:
     method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
     measure: further metrics, of what the model made of each test row.
     ranks: of each client; None: all have the run's, which is `rank`.
+    mean_moments: whether means of AdamW's second moments travel beside them.
     """
 
     clients: int
@@ -80,6 +84,7 @@ class Federation:
     measure: Callable[[Results], dict[str, float | None]] | None = None
     ranks: Sequence[int] | None = None
     rank: int = 0
+    mean_moments: bool = False
 
 
 @dataclass
@@ -94,6 +99,8 @@ class State:
     """What the server has merged into the model."""
     holds: dict[int, int] = field(default_factory=dict)
     """Client -> the version of it that the client has; a client that is not named has version 0."""
+    moments: Arrays = field(default_factory=dict)
+    """Where `mean_moments`: by tensor the mean of AdamW's second moments, and the weight it is corrected by."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     with blaming(strategy, number, federation.method, "configure_train"):
         messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
+    kept = ClientStates(grid, clients)
+    add_moments(messages, state.moments)
     newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
     add_carry(messages, view.nodes, state.carry, state.holds)
     blocks = Blocks(_ranks(strategy, federation))
@@ -147,10 +156,13 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
     carry_sha256 = state.carry.sha256 if state.carry.version else ""
-    good, failures = check_replies(
-        replies, messages, view.nodes, partial(blocks.of, expected), federation.bases_sha256, carry_sha256
-    )
+    beside = {CONTROL: expected} if getattr(strategy, "controls", False) else {}
+    if federation.mean_moments:
+        beside[MOMENTS] = expected_moments(expected)
+    wanted = partial(blocks.of, expected)
+    good, failures = check_replies(replies, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside)
     blocks.pad(good, view.nodes, expected)
+    kept.restore(failures)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if not good or len(failures) > federation.max_failed * len(messages):
@@ -190,6 +202,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
+    if federation.mean_moments:
+        state.moments = mean_moments(good, state.moments)
     state.arrays, state.round = sent, number
     state.known |= newcomers - set(failures)
     state.holds |= {view.nodes[message.metadata.src_node_id]: state.carry.version for message in good}

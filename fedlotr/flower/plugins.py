@@ -20,8 +20,12 @@ GROUP = "fedlotr.strategies"
 """Entry point group in which packages announce their strategies."""
 
 
-def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: int, seed: int = 0) -> FlowerStrategy:
+def load_strategy(
+    name: str, arguments: Mapping[str, Any], clients_per_round: int, seed: int = 0, *, clients: int | None = None
+) -> FlowerStrategy:
     """Make the strategy. seed: the run's, for one that draws and so has an argument `seed`.
+
+    One whose constructor takes `clients` is told how many there are in the federation (default: those of a round).
 
     Flower's own strategies get what lets the loop sample and weigh for them: they train every client that their grid
     shows, weigh by the record `weight`, and evaluate nothing. `arguments` win over that.
@@ -35,6 +39,7 @@ def load_strategy(name: str, arguments: Mapping[str, Any], clients_per_round: in
         "min_available_nodes": clients_per_round,
         "weighted_by_key": "weight",
         "seed": seed,
+        "clients": clients if clients is not None else clients_per_round,
     }
     parameters = _parameters(kind)
     unknown = [key for key in arguments if parameters is not None and key not in parameters]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,13 @@ def check_replies(
     expected: Callable[[int], ArrayRecord],
     bases_sha256: str,
     carry_sha256: str = "",
+    beside: Mapping[str, ArrayRecord] = MappingProxyType({}),
 ) -> tuple[list[Message], dict[int, Failure]]:
     """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
 
-    nodes: node id -> client. expected: client -> tensors whose names, shapes and dtypes its reply must
-    have. bases_sha256,
-    carry_sha256: what a client must have computed with.
+    nodes: node id -> client. expected: client -> tensors whose names, shapes and dtypes its reply must have.
+    bases_sha256, carry_sha256: what a client must have computed with. beside: by the name of a record the same as
+    `expected`, of what every reply holds besides.
     """
     by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
     good: list[Message] = []
@@ -51,7 +53,7 @@ def check_replies(
             failure = (
                 Failure("no reply", "no reply")
                 if reply is None
-                else _failure(reply, client, expected(client), bases_sha256, carry_sha256)
+                else _failure(reply, client, {"arrays": expected(client), **beside}, bases_sha256, carry_sha256)
             )
         except Exception as error:  # a reply is what a client sends, and may hold anything
             failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
@@ -63,7 +65,7 @@ def check_replies(
 
 
 def _failure(
-    reply: Message, client: int, expected: ArrayRecord, bases_sha256: str, carry_sha256: str
+    reply: Message, client: int, expected: Mapping[str, ArrayRecord], bases_sha256: str, carry_sha256: str
 ) -> Failure | None:
     """What makes a reply unfit to be averaged; None if nothing does."""
     if reply.has_error():
@@ -73,24 +75,15 @@ def _failure(
         return Failure("worker died" if reply.error.code == CLIENT_CRASHED else named, reason)
     content: Any = reply.content
     kinds = {name: type(record) for name, record in content.items()}
-    if RECORDS.items() - kinds.items() or any(
-        kinds[name] is not ConfigRecord for name in kinds.keys() - RECORDS.keys()
-    ):
+    needed = RECORDS | dict.fromkeys(expected, ArrayRecord)
+    if needed.items() - kinds.items() or any(kinds[name] is not ConfigRecord for name in kinds.keys() - needed.keys()):
         found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items()) or "none"
-        return Failure("records", f"a reply needs the records arrays, metrics and client; this one has {found}")
-    arrays, metrics = content["arrays"], content["metrics"]
-    if set(arrays) != set(expected):
-        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
-        return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
-    for name, array in arrays.items():
-        # Decoded, and not only by what it says of itself: that need not be so.
-        decoded, wanted = value(array), expected[name]
-        shape, dtype = tuple(wanted.shape), wanted.dtype
-        if {tuple(array.shape), decoded.shape} != {shape} or {array.dtype, str(decoded.dtype)} != {dtype}:
-            kind = "wrong dtype" if decoded.shape == shape == tuple(array.shape) else "wrong shape"
-            return Failure(kind, f"{name} is {decoded.dtype} {decoded.shape}, expected {dtype} {shape}")
-        if not np.isfinite(decoded).all():
-            return Failure("not finite", f"{name} has values that are not finite")
+        wanted = f"{', '.join(list(needed)[:-1])} and {list(needed)[-1]}"
+        return Failure("records", f"a reply needs the records {wanted}; this one has {found}")
+    for name, tensors in expected.items():
+        if (failure := _tensors(content[name], tensors)) is not None:
+            return failure if name == "arrays" else Failure(failure.kind, f"its {name}: {failure.reason}")
+    metrics = content["metrics"]
     if set(metrics) != METRICS:
         return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(METRICS)}")
     weight, loss = metrics["weight"], metrics["loss"]
@@ -111,4 +104,21 @@ def _failure(
             f"it trained beside another carried term (SHA-256 {found[:12] or 'none'}, expected {carry_sha256[:12]})"
         )
         return Failure("another carried term", reason)
+    return None
+
+
+def _tensors(arrays: ArrayRecord, expected: ArrayRecord) -> Failure | None:
+    """What of a record's tensors is not as expected."""
+    if set(arrays) != set(expected):
+        missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+        return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
+    for name, array in arrays.items():
+        # Decoded, and not only by what it says of itself: that need not be so.
+        decoded, wanted = value(array), expected[name]
+        shape, dtype = tuple(wanted.shape), wanted.dtype
+        if {tuple(array.shape), decoded.shape} != {shape} or {array.dtype, str(decoded.dtype)} != {dtype}:
+            kind = "wrong dtype" if decoded.shape == shape == tuple(array.shape) else "wrong shape"
+            return Failure(kind, f"{name} is {decoded.dtype} {decoded.shape}, expected {dtype} {shape}")
+        if not np.isfinite(decoded).all():
+            return Failure("not finite", f"{name} has values that are not finite")
     return None

@@ -5,12 +5,13 @@ its attributes are kept, also those of a strategy inside it: that brings Flower'
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
 from flwr.app import RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.packing import Arrays, NotPlainError, pack, unpack
@@ -40,6 +41,24 @@ def load_strategy_state(strategy: FlowerStrategy, packed: Any, arrays: Mapping[s
         load(unpack(packed, arrays))
     else:
         vars(strategy).update(unpack(packed, arrays))
+
+
+class ClientStates:
+    """What a round's clients have kept before it, to give it back to those whose reply is refused.
+
+    Else a client would go on from a round that nobody else knows of: its control variate, say, would be in no mean.
+    """
+
+    def __init__(self, grid: Grid, clients: Sequence[int]) -> None:
+        self._store: dict[int, RecordDict] = getattr(grid, "client_states", {})
+        self._before = {client: self._store[client] for client in clients if client in self._store}
+
+    def restore(self, clients: Iterable[int]) -> None:
+        """Put back what these clients had, or that they had nothing."""
+        for client in clients:
+            self._store.pop(client, None)
+            if client in self._before:
+                self._store[client] = self._before[client]
 
 
 def save_clients(states: Mapping[int, RecordDict]) -> tuple[Any, Arrays]:

@@ -12,7 +12,7 @@ unchanged, gets the same care.
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.flower.certificate import Product
 from fedlotr.flower.ranks import block, padded
 from fedlotr.flower.records import Arrays, to_arrays, to_record
+from fedlotr.flower.terms import CONTROL, CONTROL_VARIATES
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Update:
     """One client's reply: its trained tensors after local training (float64), and its weight p_i before division.
 
     rank: of the leading block that it trained, where ranks differ; the rest of its factors is zero here. None: all.
+    control: the change of its control variates, where the strategy has such (`Strategy.controls`).
     """
 
     client: int
     arrays: Arrays
     weight: float
     rank: int | None = None
+    control: Arrays = field(default_factory=dict)
 
 
 def owned(update: Update, name: str) -> npt.NDArray[np.float64]:
@@ -81,11 +84,17 @@ class Strategy(FlowerStrategy):
     exact: whether what it publishes is that mean also where several factors move; the suite holds it to that.
     needs: the factors that must be in every update; a method whose clients send others is refused.
     ranks: client -> the rank that it is to train from now on, where the strategy says so and it is below its own.
+    asks: what clients are to do besides plain training: keys of the train message's config with their values; which
+    there are is said in `fedlotr.flower.terms`.
+    controls: whether they are to correct their gradients by control variates, and keep their own between rounds:
+    `control` is then sent to them, and every `Update` has the change of the client's.
     """
 
     averages: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    controls: ClassVar[bool] = False
+    asks: Mapping[str, float | bool] = MappingProxyType({})
     mean_before_step: Arrays | None = None
     ranks: Mapping[int, int] = MappingProxyType({})
     _carry: Mapping[str, Product] = MappingProxyType({})
@@ -101,7 +110,11 @@ class Strategy(FlowerStrategy):
     ) -> Iterable[Message]:
         """The same broadcast to every client of the round: the grid shows no others."""
         config["server-round"] = server_round
+        config.update({**self.asks, **({CONTROL_VARIATES: True} if self.controls else {})})
         content = RecordDict({"arrays": arrays, "config": config})
+        if self.controls:
+            control = self.control(arrays)
+            content[CONTROL] = to_record({name: value.astype(np.float32) for name, value in control.items()})
         return [Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()]
 
     def aggregate_train(
@@ -113,7 +126,9 @@ class Strategy(FlowerStrategy):
             content: Any = reply.content
             weight, loss = float(content["metrics"]["weight"]), float(content["metrics"]["loss"])
             client = content["client"]
-            updates.append(Update(int(client["client"]), to_arrays(content["arrays"]), weight, client.get("rank")))
+            control = to_arrays(content[CONTROL]) if self.controls else {}
+            arrays = to_arrays(content["arrays"])
+            updates.append(Update(int(client["client"]), arrays, weight, client.get("rank"), control))
             losses.append(loss)
         if not updates:
             return None, None
@@ -132,6 +147,10 @@ class Strategy(FlowerStrategy):
         taken = self._carry
         vars(self).pop("_carry", None)  # it is no state of ours, and would swell the checkpoints
         return taken
+
+    def control(self, arrays: ArrayRecord) -> Arrays:
+        """The server's control variates, one for each of the model's tensors; asked for where `controls` is set."""
+        raise NotImplementedError(f"{type(self).__name__} says that it has control variates; give it `control`")
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -65,16 +65,20 @@ class Workplace:
         parts: Sequence[npt.NDArray[np.int64]],
         bases: Mapping[str, Factors],
         carry: Mapping[str, Factors],
+        held_back: Sequence[npt.NDArray[np.int64]] = (),
     ) -> "Workplace":
         """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`; none where none is frozen.
 
         carry: by layer the pair of the adapter that the run starts from, which is to clients a part of the base.
+        held_back: the rows of `train` that each client is evaluated on by itself, and never trains on.
         """
         folder.mkdir(parents=True, exist_ok=True)
         train.save(folder / "train.safetensors")
         test.save(folder / "test.safetensors")
-        offsets = np.cumsum([0, *(len(part) for part in parts)])
-        save_file({"rows": np.concatenate(parts), "offsets": offsets}, folder / "clients.safetensors")
+        dealt = {"": parts, "held_": held_back or [np.zeros(0, np.int64)] * len(parts)}
+        columns = {f"{of}rows": np.concatenate(rows) for of, rows in dealt.items()}
+        offsets = {f"{of}offsets": np.cumsum([0, *(len(one) for one in rows)]) for of, rows in dealt.items()}
+        save_file({**columns, **offsets}, folder / "clients.safetensors")
         _save_pairs(bases, folder / "bases.safetensors")
         _save_pairs(carry, folder / "carry.safetensors")
         (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), encoding="utf-8")
@@ -111,6 +115,11 @@ class Workplace:
         """The rows of `train` that belong to a client. Raises IndexError for a client that does not exist."""
         offsets = self._clients["offsets"]
         return self._clients["rows"][offsets[client] : offsets[client + 1]]
+
+    def held_back(self, client: int) -> npt.NDArray[np.int64]:
+        """The rows of `train` that a client is evaluated on."""
+        offsets = self._clients["held_offsets"]
+        return self._clients["held_rows"][offsets[client] : offsets[client + 1]]
 
     def step_tokens(self, clients: Sequence[int]) -> list[int]:
         """Tokens of one optimizer step of each client: what its cohort's size is reckoned by."""

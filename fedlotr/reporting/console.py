@@ -306,6 +306,11 @@ def _named(clients: Mapping[str, int]) -> str:
     return f"client{'' if len(names) == 1 else 's'} {', '.join(names[:NAMED_CLIENTS])}{more}"
 
 
+def _undefined(summary: Mapping[str, Any]) -> str:
+    reason = summary.get("aggregation_error_reason")
+    return f"not defined: {reason}" if reason else "not defined"
+
+
 def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, str]]:
     final, best = summary.get("final") or {}, summary.get("best") or {}
     traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
@@ -321,6 +326,15 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
         if f"{name}_std" in (spread := summary.get("over_clients") or {}):
             rows.append((f"{name}, deviation of the clients", form.format(spread[f"{name}_std"])))
             rows.append((f"{name}, worst tenth of them", form.format(spread[f"{name}_worst_tenth"])))
+    if (own := summary.get("client_evaluation")) is not None:
+        form = METRICS[own["metric"]]
+        rows.append(
+            (
+                f"{own['metric']} of {own['clients']} clients",
+                f"{form.format(own['mean'])} ± {form.format(own['spread'])}",
+            )
+        )
+        rows.append(("  of their worst tenth", form.format(own["worst_tenth"])))
     for title, key in (
         ("upload a client and round", "upload_payload_bytes_per_client_round"),
         ("download a client and round", "download_payload_bytes_per_client_round"),
@@ -331,7 +345,7 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
         if traffic.get(key) is not None:
             rows.append((title, _exact_bytes(traffic[key])))
     error = summary.get("aggregation_error_max")
-    rows.append(("largest aggregation error", "not defined" if error is None else f"{error:.1e}"))
+    rows.append(("largest aggregation error", _undefined(summary) if error is None else f"{error:.1e}"))
     rows.append(("failed clients", f"{failed:,}"))
     rows += [(f"  {kind}", _named(clients)) for kind, clients in (summary.get("failures") or {}).items()]
     if timing.get("seconds_total") is not None:

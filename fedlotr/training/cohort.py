@@ -7,7 +7,7 @@ changes nothing but rounding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,13 +17,14 @@ import torch
 from fedlotr.adapters.layer import copies
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import Tensors, TrainableModel
-from fedlotr.training.optimizers import OPTIMIZERS, clip_by_norm
+from fedlotr.training.optimizers import OPTIMIZERS, State, clip_by_norm
 from fedlotr.training.packing import PASS_TOKENS, Rows, pack
 from fedlotr.training.ragged_pass import ragged_backward
 
 GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """(gradients, current values), both by name and (active, ...) -> gradients: what a strategy or a privacy mechanism
-puts between backward and optimizer."""
+puts between backward and optimizer, after `clip_norm`. Row j is client `training_order(...)[j]`'s; clients stop from
+the last row on, so whatever a transform keeps by client is cut as `kept[: len(gradient)]`."""
 
 COHORT_TOKENS = 1024
 """Tokens a step of one cohort (`cut_cohorts`): large enough for efficient products, small enough that the ten
@@ -40,6 +41,8 @@ class LocalTraining:
     epochs: passes over its examples, or steps: a number of optimizer steps instead. lr, head_lr: learning rates of
     the factors and of the head (already scaled for the round). momentum: SGD's. eps: AdamW's.
     clip_norm: joint norm of a client's gradient, or None.
+    optimizer_state: what an optimizer starts a round with: nothing, what the client's own had at the end of its last
+    one, or (mean-v) AdamW's second moments alone, in each tensor the mean over all clients and entries.
     """
 
     epochs: int = 1
@@ -52,6 +55,7 @@ class LocalTraining:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    optimizer_state: Literal["reset", "keep", "mean-v"] = "reset"
 
     def steps_of(self, held: int) -> int:
         """Optimizer steps in a round of a client that holds so many examples."""
@@ -67,20 +71,27 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class ClientWork:
-    """One client's examples (row numbers) and the generator that shuffles them."""
+    """One client's examples (row numbers), the generator that shuffles them, and what its optimizer goes on from."""
 
     rows: Rows
     shuffle: np.random.Generator
+    optimizer: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What one client has after its local training; loss is the mean over the examples it saw, when it saw them."""
+    """What one client has after its local training; loss is the mean over the examples it saw, when it saw them.
+
+    personal: the tensors that stay with the client, by name. optimizer: what its optimizer holds, unless that is not
+    wanted again (`optimizer_state`).
+    """
 
     tensors: Tensors
     examples: int
     steps: int
     loss: float
+    personal: Tensors = field(default_factory=dict)
+    optimizer: State = field(default_factory=dict)
 
 
 def client_batches(work: ClientWork, training: LocalTraining) -> list[Rows]:
@@ -92,6 +103,14 @@ def client_batches(work: ClientWork, training: LocalTraining) -> list[Rows]:
         batches += [order[at : at + training.batch_size] for at in range(0, len(order), training.batch_size)]
         epochs += 1
     return batches[: training.steps]
+
+
+def training_order(cohort: Sequence[ClientWork], training: LocalTraining) -> list[int]:
+    """Whose each row of what is stacked is, as positions in the cohort: those with the most steps first.
+
+    The clients still active at any step are then a prefix, and stopping is slicing.
+    """
+    return sorted(range(len(cohort)), key=lambda k: -training.steps_of(len(cohort[k].rows)))
 
 
 def train_cohort(
@@ -110,8 +129,7 @@ def train_cohort(
     the clients one after another, up to rounding.
     """
     plans = [client_batches(work, training) for work in cohort]
-    # Longest first: the clients still active at any step are then a prefix, and stopping is slicing.
-    order = sorted(range(len(cohort)), key=lambda k: -len(plans[k]))
+    order = training_order(cohort, training)
     starts = [start] if isinstance(start, Mapping) else [start[k] for k in order]
     begun = [model.start(values) for values in starts]
     moving = model.moving(server_round)
@@ -125,6 +143,8 @@ def train_cohort(
         if name in moving
     }
     optimizer = OPTIMIZERS[training.optimizer](training)
+    if any(work.optimizer for work in cohort):
+        optimizer.load([cohort[k].optimizer for k in order], stacks)
     rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
     losses = np.zeros(len(cohort))
     for step in range(len(plans[order[0]])):
@@ -144,8 +164,12 @@ def train_cohort(
     seen = [sum(len(batch) for batch in plan) for plan in plans]
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
-        tensors = model.publish({name: stack.detach()[position].clone().cpu() for name, stack in stacks.items()})
-        results[k] = ClientResult(tensors, len(cohort[k].rows), len(plans[k]), float(losses[k]) / max(seen[k], 1))
+        trained = {name: stack.detach()[position].clone().cpu() for name, stack in stacks.items()}
+        held = optimizer.save(position) if training.optimizer_state != "reset" else {}
+        loss = float(losses[k]) / max(seen[k], 1)
+        results[k] = ClientResult(
+            model.publish(trained), len(cohort[k].rows), len(plans[k]), loss, model.keep(trained), held
+        )
     return [result for result in results if result is not None]
 
 

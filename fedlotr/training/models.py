@@ -251,6 +251,7 @@ class TrainableModel:
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
+        self._first = {name: self._parameter(name).detach().clone() for name in self.personal}
         self.carry(Carry.start(carry or {}))
 
     @cached_property
@@ -275,8 +276,15 @@ class TrainableModel:
 
     @cached_property
     def published(self) -> list[str]:
-        """The trained tensors that travel; a core's scales stay on the client."""
-        return [name for name, (module, part) in self.trained.items() if module in self.heads or part != "S"]
+        """The trained tensors that travel; a core's scales stay on the client, and its personal factors."""
+        own = set(self.personal)
+        return [name for name, where in self.trained.items() if where[1] != "S" and name not in own]
+
+    @cached_property
+    def personal(self) -> list[str]:
+        """The trained tensors that stay with the client, who goes on with them in its next round."""
+        parts: frozenset[str] = frozenset() if self.core is None else self.core.row.personal
+        return [name for name, (module, part) in self.trained.items() if module not in self.heads and part in parts]
 
     def moving(self, server_round: int) -> frozenset[str]:
         """The trained tensors that move in a round, counted from 1; what of them is published is sent."""
@@ -286,6 +294,16 @@ class TrainableModel:
 
     def publish(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """What leaves the client of some of its trained tensors, by name."""
+        return {name: value for name, value in self._settled(tensors).items() if name not in self.personal}
+
+    def keep(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """What of some of its trained tensors stays with the client for its next round, by name."""
+        return {name: value for name, value in self._settled(tensors).items() if name in self.personal}
+
+    def _settled(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """At the end of a round: a core's scales are multiplied into it."""
+        if not tensors:
+            return {}
         sent: Tensors = {}
         for module, parts in self.as_copies(tensors).items():
             layer = self.module.get_submodule(module)
@@ -316,10 +334,15 @@ class TrainableModel:
         """The published tensors as they are now, cloned, float32."""
         return self.publish({name: self._parameter(name).detach().clone() for name in self.trained})
 
-    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Write the published tensors, or leading blocks of them among zeros; scales start again.
+    def sizes(self) -> dict[str, int]:
+        """How many numbers a client trains, by tensor: what travels, and what stays with it."""
+        return {name: self._parameter(name).numel() for name in sorted([*self.published, *self.personal])}
 
-        Raises KeyError for a missing one.
+    def assign(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Write the published tensors, or leading blocks of them among zeros, and a client's personal ones, if given.
+
+        Scales start again. Personal tensors that are not given are as before any training. Raises KeyError for a
+        published one that is missing.
         """
         with torch.no_grad():
             for name, value in self.start(values).items():
@@ -329,9 +352,13 @@ class TrainableModel:
                 parameter[tuple(slice(size) for size in value.shape)] = value
 
     def start(self, values: Mapping[str, torch.Tensor]) -> Tensors:
-        """The trained tensors at the start of a round: the published ones, and scales of one."""
+        """The trained tensors at the start of a round: the published ones, the client's own, and scales of one."""
         sent = set(self.published)
-        return {name: values[name] if name in sent else torch.ones_like(self._parameter(name)) for name in self.trained}
+        own = {name: values.get(name, first) for name, first in self._first.items()}
+        return {
+            name: values[name] if name in sent else own[name] if name in own else torch.ones_like(self._parameter(name))
+            for name in self.trained
+        }
 
     def carry(self, carry: Carry) -> None:
         """Let the layers carry these terms, and no others. Raises KeyError for a layer that is not adapted."""
