@@ -163,6 +163,8 @@ def _carried_bytes(
     By the run's own rules, on the meta device; layers of one shape are alike.
     """
     config = checked.config
+    if config.baseline is not None:
+        return [0] * len(rounds), 0
     strategy: Any = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
     own = [[config.rank if ranks is None else ranks[client] for client in clients] for clients in rounds]
     adds = [strategy.merges(present) if isinstance(strategy, Strategy) else 0 for present in own]
