@@ -17,5 +17,6 @@ def _watch() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     threading.Thread(target=_watch, daemon=True).start()
     sys.exit(simulate.main())

@@ -70,8 +70,10 @@ def test_a_run_leaves_the_directory_it_promises(small: dict[str, Any], simulate:
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
+        "facts.json",
         "log.txt",
         "metrics.jsonl",
+        "report.html",
         "ledger",
         "summary.json",
         "checkpoints",
