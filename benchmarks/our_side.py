@@ -14,12 +14,13 @@ from side_by_side import answer, turns
 
 from fedlotr.configuration import SimulationConfig
 from fedlotr.engines import RayGrid
+from fedlotr.federation import federation
 from fedlotr.flower.client_app import WORK
 from fedlotr.flower.loop import State, evaluate, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.preparation import check, prepare
-from fedlotr.simulation import CLIENT_APP, federation, resolve
+from fedlotr.simulation import CLIENT_APP, resolve
 from fedlotr.training.cohort import cut_cohorts
 
 

@@ -177,6 +177,10 @@ def _expand(path: Path) -> Path:
         raise ValueError(f"there is no user whose home folder {path.parts[0]} is") from None
 
 
+REPORTING = {"out", "resume", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
+"""Options that say where and how one run reports."""
+
+
 class SimulationConfig(BaseModel):
     """Everything a run depends on. Frozen; `InputError` names all mistakes at once.
 
@@ -355,11 +359,23 @@ class SimulationConfig(BaseModel):
     client_adapters: bool = Field(
         default=False, description="write an adapter for each client too, where factors stay with the clients"
     )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard's event files, into the run's folder")
+    mlflow: bool = Field(default=False, description="also log to MLflow, where MLFLOW_TRACKING_URI says")
+    wandb: bool = Field(default=False, description="also log to Weights & Biases; WANDB_MODE=offline keeps it here")
     resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
     quiet: bool = Field(default=False, description="print nothing but errors")
     json_output: bool = Field(
         default=False, alias="json", description="print summary.json on standard output at the end"
     )
+
+    @property
+    def loggers(self) -> list[str]:
+        """The tools that are told of every round."""
+        return [name for name in ("tensorboard", "mlflow", "wandb") if getattr(self, name)]
+
+    def reported(self) -> dict[str, Any]:
+        """What config.yaml says: all but where and how one run reports, which computes nothing."""
+        return self.model_dump(exclude=REPORTING)
 
     @property
     def clients_per_round(self) -> int:
@@ -705,9 +721,9 @@ def options() -> ArgumentParser:
 def dump_yaml(config: SimulationConfig, path: Path) -> None:
     """Write a configuration so that it can be read, and given again as CONFIG.yaml.
 
-    Left out is what says where and how one run reports (out, resume, quiet, json), not what it computes.
+    Left out is what says where and how one run reports (`REPORTING`), not what it computes.
     """
-    values = config.model_dump(exclude={"out", "resume", "quiet", "json_output"})
+    values = config.reported()
     lines = ["# Run this again: python -m fedlotr.simulate config.yaml"]
     for name, value in values.items():
         if name in SECTIONS:

@@ -18,6 +18,7 @@ from fedlotr.adapters.tuner import CoreConfig, bases_of, factored_layers
 from fedlotr.communication.ledger import payload_bytes
 from fedlotr.data import encode
 from fedlotr.errors import shorten
+from fedlotr.federation import DERIVABLE, ranks_of
 from fedlotr.flower.loop import Federation, sample_clients
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.ranks import block
@@ -26,7 +27,6 @@ from fedlotr.flower.strategy import Strategy
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.simulation import DERIVABLE, ranks_of
 from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
 from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
 

@@ -1,76 +1,50 @@
 """One run from its configuration to its directory: check, prepare, the rounds, the summary, the adapter."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
-from fedlotr.adapters.tuner import bases_of, factored_layers
-from fedlotr.baselines import Alone, over_clients, strategy_of, without_wire
+from fedlotr.baselines import strategy_of
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.callbacks import Audience, Callbacks
-from fedlotr.communication import read_ledger, write_part
-from fedlotr.communication.ledger import Entry
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
-from fedlotr.data import OwnData, OwnTask, Source, measure
+from fedlotr.data import OwnData, OwnTask, Source
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
-from fedlotr.flower.carried import restored, saved
-from fedlotr.flower.certificate import Layer
 from fedlotr.flower.client_app import WORK, worker
-from fedlotr.flower.loop import Federation, Round, State, blaming, evaluate, run_round
-from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.plugins import load_strategy
-from fedlotr.flower.ranks import client_ranks
-from fedlotr.flower.records import bases_record, derivable_record, to_record, to_tensors
-from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.flower.workplace import Workplace
-from fedlotr.handover import OwnBase, write_adapter
 from fedlotr.own import PREFIX
-from fedlotr.preparation import Checked, Prepared, check, prepare
+from fedlotr.preparation import Checked, check, prepare
 from fedlotr.reporting.console import Console
-from fedlotr.resumption import check_model, continue_from, fixed_values, saved_configuration
-from fedlotr.run_directory import Checkpoint, RunDirectory
+from fedlotr.reporting.loggers import missing_packages, open_loggers
+from fedlotr.resumption import continue_from, saved_configuration
+from fedlotr.rounds import Rounds
+from fedlotr.run_directory import RunDirectory
 from fedlotr.run_log import log_to
-from fedlotr.summary import facts, metrics_of, summarise
+from fedlotr.summary import facts
 from fedlotr.training.cohort import cut_cohorts
-from fedlotr.training.models import TrainableModel
 from fedlotr.training.precision import measured_dtype
 
 log = logging.getLogger("fedlotr")
 
 CLIENT_APP = "fedlotr.flower.client_app:app"
-DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
-"""Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
 NO_CLIENT_STATE = (
     "Flower does not show what its clients keep between rounds, so no checkpoint could hold it; choose ray or local"
 )
-SHARED_ALONE = (
-    "It holds what the clients share; the factors that stay with each of them are here as before any training. "
-    "`--client-adapters` writes one of every client."
-)
-LR_FACTORS: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-}
-"""Share of the run's rounds that are done -> what the learning rates are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +133,12 @@ def run_simulation(
             known = facts(prepared)
             directory.write_facts(known)
             display.start(config, known)
-            run = _Run(config, prepared, directory, grid, display, started, audience)
+            loggers = stack.enter_context(open_loggers(config.loggers, directory.path, config.reported()))
+            run = Rounds(config, prepared, directory, grid, display, started, audience, loggers)
             state = run.begin(strategy, checkpoint)
+            loggers.begin(run.history)
             dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
-            summary = run.rounds(strategy, state)
+            summary = run.run(strategy, state)
             _report(directory.path)
             display.finish(summary)
         return SimulationResult(summary, run.history, directory.path)
@@ -198,6 +174,7 @@ def problems_at_the_door(
     problems = preflight_paths(config, brought)
     if config.engine == "flower" and not brings_engine:
         problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
+    problems += missing_packages(config.loggers)
     return problems
 
 
@@ -295,259 +272,6 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
         counted = cores if config.engine == "local" else 1
         resolved["threads"] = before.threads if before is not None else counted
     return config.model_copy(update=resolved)
-
-
-class _Run:
-    """The rounds of one run."""
-
-    def __init__(
-        self,
-        config: SimulationConfig,
-        prepared: Prepared,
-        directory: RunDirectory,
-        grid: Engine | FlowerGrid,
-        display: Console,
-        started: float,
-        audience: Audience,
-    ) -> None:
-        self.config, self.prepared, self.directory = config, prepared, directory
-        self.grid, self.display, self.started, self.audience = grid, display, started, audience
-        self.history: list[dict[str, Any]] = []
-        self.entries: list[Entry] = []
-        self.ledger: list[str] = []
-        self.left_out: set[str] = set()
-        self.initial: dict[str, float | None] = {}
-        self.federation = federation(config, prepared)
-
-    def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
-        """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
-        state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
-        log.info(
-            "engine %s, %d workers of %s threads, %s; strategy %s",
-            self.config.engine,
-            self.grid.workers,
-            self.config.threads,
-            self.config.dtype,
-            type(strategy).__name__,
-        )
-        self.directory.open_round_folders()
-        if checkpoint is None:
-            self.directory.go_back_to(None)  # a run that was killed in its first round has left something
-            self.initial = self._evaluate(state)
-            log.info("before the first round: %s", self.initial)
-            self.audience.evaluated(0, self.initial)
-            return state
-        check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
-        with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
-            load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
-        self.grid.client_states = load_clients(checkpoint.extra["clients"], checkpoint.arrays)
-        self.directory.go_back_to(checkpoint)
-        self.history, self.ledger = checkpoint.metrics, checkpoint.ledger
-        self.entries = read_ledger(self.directory.ledger)
-        self.initial = checkpoint.extra["initial"]
-        self.started -= checkpoint.extra["seconds"]
-        trained = {name: checkpoint.arrays[name] for name in state.arrays}
-        log.info("resumed after round %d", checkpoint.round)
-        if checkpoint.extra["rounds"] != self.config.rounds and self.config.lr_schedule != "constant":
-            log.warning(
-                "--rounds was %d: the %s schedule is now that of a run of %d rounds, which the first %d did not follow",
-                checkpoint.extra["rounds"],
-                self.config.lr_schedule,
-                self.config.rounds,
-                checkpoint.round,
-            )
-        carry, holds = state.carry, dict(checkpoint.extra.get("holds", []))
-        if (about := checkpoint.extra.get("carry")) is not None:
-            carry = restored(checkpoint.arrays, about)
-            self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
-        moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments)
-
-    def rounds(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
-        """Run the rounds that are left; the summary."""
-        config = self.config
-        while state.round < config.rounds:
-            done = run_round(self.grid, strategy, self.federation, state)
-            if config.baseline is not None:
-                done = without_wire(done)
-            evaluation = None
-            if state.round % config.eval_every == 0 or state.round == config.rounds:
-                began = time.monotonic()
-                evaluation = self._evaluate(state, strategy)
-                done.metrics.update(evaluation)
-                done.metrics["evaluate_seconds"] = time.monotonic() - began
-            self._keep(done, state, strategy)
-            self.audience.finished(done, evaluation, self.directory.path)
-        if isinstance(strategy, Alone):
-            state = replace(state, arrays=strategy.all(config.clients, state.arrays))
-        else:
-            self._write_adapters(state)
-        loads = self.prepared.workplace.loads()
-        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
-        summary = summarise(
-            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
-        )
-        self.directory.write_summary(summary)
-        log.info("done: %s", summary["final"])
-        return summary
-
-    def _write_adapters(self, state: State) -> None:
-        """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
-        config, model, shared = self.config, self.prepared.model, to_tensors(state.arrays)
-        write = partial(
-            write_adapter,
-            model=model,
-            base=self.prepared.checked.base_name,
-            source=Path(self.prepared.checked.spec.path).resolve(),
-            method=config.method,
-            max_length=config.max_length,
-            labels=self.prepared.checked.task.label_names,
-            pair=len(self.prepared.checked.task.columns) == 2,
-            own=self._own_base(),
-        )
-        model.carry(state.carry)
-        model.assign(shared)
-        write(self.directory.adapter, note=SHARED_ALONE if model.personal else "")
-        if config.client_adapters:
-            for client in range(config.clients):
-                model.assign(shared | personal(self.grid.client_states.get(client, {})))
-                write(self.directory.adapter_of(client), note=f"It is that of client {client}, whose factors differ.")
-
-    def _own_base(self) -> OwnBase | None:
-        own = self.prepared.checked.own_model
-        segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
-        return None if own is None else OwnBase(own.kind, ("input_ids", "attention_mask", *segments))
-
-    def _evaluate(self, state: State, strategy: FlowerStrategy | None = None) -> dict[str, Any]:
-        """Of the common model on the test split; of every client on its own rows, where some are held back.
-
-        Where factors stay with the clients there is no common model, and what counts is the clients' mean. Where each
-        client has a model of its own (strategy: a baseline's), all are tested on the test split: mean and spread.
-        """
-        if isinstance(strategy, Alone):
-            models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
-            higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
-            means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
-            return {**means, "over_clients": spread}
-        personal, causal = self.prepared.model.personal, self.federation.causal
-        found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, state.carry)
-        held_back = [len(rows) for rows in self.prepared.checked.held_back]
-        if any(held_back):
-            clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, causal=causal)
-            found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
-        return found
-
-    def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
-        """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
-        self.ledger.append(write_part(self.directory.ledger, state.round, done.entries))
-        self.directory.append_metrics(done.metrics)
-        self.history.append(done.metrics)
-        self.entries += done.entries
-        with blaming(strategy, state.round, self.config.method, "state"):
-            packed, arrays, left_out = save_strategy(strategy)
-        for name in left_out.keys() - self.left_out:
-            self.left_out.add(name)
-            log.warning(
-                "%s.%s is not in the checkpoints (%s): a run that is resumed starts it anew",
-                type(strategy).__name__,
-                name,
-                left_out[name],
-            )
-        clients, client_arrays = save_clients(self.grid.client_states)
-        trained = {name: array.numpy() for name, array in state.arrays.items()}
-        carried, about = saved(state.carry)
-        start = self.prepared.checked.start
-        extra = {
-            "known": sorted(state.known),
-            "strategy": packed,
-            "clients": clients,
-            **about,
-            "moments": {name: pair.tolist() for name, pair in state.moments.items()},
-            "holds": sorted(state.holds.items()),
-            "initial": self.initial,
-            "rounds": self.config.rounds,
-            "seconds": time.monotonic() - self.started,
-            "bases_sha256": self.prepared.bases_sha256,
-            "data_sha256": self.prepared.checked.source.sha256,
-            "init_adapter_sha256": None if start is None else start.sha256,
-            "configuration": fixed_values(self.config),
-        }
-        self.directory.write_checkpoint(
-            state.round, {**arrays, **client_arrays, **carried, **trained}, self.history, self.ledger, extra
-        )
-        log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
-        self.display.round(done.metrics)
-
-
-def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
-    """What the round loop needs to know of this run."""
-    checked, model, own = prepared.checked, prepared.model, prepared.checked.own_task
-    factor = LR_FACTORS[config.lr_schedule]
-    bases = bases_of(model.module)
-    basis: Any = None
-    if bases and checked.core is not None:
-        if checked.core.basis in DERIVABLE:
-            basis = derivable_record(config.seed, prepared.bases_sha256)
-        else:
-            basis = bases_record(bases)
-    return Federation(
-        clients=len(checked.parts),
-        sampled=config.clients_per_round,
-        rounds=config.rounds,
-        seed=config.seed,
-        max_failed=config.max_failed,
-        lr_factor=lambda server_round: factor((server_round - 1) / config.rounds),
-        basis=basis,
-        bases_sha256=prepared.bases_sha256,
-        layers=certificate_layers(model),
-        held_out=len(prepared.workplace.test),
-        causal=checked.task.kind == "causal-lm",
-        method=config.method,
-        moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
-        measure=None if own is None or own.metric_name is None else partial(measure, own),
-        ranks=ranks_of(config),
-        rank=config.rank,
-        mean_moments=config.optimizer_state == "mean-v",
-    )
-
-
-def ranks_of(config: SimulationConfig) -> list[int] | None:
-    """The rank of each client, where they differ."""
-    return None if config.client_rank is None else client_ranks(config.client_rank, config.clients, config.seed)
-
-
-def certificate_layers(model: TrainableModel) -> list[Layer]:
-    """The adapted layers as the certificate reads them; none where a part of each stays with the clients."""
-    if model.personal:
-        return []
-    by_module: dict[str, dict[str, str]] = {}
-    for tensor, (module, part) in model.trained.items():
-        if module not in model.heads and part != "S":
-            by_module.setdefault(module, {})[part] = tensor
-    layers = factored_layers(model.module)
-
-    def frozen(module: str, factor: str) -> Any:
-        if factor in by_module[module]:
-            return None
-        tensor = layers[module].factor(factor, "default")
-        return None if tensor is None else tensor.detach().numpy().astype(np.float64)
-
-    def core(layer: FactoredLayer) -> Callable[[Any], Any]:
-        basis = layer.basis("default")
-        mixed = None if basis is None or basis.P is None else basis.P.double()
-        return lambda theta: layer.core["default"].expand({"C": torch.from_numpy(theta)}, mixed).numpy()
-
-    return [
-        Layer(
-            trained,
-            frozen(module, "A"),
-            frozen(module, "B"),
-            layers[module].scaling["default"],
-            core(layers[module]),
-            module,
-        )
-        for module, trained in by_module.items()
-    ]
 
 
 @contextmanager

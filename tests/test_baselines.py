@@ -11,9 +11,10 @@ import yaml
 
 from fedlotr import SimulationConfig, cli, run_simulation, simulate
 from fedlotr.baselines import over_clients, pooled
+from fedlotr.federation import LR_FACTORS
 from fedlotr.preparation import check, prepare
 from fedlotr.run_directory import RunDirectory
-from fedlotr.simulation import LR_FACTORS, resolve
+from fedlotr.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.evaluation import evaluate

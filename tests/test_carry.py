@@ -18,6 +18,7 @@ from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.export import whole
 from fedlotr.communication import read_ledger
+from fedlotr.federation import federation
 from fedlotr.flower import Update, WithCarry
 from fedlotr.flower.carried import carry_records, model_sha256, restored, saved
 from fedlotr.flower.client_app import Worker
@@ -27,7 +28,7 @@ from fedlotr.flower.records import to_record
 from fedlotr.flower.workplace import Workplace
 from fedlotr.preparation import check, prepare
 from fedlotr.resumption import saved_configuration
-from fedlotr.simulation import federation, resolve
+from fedlotr.simulation import resolve
 from fedlotr.testing import check_strategy
 from tests.support import TEXTS, Simulate, our_logits, plain_logits, read_run
 from tests.test_simulation import flags

@@ -16,12 +16,13 @@ from fedlotr import SimulationConfig, run_simulation, simulate
 from fedlotr.adapters import CoreConfig
 from fedlotr.communication import read_ledger
 from fedlotr.errors import InputError
+from fedlotr.federation import federation
 from fedlotr.flower.loop import Federation, sample_clients
 from fedlotr.flower.personal import summary_of
 from fedlotr.flower.state import load_clients
 from fedlotr.preparation import check, hold_back, prepare
 from fedlotr.run_directory import RunDirectory
-from fedlotr.simulation import check_all, federation, resolve
+from fedlotr.simulation import check_all, resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches
 from fedlotr.training.evaluation import evaluate

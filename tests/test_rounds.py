@@ -18,6 +18,7 @@ from fedlotr.communication.ledger import Entry, payload_bytes, read_ledger, writ
 from fedlotr.configuration import SimulationConfig
 from fedlotr.engines import LocalGrid
 from fedlotr.errors import InputError
+from fedlotr.federation import federation as simulated_federation
 from fedlotr.flower import Strategy
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
 from fedlotr.flower.client_app import worker
@@ -26,7 +27,6 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.state import load_strategy_state, save_strategy
 from fedlotr.preparation import check, prepare
-from fedlotr.simulation import federation as simulated_federation
 from fedlotr.simulation import resolve
 
 CLIENTS = 6

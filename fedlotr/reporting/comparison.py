@@ -17,8 +17,9 @@ from fedlotr.reporting.report import flat, points
 from fedlotr.reporting.run_record import RunRecord, read_run
 from fedlotr.reporting.svg import COLOURS, Series, line_plot, short
 
-REPORTS_ONLY = ("workers", "threads", "cohort")
-"""Keys that change how fast a run is, not what it comes to (beyond the last bits): no reason for another group."""
+REPORTS_ONLY = ("workers", "threads", "cohort", "tensorboard", "mlflow", "wandb")
+"""Keys that change how fast a run is, or who is told of it, not what it comes to (beyond the last bits): no reason for
+another group."""
 TESTED_ON = ("data", "eval_examples", "eval_split", "task")
 """Keys that decide which examples a metric is of."""
 TOLD = (
