@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from fedlotr import __version__, compare, doctor, grid, listing, report, simulate
+from fedlotr import __version__, compare, cost, doctor, grid, listing, report, simulate
 from fedlotr.errors import nearest
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "simulate": (simulate.main, "fine-tune a model with a federation of simulated clients"),
     "grid": (grid.main, "run a grid of configurations and seeds, and make one table of them"),
     "doctor": (doctor.main, "say whether a run would start on this machine, and what it will need"),
+    "cost": (cost.main, "the bill of a model before any run: bytes of every method and strategy"),
     "compare": (compare.main, "put runs side by side: metric, bytes, what differs"),
     "report": (report.main, "make the report of a run again, also of one that is not finished"),
     "ls": (listing.main, "list the methods or the strategies there are: fedlotr ls methods"),

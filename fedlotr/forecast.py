@@ -24,14 +24,13 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.ranks import block
 from fedlotr.flower.records import derivable_record
 from fedlotr.flower.strategy import Strategy
+from fedlotr.formulas import WIRE_BYTES
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
 from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
 
-WIRE_BYTES = 4
-"""Of a trained number on the wire: float32."""
 COPIES_OF_TRAINED = 4
 """What a client in a cohort keeps of each trained number: its value, its gradient, and two moments of AdamW."""
 ACTIVATIONS = 3

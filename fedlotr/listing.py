@@ -8,9 +8,8 @@ from pathlib import Path
 
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.errors import nearest
+from fedlotr.formulas import PAIR, SEED_AND_HASH, in_words
 
-CORE_NUMBERS = {"full": "r²", "diag": "r", "heads": "r²/4", "mix": "min(64, r²)"}
-FACTOR_NUMBERS = {"A": "r·d_in", "B": "r·d_out", "D": "d_in·d_out"}
 USAGE = "usage: fedlotr ls methods|strategies [--json], or: fedlotr ls strategies --template"
 TEMPLATE = Path(__file__).parent / "flower" / "template.py"
 """A strategy to copy, with a word on each of its methods."""
@@ -18,20 +17,13 @@ TEMPLATE = Path(__file__).parent / "flower" / "template.py"
 Row = dict[str, str]
 
 
-def upload(row: Method) -> str:
-    """Numbers that a client sends a round for each adapted layer, as a formula in r, d_in and d_out."""
-    turns = row.turns or (tuple(f for f in row.train if f not in row.personal),)
-    sums = [" + ".join(CORE_NUMBERS[row.core] if f == "C" else FACTOR_NUMBERS[f] for f in turn) for turn in turns]
-    return ", then ".join(sums) or "0"
-
-
 def one_off(row: Method) -> str:
     """What a client receives once: the frozen factors, a seed and a hash, or nothing."""
     if not row.freezes:
         return "nothing"
     if row.basis != "update":
-        return "seed and hash, 40 bytes"
-    return f"r·(d_in + d_out) {'per type' if row.tie == 'type' else 'per layer'}"
+        return f"seed and hash, {SEED_AND_HASH} bytes"
+    return f"{PAIR.text} {'per type' if row.tie == 'type' else 'per layer'}"
 
 
 def methods() -> list[Row]:
@@ -43,7 +35,7 @@ def methods() -> list[Row]:
             "basis": row.basis if row.factored else "",
             "tie": row.tie if row.factored else "",
             "core": row.core if row.factored else "",
-            "upload a layer": upload(row),
+            "upload a layer": in_words(row),
             "one-off": one_off(row),
             "strategy": row.strategy,
             "paper": row.paper,

@@ -222,10 +222,9 @@ def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
         )
     needed: frozenset[str] = getattr(strategy, "needs", frozenset())
     row = METHODS[config.method]
-    turns = row.turns or (row.train,)
-    if any(needed - set(turn) for turn in turns):
-        able = [name for name, other in METHODS.items() if not other.turns and needed <= set(other.train)]
-        sent = " in turn ".join(" and ".join(turn) for turn in turns) or "the head alone"
+    if any(needed - set(turn) for turn in row.sent):
+        able = [name for name, other in METHODS.items() if all(needed <= set(turn) for turn in other.sent)]
+        sent = " in turn ".join(" and ".join(turn) for turn in row.sent) or "the head alone"
         yield (
             f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
             f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"

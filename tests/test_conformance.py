@@ -13,8 +13,11 @@ from fedlotr.adapters import CORES, METHODS, CoreConfig
 from fedlotr.adapters.bases import Request, ldu_basis, nystrom_basis, spectral_basis, tucker_basis
 from fedlotr.adapters.cores import CORES as FUNCTIONS
 from fedlotr.adapters.cores import expand_heads, mixed_matrices
+from fedlotr.architectures import read_architecture
+from fedlotr.communication import read_ledger
 from fedlotr.flower import Update, weighted_mean
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.formulas import bill
 from fedlotr.testing import check_strategy
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
@@ -79,7 +82,49 @@ def test_two_rounds_from_the_command_line(
         assert all(error is not None and error <= 1e-6 for error in errors)
     sent = summary["communication"]["upload_payload_bytes_per_client_round"]
     assert sent == 4 * (NUMBERS.get(method, 13 * R * R) + HEAD), "the ledger says what the formula says"
+    check_the_bill(tmp_path / "run", tiny_bert, method, strategy, [R, R, R], rounds=2)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def check_the_bill(run: Path, model: Path, method: str, strategy: str, ranks: list[int], *, rounds: int) -> None:
+    """The bytes of every round, in both directions, and the one-off are those of the formulas, to the byte."""
+    architecture = read_architecture(str(model), "classification", 2, "all-linear")
+    made: Any = load_strategy(strategy, {}, len(ranks), clients=len(ranks))
+    asked = METHODS[method], architecture.layers, architecture.head, ranks, rounds
+    owed = bill(*asked, merged=made.merges(ranks))
+    ledger = read_ledger(run / "ledger")
+
+    def paid(kinds: set[str], number: int) -> int:
+        return sum(row.payload_bytes for row in ledger if row.kind in kinds and row.round == number)
+
+    ups = [paid({"update"}, number) for number in range(1, rounds + 1)]
+    downs = [paid({"broadcast", "carry"}, number) for number in range(1, rounds + 1)]
+    if strategy == "hetlora":  # it lowers clients' ranks as it goes
+        assert all(u <= most for u, most in zip(ups + downs, owed.ups + owed.downs, strict=True))
+    else:
+        assert (ups, downs) == (list(owed.ups), list(owed.downs))
+    assert paid({"basis"}, 1) == len(ranks) * owed.one_off and paid({"basis"}, 2) == 0
+    if made.controls:
+        # Beside the trained tensors control variates of their size, each way; what is left are plain values.
+        twice = bill(*asked, controls=True)
+        for direction, with_them, without in (("up", twice.ups, owed.ups), ("down", twice.downs, owed.downs)):
+            sizes = sorted(e.payload_bytes for e in ledger if e.kind == "control" and e.direction == direction)
+            assert sum(sizes[-len(ranks) * rounds :]) == sum(with_them) - sum(without)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [("lora", "fedit"), ("lora", "flora"), ("lora", "fedex-lora"), ("rolora", "rolora"), ("fed-sb", "exact-average")],
+)
+def test_the_bill_of_clients_with_ranks_of_their_own(
+    method: str, strategy: str, tiny_bert: Path, animals: Path, tmp_path: Path
+) -> None:
+    words = f"--model {tiny_bert} --data {animals} --method {method} --strategy {strategy} --rank 16"
+    words += " --client-rank 16,2,8 --clients 3 --sample 3 --rounds 4 --max-examples 4 --public-examples 16"
+    words += " --eval-examples 6 --eval-every 4 --partition iid --engine local --threads 1 --dtype float32 --quiet"
+    assert simulate.main([*words.split(), "--out", str(tmp_path / "run")]) == 0
+    # Four rounds: FLoRA's and FedEx's ranks then add up to more than a full matrix has, which is sent instead.
+    check_the_bill(tmp_path / "run", tiny_bert, method, strategy, [16, 2, 8], rounds=4)
 
 
 @pytest.mark.parametrize(("method", "strategy"), ROWS + OTHERS)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    ("errors", "files", "hub", "own", "streams", "adapters.methods"),
+    ("errors", "files", "formulas", "hub", "own", "streams", "adapters.methods"),
     ("machine", "preflight"),
     ("yaml_file",),
     ("command_line",),
@@ -23,6 +23,7 @@ FLOORS = (
     ("reporting",),
     (
         *(
+            "architectures",
             "baselines",
             "brought",
             "callbacks",
@@ -35,9 +36,9 @@ FLOORS = (
         ),
         *("rounds", "run_directory", "run_log", "simulation", "skeleton", "summary", "warm_start"),
     ),
-    ("forecast", "grid_file", "testing"),
+    ("billing", "forecast", "grid_file", "testing"),
     ("grid_runs", "grid_tuning"),
-    ("cli", "compare", "doctor", "grid", "listing", "report", "server_app", "simulate", "supervised"),
+    ("cli", "compare", "cost", "doctor", "grid", "listing", "report", "server_app", "simulate", "supervised"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight", "fedlotr.yaml_file")

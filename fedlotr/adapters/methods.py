@@ -71,6 +71,11 @@ class Method:
         return frozenset() if self.publish is None else frozenset(self.train) - frozenset(self.publish)
 
     @property
+    def sent(self) -> tuple[tuple[Factor, ...], ...]:
+        """The factors that clients send: once, or of each round in turn."""
+        return tuple(tuple(f for f in turn if f not in self.personal) for turn in self.turns or (self.train,))
+
+    @property
     def has_core(self) -> bool:
         """Whether clients train an r×r core between frozen factors."""
         return "C" in self.train

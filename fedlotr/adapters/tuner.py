@@ -120,11 +120,16 @@ class CoreConfig(PeftConfig):
             return key
         if self.tie == "all":
             return "all"
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", key) + "@{}x{}".format(*widths(layer))
+        return projection_type(key, *widths(layer))
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT writes it, with sets sorted: files are equal byte for byte from run to run."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+
+def projection_type(name: str, d_in: int, d_out: int) -> str:
+    """What the layers of one projection type have in common: the name without the layer's number, and the widths."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name) + f"@{d_in}x{d_out}"
 
 
 class CoreModel(BaseTuner):

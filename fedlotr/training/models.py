@@ -143,19 +143,14 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
                 model = MeanPooledClassifier(model, spec.labels)
             # Read out by the mean, the encoder's pooler is not used.
             missing = {f"encoder.{key}" for key in missing if "pooler" not in key.split(".")}
-    heads = [] if spec.kind == "causal-lm" else _head_names(model, missing)
+    heads = [] if spec.kind == "causal-lm" else head_names(model, missing)
     lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
     if lacking:
         raise ValueError(
             f"its files lack {', '.join(lacking[:3])}, or hold it in another size; it would be random and is not part "
             "of the adapter: take a model that was saved whole"
         )
-    module: nn.Module = model
-    for name in heads:
-        parent, _, leaf = name.rpartition(".")
-        # The head is trained: it stays in float32 whatever the base is, and so does a norm beside its layers.
-        (module.get_submodule(parent) if parent else module.get_submodule(name)).float()
-        setattr(module.get_submodule(parent), leaf, CopiesLinear.around(cast(nn.Linear, module.get_submodule(name))))
+    module = with_head(model, heads)
     for layer in list(head_layers(module).values())[-1:]:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
@@ -163,8 +158,11 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _head_names(model: nn.Module, missing: Collection[str]) -> list[str]:
-    """The linear layers that are the head's, in the order of the model: the last one makes the logits."""
+def head_names(model: nn.Module, missing: Collection[str] = ()) -> list[str]:
+    """The linear layers that are the head's, in the order of the model: the last one makes the logits.
+
+    missing: tensors that the model's files lack, and that are the head's therefore.
+    """
     trunk = getattr(model, "base_model_prefix", "encoder")
     return [
         name
@@ -177,6 +175,16 @@ def _head_names(model: nn.Module, missing: Collection[str]) -> list[str]:
             or (f"{name}.weight" in missing and (name.split(".")[0] != trunk or "pooler" in name.split(".")))
         )
     ]
+
+
+def with_head(model: nn.Module, heads: Collection[str]) -> nn.Module:
+    """The same model, whose head's layers take copies."""
+    for name in heads:
+        parent, _, leaf = name.rpartition(".")
+        # The head is trained: it stays in float32 whatever the base is, and so does a norm beside its layers.
+        (model.get_submodule(parent) if parent else model.get_submodule(name)).float()
+        setattr(model.get_submodule(parent), leaf, CopiesLinear.around(cast(nn.Linear, model.get_submodule(name))))
+    return model
 
 
 def _belongs_to_head(model: nn.Module, key: str, heads: Collection[str]) -> bool:

@@ -1,0 +1,83 @@
+"""`fedlotr cost --model NAME [options]`: the bill of a model before any run, for every method and strategy."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fedlotr.adapters.methods import METHODS
+from fedlotr.communication.links import CUSTOM, PROFILES, read_link
+from fedlotr.errors import InputError, nearest
+
+DONE, BAD_INPUT = 0, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table, JSON or CSV; exit code 0, or 2 for what the user can mend."""
+    try:
+        given = _parser().parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    try:
+        _print(given)
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    return DONE
+
+
+def _print(given: argparse.Namespace) -> None:
+    methods = given.methods.split(",") if given.methods else list(METHODS)
+    problems = [f"--methods {name}: no such method{nearest(name, METHODS)}" for name in methods if name not in METHODS]
+    numbers = {"rank": given.rank, "lora-rank": given.lora_rank, "clients": given.clients, "rounds": given.rounds}
+    numbers |= {"labels": given.labels}
+    problems += [
+        f"--{name} {value}: expected 1 or more" for name, value in numbers.items() if value is not None and value < 1
+    ]
+    try:
+        link = read_link(given.link)
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+    # Here, not above: they load torch and transformers.
+    from fedlotr.architectures import read_architecture
+    from fedlotr.billing import bills, fedit
+    from fedlotr.reporting.bill import as_csv, as_json, as_table
+
+    kind: Any = None if given.task == "auto" else given.task
+    architecture = read_architecture(given.model, kind, given.labels, given.targets)
+    ranks = (given.rank, given.lora_rank or given.rank)
+    rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds)
+    against = fedit(architecture, ranks[1], given.clients, given.rounds)
+    shown = as_json if given.json else as_csv if given.csv else as_table
+    print(shown(given.model, architecture, rows, left_out, against, link), end="")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedlotr cost",
+        description="The bill of a model before any run, without its weights: numbers trained and bytes sent by every "
+        "method and strategy. Bytes are payload, numbers times 4; clients take part in every round.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME|PATH|ID", help="mistral-7b and other public models whose dimensions "
+        "are in the package; a folder with config.json; or a hub id, whose config.json alone is read")  # fmt: skip
+    add("--task", choices=("auto", "classification", "causal-lm"), default="auto", help="what the model is for "
+        "(default: what its configuration says)")  # fmt: skip
+    add("--labels", type=int, default=2, help="classes of a classifier (default: 2)")
+    add("--targets", default="all-linear", metavar="all-linear|REGEX", help="layers to adapt (default: all-linear)")
+    add("--methods", metavar="NAME,NAME", help="only these methods (default: all)")
+    add("--rank", type=int, default=16, help="of cores (default: 16)")
+    add("--lora-rank", type=int, help="of methods that train A or B (default: that of --rank)")
+    add("--clients", type=int, default=10, help="clients a round (default: 10)")
+    add("--rounds", type=int, default=10, help="rounds (default: 10)")
+    add("--link", default="broadband", metavar="NAME|RATES", help=f"{', '.join(PROFILES)}, or {CUSTOM} "
+        "(default: broadband)")  # fmt: skip
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object")
+    form.add_argument("--csv", action="store_true", help="a line a row")
+    return parser

@@ -1,0 +1,196 @@
+"""The bills of `fedlotr cost` as a table, as JSON and as CSV; all digits in the last two."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedlotr.adapters.methods import METHODS
+from fedlotr.communication.links import Link
+from fedlotr.formulas import CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
+from fedlotr.reporting.console import readable_bytes
+
+WIDTH = 150
+"""Columns of a table that is piped."""
+
+
+class Billed(Protocol):
+    """A row of `billing.bills`."""
+
+    @property
+    def method(self) -> str: ...  # noqa: D102
+    @property
+    def strategies(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def bill(self) -> Bill: ...  # noqa: D102
+    @property
+    def merged(self) -> int: ...  # noqa: D102
+    @property
+    def controls(self) -> bool: ...  # noqa: D102
+    @property
+    def published(self) -> Published | None: ...  # noqa: D102
+    @property
+    def published_numbers(self) -> int | None: ...  # noqa: D102
+
+
+class Model(Protocol):
+    """An `Architecture`."""
+
+    @property
+    def kind(self) -> str: ...  # noqa: D102
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...  # noqa: D102
+    @property
+    def head(self) -> int: ...  # noqa: D102
+    @property
+    def parameters(self) -> int: ...  # noqa: D102
+    @property
+    def source(self) -> str: ...  # noqa: D102
+
+
+def entries(rows: Sequence[Billed], against: Bill, link: Link) -> list[dict[str, Any]]:
+    """One flat row a bill. Numbers are exact; *_bytes are of one client unless they are called total."""
+    found = []
+    for row in rows:
+        bill, method = row.bill, METHODS[row.method]
+        seconds = link.seconds(bill.round_up, bill.round_down, bill.clients)
+        adapted = f"Σ {in_words(method)}" if method.adapts else "0"
+        up = f"{'2 × ' if row.controls else ''}({adapted} + head)"
+        found.append(
+            {
+                "method": row.method,
+                "strategies": list(row.strategies),
+                "rank": row.rank if method.factored else None,
+                "trained_numbers": bill.trained,
+                "upload_bytes": bill.round_up,
+                "download_bytes": bill.round_down,
+                "one_off_bytes": bill.one_off,
+                "total_bytes": bill.total,
+                "total_against_fedit": bill.total / against.total if against.total else None,
+                "rounds_to_break_even": bill.break_even(against),
+                "seconds_a_round": seconds,
+                "seconds_one_off": link.seconds(0, bill.one_off, bill.clients) if bill.one_off else 0.0,
+                "published_numbers": row.published_numbers,
+                "upload_formula": up,
+                "carried_formula": f"{row.merged}·Σ(d_in + d_out)" if row.merged else "",
+                "published_formula": "" if row.published is None else row.published.text,
+                "published_note": "" if row.published is None else row.published.note,
+                "source": source(method),
+            }
+        )
+    return found
+
+
+def as_json(
+    name: str, model: Model, rows: Sequence[Billed], left_out: Mapping[str, str], against: Bill, link: Link
+) -> str:
+    """One object: the model, the link, the rows, the table of formulas, and what is left out."""
+    formulas: dict[str, Formula] = {str(factor): formula for factor, formula in FACTORS.items()}
+    formulas |= {f"core {core}": formula for core, formula in CORES.items()} | {"frozen pair": PAIR}
+    return (
+        json.dumps(
+            {
+                "model": {
+                    "name": name,
+                    "kind": model.kind,
+                    "parameters": model.parameters,
+                    "adapted_layers": len(model.layers),
+                    "sum_d_in": sum(layer.d_in for layer in model.layers),
+                    "sum_d_out": sum(layer.d_out for layer in model.layers),
+                    "head": model.head,
+                    "source": model.source,
+                },
+                "link": asdict(link),
+                "clients": against.clients,
+                "rounds": len(against.ups),
+                "rows": entries(rows, against, link),
+                "formulas": {key: {"numbers": f.text, "source": f.source} for key, f in formulas.items()},
+                "left_out": dict(left_out),
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
+
+
+def as_csv(
+    name: str, model: Model, rows: Sequence[Billed], left_out: Mapping[str, str], against: Bill, link: Link
+) -> str:
+    """A line a row."""
+    found = entries(rows, against, link)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(found[0]) if found else ["method"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "strategies": " ".join(row["strategies"])} for row in found)
+    return text.getvalue()
+
+
+def as_table(
+    name: str, model: Model, rows: Sequence[Billed], left_out: Mapping[str, str], against: Bill, link: Link
+) -> str:
+    """For the eye, with the formulas and what they mean below."""
+    clients, rounds = against.clients, len(against.ups)
+    table = Table(
+        title=f"{name}: {len(model.layers)} adapted layers, {model.parameters:,} parameters, head {model.head:,}\n"
+        f"{clients} clients, {rounds} rounds, link {link.name}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("method, strategies", ratio=1)
+    for column in ("r", "trained", "up", "down", "one-off", "total", "× FedIT", "even at", "s a round", "published"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row, entry in zip(rows, entries(rows, against, link), strict=True):
+        even, ratio, counted = entry["rounds_to_break_even"], entry["total_against_fedit"], row.published_numbers
+        table.add_row(
+            f"{row.method}, {_alike(row.strategies)}",
+            str(entry["rank"] or ""),
+            f"{entry['trained_numbers']:,}",
+            *(readable_bytes(entry[key]) for key in ("upload_bytes", "download_bytes", "one_off_bytes", "total_bytes")),
+            "" if ratio is None else f"{ratio:.3g}",
+            "never" if even is None else f"{even:.2f}",
+            f"{entry['seconds_a_round']:.3g}",
+            "" if counted is None else f"{counted:,}",
+        )
+    console = Console(width=WIDTH, no_color=True, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [
+        "up, down: bytes of a client and round (down from the second round on, with what the server merged); total: "
+        "of all clients and rounds, one-off included;",
+        "even at: rounds from which the bill is below FedIT's; published: numbers of a client and round in the papers' "
+        "figures, which count the larger direction alone and no one-off.",
+        "alike: strategies that cost the same, by name in --json; one that lowers clients' ranks as it goes (hetlora) "
+        "sends at most this.",
+        "Each adapted layer sends, in numbers of 4 bytes:",
+        *(f"  {method:14} {in_words(METHODS[method])}   ({source(METHODS[method])})" for method in _methods(rows)),
+    ]
+    lines += [
+        f"{row.method} with {row.strategies[0]}: published as {row.published.text}; {row.published.note}"
+        for row in rows
+        if row.published is not None and row.published.note
+    ]
+    lines += [
+        f"{row.method} with {', '.join(row.strategies)}: control variates too, both ways"
+        for row in rows
+        if row.controls
+    ]
+    lines += [f"left out: {method}, {reason}" for method, reason in left_out.items()]
+    return "\n".join(line.rstrip() for line in [*capture.get().splitlines(), *lines]) + "\n"
+
+
+def _alike(strategies: Sequence[str]) -> str:
+    first, *others = strategies
+    return first if not others else f"{first} and {len(others)} alike" if len(others) > 1 else ", ".join(strategies)
+
+
+def _methods(rows: Sequence[Billed]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows))

@@ -1,0 +1,169 @@
+"""`fedlotr cost`: the counts that papers published, to the number; and one bill whatever way it is asked for.
+
+Where the counts are from: the figures of Singhal et al. 2025, Fed-SB, and of its code on SNLI.
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from fedlotr import cli
+from fedlotr.adapters import METHODS
+from fedlotr.architectures import public_models, read_architecture
+from fedlotr.communication.links import Link, read_link
+from fedlotr.errors import InputError
+from fedlotr.formulas import bill, carried
+
+
+def cost(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert cli.main(["cost", *words.split(), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def row(found: dict[str, Any], method: str, strategy: str) -> dict[str, Any]:
+    return next(row for row in found["rows"] if row["method"] == method and strategy in row["strategies"])
+
+
+@pytest.mark.parametrize(
+    ("model", "clients", "fedit", "ffa", "ffa_code", "cores"),
+    [
+        ("mistral-7b", 25, 83_886_080, 41_943_040, 44_040_192, {120: 3_225_600, 160: 5_734_400, 200: 8_960_000}),
+        ("gemma-2-9b", 25, 108_036_096, 54_018_048, 59_179_008, {120: 4_233_600, 160: 7_526_400, 200: 11_760_000}),
+        ("llama-3.2-3b", 5, 48_627_712, 24_313_856, 24_772_608, {120: 2_822_400, 160: 5_017_600, 200: 7_840_000}),
+    ],
+)
+def test_the_published_counts_of_language_models(
+    model: str,
+    clients: int,
+    fedit: int,
+    ffa: int,
+    ffa_code: int,
+    cores: dict[int, int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = f"--model {model} --clients {clients} --rounds 2 --lora-rank 32 --methods fed-sb,lora,ffa-lora"
+    for rank, numbers in cores.items():
+        found = cost(f"{words} --rank {rank}", capsys)
+        core = row(found, "fed-sb", "exact-average")
+        assert core["published_numbers"] == core["trained_numbers"] == numbers
+        assert core["upload_bytes"] == core["download_bytes"] == 4 * numbers
+    assert row(found, "lora", "fedit")["published_numbers"] == row(found, "lora", "fedit")["trained_numbers"] == fedit
+    fedex, flora = row(found, "lora", "fedex-lora"), row(found, "lora", "flora")
+    assert fedex["published_numbers"] == flora["published_numbers"] == clients * fedit
+    assert fedex["download_bytes"] == 4 * clients * fedit, "(c - 1) r of the residual, and r of the factors"
+    assert flora["download_bytes"] == 4 * (clients + 1) * fedit, "the stack, and the new factors"
+    # The paper's figure has half of FedIT; what its code trains is B.
+    other = row(found, "ffa-lora", "ffa-lora")
+    assert (other["published_numbers"], other["trained_numbers"]) == (ffa, ffa_code)
+    assert "half of FedIT" in other["published_note"]
+
+
+def test_the_published_counts_of_bert_on_snli_have_the_head(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model bert-base --labels 3 --targets .*\\.(query|value) --clients 3 --lora-rank 32"
+    for rank, numbers in {32: 26_883, 48: 57_603, 64: 100_611}.items():
+        found = cost(f"{words} --rank {rank} --methods fed-sb,lora,ffa-lora", capsys)
+        assert found["model"]["head"] == 2307
+        assert row(found, "fed-sb", "exact-average")["trained_numbers"] == numbers
+    assert row(found, "ffa-lora", "ffa-lora")["trained_numbers"] == 592_131
+    assert row(found, "lora", "flora")["published_numbers"] == 3_541_251
+
+
+def test_the_one_off_and_the_round_in_which_it_is_paid_back(capsys: pytest.CaptureFixture[str]) -> None:
+    found = cost(
+        "--model mistral-7b --rank 200 --lora-rank 32 --clients 25 --methods fed-sb,lora-xs,lotr-sb,lora", capsys
+    )
+    sent = row(found, "fed-sb", "exact-average")
+    assert sent["one_off_bytes"] == 4 * 524_288_000
+    assert sent["rounds_to_break_even"] == pytest.approx(3.50, abs=0.005)
+    derived = row(found, "lora-xs", "exact-average")
+    assert derived["one_off_bytes"] == 8 + 32, "a seed, and a hash to know the bases by"
+    assert derived["rounds_to_break_even"] < 1e-6
+    assert row(found, "lotr-sb", "exact-average")["one_off_bytes"] == 4 * 16_384_000, "shared by all layers of a type"
+    assert row(found, "lora", "fedit")["one_off_bytes"] == 0
+    assert sent["total_bytes"] == 25 * (10 * 2 * 4 * 8_960_000 + 4 * 524_288_000)
+
+
+@pytest.mark.parametrize("model", sorted(public_models()))
+def test_the_dimensions_that_come_with_the_package_make_the_published_number_of_parameters(model: str) -> None:
+    about = public_models()[model]
+    found = read_architecture(model, None, 2, "all-linear")
+    encoder = model.startswith(("bert", "roberta"))
+    # Published with a pooler, which RoBERTa's classifier goes without; a classifier adds its head.
+    width = about["config"]["hidden_size"]
+    pooler = width * (width + 1) if model.startswith("roberta") else 0
+    assert found.parameters == about["parameters"] - pooler + found.head
+    assert (found.kind == "classification") == (encoder or model == "minilm")
+    assert found.source == about["source"] and about["hub"] in found.source
+
+
+def test_every_method_and_strategy_that_go_together_is_in_the_table_in_three_forms(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "--model minilm --rank 8 --clients 5 --rounds 3"
+    found = cost(words, capsys)
+    assert {row["method"] for row in found["rows"]} == set(METHODS)
+    assert {name for row in found["rows"] for name in row["strategies"]} >= {"scaffold", "flora", "hetlora", "krum"}
+    assert row(found, "lotr", "scaffold")["upload_bytes"] == 2 * row(found, "lotr", "exact-average")["upload_bytes"]
+    assert row(found, "fedsa-lora", "fedsa")["upload_bytes"] < row(found, "lora", "fedit")["upload_bytes"]
+    assert cli.main(["cost", *words.split(), "--csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [float(line["total_bytes"]) for line in lines] == [row["total_bytes"] for row in found["rows"]]
+    assert cli.main(["cost", *words.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "half of FedIT" in shown and "r·d_out, then r·d_in" in shown and "control variates too" in shown
+    assert all(f"\n  {method}, " in shown for method in METHODS)
+
+
+def test_a_configuration_without_weights_is_enough(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.from_pretrained(stories).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    words = "--rank 4 --methods lora,fed-sb --task causal-lm"
+    bare, whole = (cost(f"--model {folder} {words}", capsys) for folder in (tmp_path, stories))
+    assert bare["rows"] == whole["rows"]
+
+
+def test_uploads_do_not_grow_with_the_clients_and_the_downloads_of_merged_updates_do() -> None:
+    layers = read_architecture("minilm", None, 2, "all-linear").layers
+    for method, merged in (("fed-sb", 0), ("lora", 1)):
+        bills = [bill(METHODS[method], layers, 0, [4] * c, 2, merged=merged * 4 * c) for c in (5, 50, 500)]
+        assert len({b.round_up for b in bills}) == 1
+        assert len({b.round_down for b in bills}) == (3 if merged else 1)
+
+
+def test_a_carried_term_is_a_matrix_once_that_is_smaller() -> None:
+    assert carried(2, 1, (8, 8)) == 32
+    assert carried(6, 1, (8, 8)) == 96, "of a rank below full, as factors"
+    assert carried(6, 2, (8, 8)) == 64, "12 is above 8: the matrix"
+    assert carried(2, 9, (8, 8)) == 32, "a part alone is smaller still"
+
+
+def test_what_is_wrong_is_said_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model mistral-7b --rank 0 --methods fedsb --link 5g"
+    assert cli.main(["cost", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean 'fed-sb'" in said and "--rank 0: expected 1 or more" in said and "--link 5g" in said
+    assert cli.main(["cost", "--model", "mistral7b"]) == 2
+    assert "did you mean 'mistral-7b'" in capsys.readouterr().err
+    assert cli.main(["cost", "--model", "qwen-2.5-0.5b", "--rank", "200"]) == 2
+    assert "--rank 200: above the width 128" in capsys.readouterr().err
+    assert cli.main(["cost", "--model", "minilm", "--targets", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("error: --targets nothing: no linear layer")
+
+
+def test_a_link_is_latency_twice_and_bytes_over_rates() -> None:
+    link = read_link("up=8k,down=80k,latency=50ms,server=160k")
+    assert link == Link("up=8k,down=80k,latency=50ms,server=160k", 8e3, 80e3, 0.05, 160e3)
+    assert link.seconds(1000, 1000, clients=1) == pytest.approx(0.1 + 1 + 0.1)
+    assert link.seconds(1000, 1000, clients=100) == pytest.approx(0.1 + 5 + 5), "the server's line is the narrower one"
+    assert read_link("3g").seconds(125_000, 0, clients=10**6) == pytest.approx(0.2 + 1), "each client has its own line"
+    with pytest.raises(InputError) as caught:
+        read_link("up=5X,dwn=3M")
+    assert len(caught.value.problems) == 3
