@@ -197,7 +197,7 @@ class SimulationConfig(BaseModel):
     sample: Annotated[int | float, BeforeValidator(_read_sample)] = Field(
         default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
     )
-    rounds: int = Field(default=8, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
+    rounds: int = Field(default=14, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
     max_examples: int | None = Field(
         default=64, ge=1, le=LARGEST, description="examples a client holds at most; none: all that it gets"
     )

@@ -37,7 +37,7 @@ def python(*argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_nothing_given_is_a_valid_run() -> None:
     config = load([])
-    assert (config.clients, config.clients_per_round, config.rounds) == (50, 10, 8)
+    assert (config.clients, config.clients_per_round, config.rounds) == (50, 10, 14)
     assert config == SimulationConfig()
 
 
@@ -137,7 +137,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("clients: 7\nmax-examples: 5\nlr: 1e-3\nlocal_epochs: 2\nstrategy_arg: {a: 1, b: [1, 2]}\n")
     config = load([str(file), "--clients", "8", "--local-steps", "4", "--strategy-arg", "a=0.5"])
-    assert (config.clients, config.max_examples, config.lr, config.rounds) == (8, 5, 1e-3, 8)
+    assert (config.clients, config.max_examples, config.lr, config.rounds) == (8, 5, 1e-3, 14)
     assert (config.local_epochs, config.local_steps) == (None, 4)
     assert config.strategy_arg == {"a": 0.5, "b": [1, 2]}
 

@@ -108,8 +108,8 @@ METHODS: dict[str, Method] = {
         tie="layer",
         train=("C",),
         strategy="exact-average",
-        lr=5e-3,
-        head_lr=3e-2,
+        lr=1e-2,
+        head_lr=1e-1,
     ),
     "lotr": Method(
         "a core per layer between factors shared by all layers of a type",
