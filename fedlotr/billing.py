@@ -45,9 +45,14 @@ def bills(
 
     Raises InputError where the rank is above the width of a layer.
     """
-    kinds = [(point.name, _made(point.name, clients)) for point in entry_points(group=GROUP)]
+    kinds: list[tuple[str, Any]] = []
     rows: list[Row] = []
     left_out: dict[str, str] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            kinds.append((point.name, load_strategy(point.name, {}, clients)))
+        except InputError as error:  # of another package: it cannot be loaded, or wants arguments
+            left_out[point.name] = error.problems[0]
     narrowest = min(architecture.layers, key=lambda layer: min(layer.d_in, layer.d_out))
     width = min(narrowest.d_in, narrowest.d_out)
     for method in methods:
@@ -100,7 +105,3 @@ def _go_together(row: Method, strategy: Any) -> bool:
     if getattr(strategy, "controls", False) and row.adapts and row.core == "heads":
         return False  # the scales of its blocks start again in every round
     return all(needs <= set(turn) for turn in row.sent)
-
-
-def _made(name: str, clients: int) -> Any:
-    return load_strategy(name, {}, clients)

@@ -10,15 +10,22 @@ from typing import Any
 import numpy as np
 
 import fedlotr
+from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.tuner import factored_layers, projection_type
+from fedlotr.architectures import Architecture
+from fedlotr.billing import bills
 from fedlotr.communication import Entry, communication_summary
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
+from fedlotr.errors import InputError
 from fedlotr.flower.carried import model_sha256
 from fedlotr.flower.loop import State
+from fedlotr.formulas import Layer
 from fedlotr.preparation import Prepared
+from fedlotr.training.models import adaptable_layers
 
 PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
 """Whose versions a result may depend on."""
@@ -49,6 +56,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "labels": names,
         "metric": metric,
         "higher_is_better": better is max,
+        "bill": _bill(prepared, head),
         "partition": [
             {
                 "client": clients[held.client] if clients else held.client,
@@ -62,6 +70,34 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
     return found
+
+
+def _bill(prepared: Prepared, head: int) -> list[dict[str, Any]]:
+    """What every method and strategy would cost here: payload bytes of one client, and of all that take part."""
+    config, module = prepared.checked.config, prepared.model.module
+    adapted = factored_layers(module)
+    names = list(adapted) or adaptable_layers(module, config.targets)
+    shapes = {name: widths(module.get_submodule(name)) for name in names}
+    layers = tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items())
+    kind = prepared.checked.task.kind
+    architecture = Architecture(kind, layers, head, sum(p.numel() for p in module.parameters()), "this run")
+    try:
+        rows, _ = bills(
+            architecture, list(METHODS), (config.rank, config.rank), config.clients_per_round, config.rounds
+        )
+    except InputError:  # --method head has a rank that no layer need be wide enough for
+        return []
+    return [
+        {
+            "method": row.method,
+            "strategies": list(row.strategies),
+            "upload_bytes": row.bill.round_up,
+            "download_bytes": row.bill.round_down,
+            "one_off_bytes": row.bill.one_off,
+            "total_bytes": row.bill.total,
+        }
+        for row in rows
+    ]
 
 
 def summarise(

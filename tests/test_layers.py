@@ -25,6 +25,7 @@ FLOORS = (
         *(
             "architectures",
             "baselines",
+            "billing",
             "brought",
             "callbacks",
             "federation",
@@ -36,7 +37,7 @@ FLOORS = (
         ),
         *("rounds", "run_directory", "run_log", "simulation", "skeleton", "summary", "warm_start"),
     ),
-    ("billing", "forecast", "grid_file", "testing"),
+    ("forecast", "grid_file", "testing"),
     ("grid_runs", "grid_tuning"),
     ("cli", "compare", "cost", "doctor", "grid", "listing", "report", "server_app", "simulate", "supervised"),
 )

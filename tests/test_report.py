@@ -144,6 +144,20 @@ def test_the_bytes_on_the_page_are_those_of_the_ledger(run: Path, page: Page) ->
             assert row[f"{kind['kind']}, {kind['direction']}"] == mine
 
 
+def test_the_bill_on_the_page_is_that_of_facts_json_and_this_runs_own_is_what_it_paid(run: Path, page: Page) -> None:
+    summary, _ = on_disk(run)
+    owed = json.loads((run / "facts.json").read_text(encoding="utf-8"))["bill"]
+    shown = page.rows("bill")
+    assert len(shown) == len(owed) > 20
+    for seen, row in zip(shown, owed, strict=True):
+        assert (seen["method"], seen["total bytes"]) == (row["method"], row["total_bytes"])
+    own = next(row for row in owed if row["method"] == "fed-sb" and "exact-average" in row["strategies"])
+    paid = summary["communication"]
+    assert own["upload_bytes"] == paid["upload_payload_bytes_per_client_round"]
+    assert own["download_bytes"] == paid["download_payload_bytes_per_client_round"]
+    assert "fed-sb by exact-average (this run)" in (run / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_clients_on_the_page_are_those_of_facts_json_and_text_stays_text(run: Path, page: Page) -> None:
     facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
     for row, held in zip(page.rows("clients"), facts["partition"], strict=True):

@@ -40,6 +40,7 @@ def report_page(run: RunRecord) -> str:
         _outcome(run),
         _learning(run),
         _communication(run, traffic),
+        *_bill(run),
         _certificate(run),
         *_privacy(run),
         _clients(run),
@@ -181,6 +182,31 @@ def _communication(run: RunRecord, traffic: Traffic) -> Section:
             ),
         ],
     )
+
+
+def _bill(run: RunRecord) -> list[Section]:
+    """What the same run would send under the other methods, by their formulas; this run's own row is marked."""
+    owed = (run.facts or {}).get("bill")
+    if not owed:
+        return []
+    own = (run.config.get("method"), run.config.get("strategy"))
+    keys = ("upload_bytes", "download_bytes", "one_off_bytes", "total_bytes")
+
+    def name(row: Mapping[str, Any]) -> str:
+        first = row["strategies"][0]
+        mine = row["method"] == own[0] and own[1] in row["strategies"]
+        return f"{row['method']} by {own[1] if mine else first}" + (" (this run)" if mine else "")
+
+    bars = [(name(row), {"bytes": float(row["total_bytes"])}) for row in owed]
+    cells = [[row["method"], ", ".join(row["strategies"]), *(row[key] for key in keys)] for row in owed]
+    table = Table(["method", "strategies that cost the same", *(key.replace("_", " ") for key in keys)], cells)
+    plot = bar_plot(bars, what="payload bytes, all rounds and clients, one-off included", form=readable_bytes)
+    note = "Upload, download and one-off are of one client; downloads of what is merged are those of the last round."
+    text = (
+        "What this federation would send under every method and strategy at this rank, by the formulas of "
+        "`fedlotr cost`: payload alone, and as if the clients of a round took part in every one."
+    )
+    return [Section("The bill under other methods", [Figure("bill", "Total", plot, table, note, wide=True)], text)]
 
 
 def _certificate(run: RunRecord) -> Section:
