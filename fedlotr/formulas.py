@@ -1,6 +1,6 @@
 """What clients send and receive, in closed form: ONE table of formulas, each with its source, and bills made of it.
 
-Nothing here looks at a tensor or a message; `tests/test_conformance.py` holds every row to the bytes of a run.
+Nothing here looks at a tensor or a message; `tests/test_conformance.py` holds every row to what crosses in a run.
 A bill is that of clients who take part in every round. This module imports nothing heavy.
 """
 
