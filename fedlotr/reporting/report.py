@@ -16,6 +16,9 @@ BARS = 60
 LABEL_COLUMNS = 24
 """Labels that get a column each in the table of clients; of more, a cell tells the four most frequent."""
 
+CARRYING = ("flora", "fedex-lora")
+"""Strategies over LoRA that merge, and so have a bill of their own."""
+
 Points = list[tuple[float, float]]
 
 
@@ -192,21 +195,28 @@ def _bill(run: RunRecord) -> list[Section]:
     own = (run.config.get("method"), run.config.get("strategy"))
     keys = ("upload_bytes", "download_bytes", "one_off_bytes", "total_bytes")
 
-    def name(row: Mapping[str, Any]) -> str:
-        first = row["strategies"][0]
+    def bar(row: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
         mine = row["method"] == own[0] and own[1] in row["strategies"]
-        return f"{row['method']} by {own[1] if mine else first}" + (" (this run)" if mine else "")
+        usual = row["strategies"][0] not in CARRYING
+        part = "this run" if mine else "others"
+        return row["method"] if usual else row["strategies"][0], {part: float(row["total_bytes"])}
 
-    bars = [(name(row), {"bytes": float(row["total_bytes"])}) for row in owed]
+    # Of the usual rows: what sends everything twice, or whole matrices, would dwarf the rest.
+    drawn = [row for row in owed if row["method"] != "full" and row["strategies"][0] != "scaffold"]
     cells = [[row["method"], ", ".join(row["strategies"]), *(row[key] for key in keys)] for row in owed]
     table = Table(["method", "strategies that cost the same", *(key.replace("_", " ") for key in keys)], cells)
-    plot = bar_plot(bars, what="payload bytes, all rounds and clients, one-off included", form=readable_bytes)
-    note = "Upload, download and one-off are of one client; downloads of what is merged are those of the last round."
-    text = (
-        "What this federation would send under every method and strategy at this rank, by the formulas of "
-        "`fedlotr cost`: payload alone, and as if the clients of a round took part in every one."
+    what = "payload bytes, all clients and rounds, one-off included"
+    plot = bar_plot(sorted(map(bar, drawn), key=lambda one: -sum(one[1].values())), what=what, form=readable_bytes)
+    note = (
+        "Of full and of SCAFFOLD, which sends twice as much, the table tells. Upload, download and one-off there are "
     )
-    return [Section("The bill under other methods", [Figure("bill", "Total", plot, table, note, wide=True)], text)]
+    note += "of one client; downloads of what is merged are those of the last round."
+    text = (
+        "What this federation would send under every method and strategy at this rank, by the formulas of fedlotr cost: "
+        "payload alone, and as if the clients of a round took part in every one."
+    )
+    figure = Figure("bill", "Total by method", plot, table, note)
+    return [Section("The bill under other methods", [figure], text)]
 
 
 def _certificate(run: RunRecord) -> Section:
