@@ -209,11 +209,11 @@ def _bill(run: RunRecord) -> list[Section]:
     plot = bar_plot(sorted(map(bar, drawn), key=lambda one: -sum(one[1].values())), what=what, form=readable_bytes)
     note = (
         "Of full and of SCAFFOLD, which sends twice as much, the table tells. Upload, download and one-off there are "
+        "of one client; downloads of what is merged are those of the last round."
     )
-    note += "of one client; downloads of what is merged are those of the last round."
     text = (
-        "What this federation would send under every method and strategy at this rank, by the formulas of fedlotr cost: "
-        "payload alone, and as if the clients of a round took part in every one."
+        "What this federation would send under every method and strategy at this rank, by the formulas of fedlotr "
+        "cost: payload alone, and as if the clients of a round took part in every one."
     )
     figure = Figure("bill", "Total by method", plot, table, note)
     return [Section("The bill under other methods", [figure], text)]
