@@ -26,6 +26,7 @@ from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.own import PREFIX
 from fedlotr.preparation import Checked, check, prepare
@@ -228,6 +229,11 @@ def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
         yield (
             f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
             f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"
+        )
+    elif row.has_core and isinstance(strategy, Strategy) and strategy.merges([1, 1]):
+        yield (
+            f"--strategy {config.strategy} with --method {config.method}: what it merges is B A, without the core "
+            "between them; choose --method lora"
         )
 
 

@@ -133,7 +133,7 @@ def summarise(
         "clients": config.clients,
         "rounds": state.round,
         "seed": config.seed,
-        "trained_numbers": sum(tensor.numel() for tensor in prepared.model.values().values()),
+        "trained_numbers": sum(prepared.model.sizes().values()),
         "initial": initial,
         "metric": metric,
         "over_clients": evaluated[-1].get("over_clients"),

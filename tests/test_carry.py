@@ -416,3 +416,12 @@ def test_a_method_whose_clients_send_other_factors_is_refused(
     said = " ".join(capsys.readouterr().err.split())
     assert f"--strategy flora with --method {method}: it combines A and B of every client" in said
     assert "choose --method lora" in said
+
+
+def test_what_is_merged_has_no_core_between(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {**small, "method": "personal-core", "strategy": "fedex-lora", "out": tmp_path / "run"}
+    assert simulate.main(flags(options)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--strategy fedex-lora with --method personal-core: what it merges is B A, without the core" in said
