@@ -79,6 +79,7 @@ def options(tiny_bert: Path, animals: Path) -> dict[str, Any]:
         "threads": 1,
         "dtype": "float32",
         "lr": 0.01,
+        "head_lr": 0.03,
     }
 
 
