@@ -130,6 +130,8 @@ def test_a_baseline_goes_on_to_the_same_bytes(baseline: str, base: dict[str, Any
     whole, again = (read_run(tmp_path / name) for name in ("whole", "run"))
     assert whole[0]["trained_sha256"] == again[0]["trained_sha256"]
     assert whole[1][1]["loss"] == again[1][1]["loss"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"{baseline} baseline" in page and "a baseline sends nothing" in page and "over bytes" not in page
 
 
 def test_a_baseline_has_no_strategy_and_a_runs_own_configuration_gives_it_none(

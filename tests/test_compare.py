@@ -88,6 +88,18 @@ def test_the_frontier_is_what_no_other_beats_in_metric_and_bytes(grid: Path) -> 
     assert compare([grid]).frontier == {"method=fed-sb", "method=head"}
 
 
+def test_a_baseline_stands_beside_the_others_and_is_no_point_of_the_frontier(grid: Path) -> None:
+    """It sends nothing, so its zero bytes would beat every federation."""
+    made(grid / "pooled", 0.9, 0, strategy=None, baseline="central")
+    made(grid / "personal", 0.6, 7000, method="fedsa-lora", client_eval=0.2)
+    found = compare([grid])
+    assert "client_eval" in found.warnings[0], "scored on other rows"
+    (pooled,) = [group for group in found.groups if "pooled" in group.runs]
+    assert pooled.metric == 0.9 and pooled.bytes is None
+    frontier = {group.runs for group in found.groups if group.name in found.frontier}
+    assert frontier == {("sb-0", "sb-1"), ("head",)}
+
+
 def test_a_lower_perplexity_is_the_better_one(tmp_path: Path) -> None:
     runs = [
         made(tmp_path / name, value, size, metric="perplexity", rank=size)

@@ -20,7 +20,7 @@ from fedlotr.reporting.svg import COLOURS, Series, line_plot, short
 REPORTS_ONLY = ("workers", "threads", "cohort", "tensorboard", "mlflow", "wandb")
 """Keys that change how fast a run is, or who is told of it, not what it comes to (beyond the last bits): no reason for
 another group."""
-TESTED_ON = ("data", "eval_examples", "eval_split", "task")
+TESTED_ON = ("data", "client_eval", "eval_examples", "eval_split", "task")
 """Keys that decide which examples a metric is of."""
 TOLD = (
     "aggregation_error_max",
@@ -33,14 +33,17 @@ TOLD = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone. metric, spread: mean and standard deviation of the last values."""
+    """Runs that differ in their seed alone. metric, spread: mean and standard deviation of the last values.
+
+    bytes: mean of the totals; None of a baseline, which sends nothing and so is no point of a frontier.
+    """
 
     name: str
     runs: tuple[str, ...]
     seeds: tuple[Any, ...]
     metric: float | None
     spread: float | None
-    bytes: float
+    bytes: float | None
     epsilon: float | None
 
 
@@ -138,10 +141,14 @@ def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
     row |= {key: run.config.get(key) for key in ("method", "strategy", "model", "data", "seed")}
     if metric is not None:
         row |= {metric: last.get(metric), f"best_{metric}": best.get(metric)}
-    row |= {"loss": last.get("loss"), "bytes": run.bytes_so_far[-1] if run.rows else 0}
+    row |= {"loss": last.get("loss"), "bytes": _bytes(run)}
     row |= {f"bytes_{way}": sum(line[f"bytes_{way}"] for line in run.rows) for way in ("up", "down")}
     row |= {"epsilon": _spent(run), "failed": sum(line.get("failed") or 0 for line in run.rows)}
     return row | {key.rpartition(".")[2]: told.get(key) for key in TOLD}
+
+
+def _bytes(run: RunRecord) -> int:
+    return run.bytes_so_far[-1] if run.rows else 0
 
 
 def _spent(run: RunRecord) -> float | None:
@@ -170,7 +177,7 @@ def _groups(runs: Mapping[str, RunRecord], metric: str | None, keys: Sequence[st
                 tuple(run.config.get("seed") for _, run in inside),
                 statistics.mean(values) if values else None,
                 statistics.stdev(values) if len(values) > 1 else None,
-                statistics.mean(run.bytes_so_far[-1] if run.rows else 0 for _, run in inside),
+                None if inside[0][1].baseline else statistics.mean(_bytes(run) for _, run in inside),
                 max(spent) if spent else None,
             )
         )
@@ -258,6 +265,7 @@ def as_page(found: Comparison) -> str:
                     label, points(run.rows, metric, None if title == "rounds" else list(map(float, run.bytes_so_far)))
                 )
                 for label, run in list(found.runs.items())[:COLOURS]
+                if title == "rounds" or not run.baseline
             ]
             form = short if title == "rounds" else readable_bytes
             x = "round" if title == "rounds" else "bytes on the wire, both ways"

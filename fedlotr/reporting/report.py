@@ -32,9 +32,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def report_page(run: RunRecord) -> str:
     """The page, as HTML."""
     config = run.config
-    subtitle = (
-        f"{config.get('method')} by {config.get('strategy')}, {config.get('model')} on {config.get('data')}, seed "
-    )
+    by = f"{run.baseline} baseline" if run.baseline else f"by {config.get('strategy')}"
+    subtitle = f"{config.get('method')} {by}, {config.get('model')} on {config.get('data')}, seed "
     warning = ""
     if not run.finished:
         warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
@@ -44,7 +43,7 @@ def report_page(run: RunRecord) -> str:
         _learning(run),
         _communication(run, traffic),
         *_bill(run),
-        _certificate(run),
+        *([] if run.baseline else [_certificate(run)]),
         *_privacy(run),
         _clients(run),
         _failed(run),
@@ -131,7 +130,7 @@ def _learning(run: RunRecord) -> Section:
             _over_bytes(run, "loss", "train_loss"),
         ),
     ]
-    return Section("Learning", figures)
+    return Section("Learning", [f for f in figures if not (run.baseline and f.name.endswith("-bytes"))])
 
 
 def _over_bytes(run: RunRecord, *keys: str) -> Table:
@@ -144,6 +143,8 @@ def _lines(series: Sequence[Series], y: str, *, log: bool = False) -> Any:
 
 
 def _communication(run: RunRecord, traffic: Traffic) -> Section:
+    if run.baseline:
+        return Section("Communication", text="None: a baseline sends nothing.")
     names = {key: f"{key[1]}, {key[0]}" for key in traffic.kinds}
     kinds = [(names[key], {"wire bytes": float(amounts[2])}) for key, amounts in traffic.kinds.items()]
     ways = [Series(way, points(run.rows, f"bytes_{way}")) for way in ("up", "down")]

@@ -46,6 +46,11 @@ class RunRecord:
         return self.folder.resolve().name
 
     @property
+    def baseline(self) -> str | None:
+        """`central` or `local` of a run in which nothing was sent; None of a federation."""
+        return self.config.get("baseline")
+
+    @property
     def finished(self) -> bool:
         """Whether all rounds that the configuration asks for are there, and the summary of just these."""
         return self.summary is not None and len(self.rows) == self.summary["rounds"] == self.config.get("rounds")
