@@ -130,7 +130,9 @@ def _learning(run: RunRecord) -> Section:
             _over_bytes(run, "loss", "train_loss"),
         ),
     ]
-    return Section("Learning", [f for f in figures if not (run.baseline and f.name.endswith("-bytes"))])
+    if run.baseline:  # no bytes to draw over
+        figures = [figure for figure in figures if not figure.name.endswith("-bytes")]
+    return Section("Learning", figures)
 
 
 def _over_bytes(run: RunRecord, *keys: str) -> Table:
