@@ -23,7 +23,8 @@ from flwr.serverapp import Grid
 from fedlotr.flower import Strategy, Update, weighted_mean
 from fedlotr.flower.loop import Round
 from fedlotr.flower.records import to_record
-from fedlotr.training.cohort import LocalTraining, Rows
+from fedlotr.training.cohort import LocalTraining
+from fedlotr.training.packing import Rows
 
 Baseline = Literal["central", "local"]
 

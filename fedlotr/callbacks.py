@@ -110,7 +110,7 @@ def _listed(callbacks: object) -> list[Callbacks]:
 def _clients(number: int, done: Round) -> list[ClientEvent]:
     """One event a client that was asked, by number."""
     events = [
-        ClientEvent(number, client, int(said["num-examples"]), float(said["weight"]), float(said["loss"]))
+        ClientEvent(number, client, int(said["num-examples"]), float(said["weight"]), said.get("loss"))
         for client, said in done.replies.items()
     ]
     events += [

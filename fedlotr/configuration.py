@@ -201,8 +201,10 @@ class SimulationConfig(BaseModel):
     max_examples: int | None = Field(
         default=64, ge=1, le=LARGEST, description="examples a client holds at most; none: all that it gets"
     )
-    weights: Literal["examples", "uniform"] = Field(
-        default="examples", description="weight of a client in the mean: its number of examples, or the same for all"
+    weights: Literal["examples", "uniform"] | None = Field(
+        default=None,
+        description="weight of a client in the mean: its number of examples, or the same for all (default: examples; "
+        "with --privacy client uniform)",
     )
     max_failed: float = Field(
         default=0.5, ge=0, le=1, description="share of a round's clients that may fail before the run stops"
@@ -308,7 +310,51 @@ class SimulationConfig(BaseModel):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, added to the gradient for sgd")
     clip_norm: float | None = Field(
-        default=None, gt=0, description="largest norm of a client's gradient in a step; none: any"
+        default=None,
+        gt=0,
+        description="largest norm of a client's gradient in a step; none: any. With --privacy: of the gradient of one "
+        "example (default: 0.1), or of what one client's training changes",
+    )
+
+    privacy: Literal["none", "example", "client"] = Field(
+        default="none",
+        description="differential privacy: example, each client hides its single examples from everybody (DP-SGD); "
+        "client, a trusted server hides whole clients from those who see what it publishes",
+    )
+    epsilon: float | None = Field(
+        default=None, gt=0, le=1000, description="what the whole run may spend; the noise is reckoned from it"
+    )
+    noise_multiplier: float | None = Field(
+        default=None, gt=0, le=1e4, description="the noise itself, over --clip-norm, instead of --epsilon"
+    )
+    delta: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="chance that the promise fails, below 1/n of the examples of the largest client, or of the clients "
+        "(default: a tenth of that)",
+    )
+    public_data: str | None = Field(
+        default=None,
+        description="data that is nobody's secret, like --data: its train split takes the place of the rows that are "
+        "otherwise withheld from the clients (--public-examples)",
+    )
+    clip_quantile: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="with --privacy client: share of the updates that --clip-norm is to let through whole; it then "
+        "moves from round to round (adaptive clipping)",
+    )
+    noise_cohort: int | None = Field(
+        default=None,
+        ge=1,
+        le=LARGEST,
+        description="with --privacy client: clients in a round of the larger federation whose noise is put in; a "
+        "simulation of that one, and no privacy for these clients",
+    )
+    reproducible_noise: bool = Field(
+        default=False, description="noise from the seed, for studies of what it costs: then no epsilon is claimed"
     )
 
     eval_every: int = Field(
@@ -561,6 +607,7 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
                 yield (field, "baseline"), "a baseline averages nothing, so it has no strategy"
         if config.engine == "flower":
             yield ("baseline", "engine"), "a baseline runs on the engines ray and local"
+    yield from _privacy_conflicts(config)
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
     if method.personal and config.client_eval == 0:
@@ -598,7 +645,15 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
             yield ("client_rank", decisive), f"the core {core!r} has no leading block; choose 'full' or 'diag'"
     if config.tie not in (None, "layer") and not (method.has_core and method.freezes):
         yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
-    if (config.basis or method.basis) == "update" and config.public_examples == 0:
+    update = (config.basis or method.basis) == "update"
+    if update and config.privacy != "none" and config.public_data is None:
+        if config.basis is not None:  # else it gives way to one from W
+            yield (
+                ("basis", "privacy"),
+                "it is made of a gradient, and rows withheld from private data are private: give --public-data, or a "
+                "basis from a seed (random) or from W (svd)",
+            )
+    elif update and config.public_examples == 0:
         decisive = "basis" if config.basis else "method"
         yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
     if config.core == "mix" and not method.freezes:
@@ -610,6 +665,46 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield ("basis", "method"), "this basis starts with B at zero, as does the method's core: nothing would learn"
     if (config.basis or method.basis) == "lora" and "B" not in method.train:
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
+
+
+def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    if config.privacy == "none":
+        for field in ("epsilon", "noise_multiplier", "delta", "clip_quantile", "noise_cohort", "reproducible_noise"):
+            if getattr(config, field):
+                yield (field, "privacy"), "there is no noise without --privacy example or --privacy client"
+        return
+    method = METHODS[config.method]
+    if config.epsilon is None and config.noise_multiplier is None:
+        yield ("privacy",), "how private is to be said: give --epsilon (8, or 1), or --noise-multiplier"
+    if config.epsilon is not None and config.noise_multiplier is not None:
+        yield ("epsilon", "noise_multiplier"), "each follows from the other; give one of them"
+    if method.personal:
+        yield (
+            ("method", "privacy"),
+            "clients with factors of their own are scored on rows of their own, which no noise would cover; choose a "
+            "method without such factors",
+        )
+    elif config.client_eval:
+        yield ("client_eval", "privacy"), "a score on a client's own rows tells of them, and no noise would cover it"
+    if config.privacy == "example":
+        for field in ("clip_quantile", "noise_cohort"):
+            if getattr(config, field) is not None:
+                yield (field, "privacy"), "it belongs to --privacy client"
+        return
+    if config.clip_norm is None:
+        yield (
+            ("privacy",),
+            "it needs --clip-norm, the largest norm of what one client's training changes; with --clip-quantile 0.5 "
+            "that finds its size by itself, from wherever it starts",
+        )
+    if config.weights == "examples":
+        yield ("weights", "privacy"), "clients that weigh differently are not hidden equally; leave it out, or uniform"
+    if config.optimizer_state == "mean-v":
+        yield ("optimizer_state", "privacy"), "the means of second moments would travel without noise; choose reset"
+    if config.client_rank is not None:
+        yield ("client_rank", "privacy"), "which ranks take part would be seen; leave it out"
+    if config.baseline is not None:
+        yield ("baseline", "privacy"), "a baseline has no server that could hide clients; choose --privacy example"
 
 
 def preflight_paths(config: SimulationConfig, brought: Collection[str] = ()) -> list[str]:
@@ -626,7 +721,14 @@ def preflight_paths(config: SimulationConfig, brought: Collection[str] = ()) -> 
 
 def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
     return path_problems(
-        config.model, config.data, config.strategy, config.out, config.resume, config.init_adapter, config.task
+        config.model,
+        config.data,
+        config.strategy,
+        config.out,
+        config.resume,
+        config.init_adapter,
+        config.task,
+        config.public_data,
     )
 
 
@@ -693,6 +795,7 @@ SECTIONS = {
     "method": "method",
     "strategy": "strategy",
     "local_epochs": "training on a client",
+    "privacy": "privacy",
     "eval_every": "evaluation",
     "engine": "engine",
     "out": "output",

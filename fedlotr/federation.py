@@ -17,6 +17,7 @@ from fedlotr.flower.loop import Federation
 from fedlotr.flower.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record
 from fedlotr.preparation import Prepared
+from fedlotr.privacy.guard import Guard
 from fedlotr.training.models import TrainableModel
 
 DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
@@ -29,8 +30,8 @@ LR_FACTORS: dict[str, Callable[[float], float]] = {
 """Share of the run's rounds that are done -> what the learning rates are multiplied by."""
 
 
-def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
-    """What the round loop needs to know of this run."""
+def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None = None) -> Federation:
+    """What the round loop needs to know of this run. guard: where privacy was promised."""
     checked, model, own = prepared.checked, prepared.model, prepared.checked.own_task
     factor = LR_FACTORS[config.lr_schedule]
     bases = bases_of(model.module)
@@ -58,6 +59,7 @@ def federation(config: SimulationConfig, prepared: Prepared) -> Federation:
         ranks=ranks_of(config),
         rank=config.rank,
         mean_moments=config.optimizer_state == "mean-v",
+        guard=guard,
     )
 
 

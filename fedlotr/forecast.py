@@ -28,8 +28,9 @@ from fedlotr.formulas import WIRE_BYTES
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.training.cohort import PASS_TOKENS, cut_cohorts
+from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
+from fedlotr.training.packing import PASS_TOKENS
 
 COPIES_OF_TRAINED = 4
 """What a client in a cohort keeps of each trained number: its value, its gradient, and two moments of AdamW."""

@@ -45,9 +45,10 @@ from fedlotr.model_source import (
 )
 from fedlotr.own import other_than_named
 from fedlotr.own_model import OwnModel, keep_model, move_model
+from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.skeleton import build_skeleton, try_out
 from fedlotr.streams import generator
-from fedlotr.training.cohort import LocalTraining, Rows, pack
+from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.examples import Examples
 from fedlotr.training.head import fit_head
 from fedlotr.training.models import (
@@ -57,6 +58,7 @@ from fedlotr.training.models import (
     load_base,
     unbatched_layers,
 )
+from fedlotr.training.packing import Rows, pack
 from fedlotr.training.supported import is_sentence_encoder
 from fedlotr.warm_start import WarmStart, warm_start
 
@@ -69,7 +71,8 @@ _T = TypeVar("_T")
 class Checked:
     """A configuration whose words have become things; nothing heavy has happened yet.
 
-    public: rows of the source's train split withheld from all clients; parts: each client's rows of it to train on;
+    public: rows of the source's train split withheld from all clients, or, where there is one, of `public_source`;
+    parts: each client's rows of it to train on;
     held_back: its rows to be evaluated on by itself.
     test_rows: the rows of the test split to evaluate on.
     """
@@ -89,6 +92,7 @@ class Checked:
     own_model: OwnModel | None = None
     own_task: OwnTask | None = None
     held_back: list[Rows] = field(default_factory=list)
+    public_source: Source | None = None
 
     @property
     def base_name(self) -> str:
@@ -183,6 +187,10 @@ def check(
             dealt = attempt(
                 lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
             )
+    public_source = None
+    if config.public_data is not None and task is not None:
+        given_task = task
+        public_source = attempt(lambda: _public_source(config, given_task, own_task), "public_data", "data")
     # A model is not fetched for a run that will not start.
     own = attempt(lambda: keep_model(brought.model, brought.folder)) if brought.model is not None else None
     if own is not None:
@@ -230,6 +238,9 @@ def check(
     assert source is not None and task is not None and tokenizer is not None and spec is not None
     assert labels is not None and dealt is not None
     public, parts = dealt
+    if public_source is not None:
+        rows = len(public_source.train)
+        public = generator(config.seed, "public-data").permutation(rows)[: config.public_examples]
     parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
     if config.client_eval and not any(map(len, held_back)):
         raise InputError(
@@ -246,7 +257,7 @@ def check(
         head_lr=config.head_lr if config.head_lr is not None else row.head_lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
+        clip_norm=config.clip_norm if config.privacy == "none" else None,  # else it bounds what one unit contributes
         optimizer_state=config.optimizer_state,
     )
     if config.baseline == "central":
@@ -271,11 +282,15 @@ def check(
         own,
         own_task,
         held_back,
+        public_source,
     )
 
 
-def prepare(checked: Checked, folder: Path) -> Prepared:
-    """Tokenise once, fit the head and make the bases on the public examples, and lay out the workers' folder."""
+def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -> Prepared:
+    """Tokenise once, fit the head and make the bases on the public examples, and lay out the workers' folder.
+
+    noise: where clients hide their single examples.
+    """
     config, task = checked.config, checked.task
     train, parts, held_back, public = _encode_train(checked)
     test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
@@ -291,7 +306,12 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
         base = load_base(checked.spec)
     except ValueError as error:
         raise InputError(f"--model {config.model}: {error}") from error
-    core = checked.core
+    core, shown = checked.core, train
+    if checked.public_source is not None:
+        rows = checked.public_source.train.select(checked.public)
+        shown, public = encode(task, rows, checked.tokenizer, config.max_length), np.arange(len(checked.public))
+    if not len(public) and config.privacy != "none":
+        log.info("there is no --public-data, so the head begins as it was drawn or loaded")
     if config.targets != "all-linear" and (left_out := unbatched_layers(base, config.targets)):
         log.warning(
             "--targets %s also matches %d layers that are not adapted, since they also meet an input without a batch "
@@ -309,12 +329,12 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
         if checked.start is not None and checked.start.head:
             bare.assign(checked.start.head)
         else:
-            fit_head(bare, train, public)
+            fit_head(bare, shown, public)
         if core is not None and core.basis == "update":
-            batches = [public[chosen] for chosen in pack(train.lengths[public])]
+            batches = [public[chosen] for chosen in pack(shown.lengths[public])]
             try:
                 core = initialize_basis(
-                    base, batches, lambda _, rows: bare.losses(train.batch(rows, checked.spec.pad_id)).sum(), core
+                    base, batches, lambda _, rows: bare.losses(shown.batch(rows, checked.spec.pad_id)).sum(), core
                 )
             except ValueError as error:
                 raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error
@@ -327,9 +347,10 @@ def prepare(checked: Checked, folder: Path) -> Prepared:
         checked.spec,
         None if core is None else _fields(core),
         checked.training,
-        config.weights,
+        config.weights or "examples",
         config.seed,
         config.threads or torch.get_num_threads(),
+        noise,
     )
     workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()
@@ -375,8 +396,27 @@ def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
         raise InputError(f"--method {config.method}: {error}") from error
 
 
+def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | None) -> Source:
+    """What --public-data names, fit for the task. Raises InputError where it is not."""
+    name = f"--public-data {config.public_data}"
+    try:
+        source = load_source(str(config.public_data), seed=config.seed, names=columns_of(config))
+        if own_task is not None:
+            source, _ = apply_task(own_task, source)
+        missing = [column for column in task.columns if column not in source.train.column_names]
+        if missing or (task.kind == "classification" and "label" not in source.train.column_names):
+            raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
+        resolve_task(task.kind, source)
+        task.labels(source.train)
+    except InputError as error:
+        raise InputError([problem.replace("--data", name.split()[0], 1) for problem in error.problems]) from error
+    return source
+
+
 def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
-    public, private = withhold_public(config.public_examples, len(source.train), config.seed)
+    # Rows withheld from private data are as private as the rest: they would be no public examples.
+    withheld = config.public_examples if config.privacy == "none" and config.public_data is None else 0
+    public, private = withhold_public(withheld, len(source.train), config.seed)
     parts = partition(
         config.partition,
         source.train.select(private),
@@ -407,10 +447,11 @@ def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows
 
 def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows]:
     """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them."""
-    used = np.unique(np.concatenate([*checked.parts, *checked.held_back, checked.public]))
+    public = checked.public if checked.public_source is None else checked.public[:0]
+    used = np.unique(np.concatenate([*checked.parts, *checked.held_back, public]))
     train = encode(checked.task, checked.source.train.select(used), checked.tokenizer, checked.config.max_length)
     parts, held_back = ([np.searchsorted(used, rows) for rows in them] for them in (checked.parts, checked.held_back))
-    return train, parts, held_back, np.searchsorted(used, checked.public)
+    return train, parts, held_back, np.searchsorted(used, public)
 
 
 def _fields(core: CoreConfig) -> dict[str, Any]:

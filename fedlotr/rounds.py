@@ -19,12 +19,13 @@ from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.federation import federation
 from fedlotr.flower.carried import restored, saved
-from fedlotr.flower.loop import Round, State, blaming, evaluate, run_round
+from fedlotr.flower.loop import BudgetSpentError, Round, State, blaming, can_pay, evaluate, run_round
 from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.handover import OwnBase, write_adapter
 from fedlotr.preparation import Prepared
+from fedlotr.privacy.guard import Guard
 from fedlotr.reporting.console import Console
 from fedlotr.reporting.loggers import Loggers
 from fedlotr.resumption import check_model, fixed_values
@@ -52,6 +53,7 @@ class Rounds:
         started: float,
         audience: Audience,
         loggers: Loggers,
+        guard: Guard | None = None,
     ) -> None:
         self.config, self.prepared, self.directory = config, prepared, directory
         self.grid, self.display, self.started = grid, display, started
@@ -61,7 +63,7 @@ class Rounds:
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
         self.initial: dict[str, float | None] = {}
-        self.federation = federation(config, prepared)
+        self.federation, self.guard = federation(config, prepared, guard), guard
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
@@ -84,6 +86,8 @@ class Rounds:
         check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
         with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
             load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
+        if self.guard is not None:
+            self.guard.load_state(checkpoint.extra["privacy"])
         self.grid.client_states = load_clients(checkpoint.extra["clients"], checkpoint.arrays)
         self.directory.go_back_to(checkpoint)
         self.history, self.ledger = checkpoint.metrics, checkpoint.ledger
@@ -110,18 +114,21 @@ class Rounds:
     def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """The rounds that are left, then adapter and summary; returns that."""
         config = self.config
-        while state.round < config.rounds:
+        while state.round < config.rounds and can_pay(self.federation, state.round + 1):
             done = run_round(self.grid, strategy, self.federation, state)
             if config.baseline is not None:
                 done = without_wire(done)
             evaluation = None
-            if state.round % config.eval_every == 0 or state.round == config.rounds:
+            last = state.round == config.rounds or not can_pay(self.federation, state.round + 1)
+            if state.round % config.eval_every == 0 or last:
                 began = time.monotonic()
                 evaluation = self._evaluate(state, strategy)
                 done.metrics.update(evaluation)
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
             self.audience.finished(done, evaluation, self.directory.path)
+        if state.round < config.rounds:
+            self._end_early(state)
         if isinstance(strategy, Alone):
             state = replace(state, arrays=strategy.all(config.clients, state.arrays))
         else:
@@ -129,11 +136,26 @@ class Rounds:
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(
-            config, self.prepared, self.grid, self.history, self.entries, self.initial, state, self.started
+            config,
+            self.prepared,
+            self.grid,
+            self.history,
+            self.entries,
+            self.initial,
+            state,
+            self.started,
+            None if self.guard is None else self.guard.summary(),
         )
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
+
+    def _end_early(self, state: State) -> None:
+        """Say that the privacy budget is spent. Raises BudgetSpentError where there is nothing to end with."""
+        spent = f"the privacy budget allows no round {state.round + 1} of {self.config.rounds}"
+        if not any(row["loss"] is not None for row in self.history):
+            raise BudgetSpentError(f"{spent}, and none before it was evaluated; start a new run with another --out")
+        log.warning("%s: the run ends here", spent)
 
     def _write_adapters(self, state: State) -> None:
         """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
@@ -215,6 +237,7 @@ class Rounds:
             "data_sha256": self.prepared.checked.source.sha256,
             "init_adapter_sha256": None if start is None else start.sha256,
             "configuration": fixed_values(self.config),
+            "privacy": None if self.guard is None else self.guard.state(),
         }
         self.directory.write_checkpoint(
             state.round, {**arrays, **client_arrays, **carried, **trained}, self.history, self.ledger, extra

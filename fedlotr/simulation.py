@@ -30,6 +30,7 @@ from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.own import PREFIX
 from fedlotr.preparation import Checked, check, prepare
+from fedlotr.promise import EXAMPLE_BOUND, PRIVATE_BASIS, check_delta, example_noise, guard_of, unmet_privacy
 from fedlotr.reporting.console import Console
 from fedlotr.reporting.loggers import missing_packages, open_loggers
 from fedlotr.resumption import continue_from, saved_configuration
@@ -130,12 +131,15 @@ def run_simulation(
             stack.enter_context(_threads(config.threads))
             grid = stack.enter_context((engine or _engine)(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
-            prepared = prepare(checked.in_place(directory.work.absolute()), directory.work.absolute())
-            known = facts(prepared)
+            guard = guard_of(checked, directory.path)
+            prepared = prepare(
+                checked.in_place(directory.work.absolute()), directory.work.absolute(), example_noise(config, guard)
+            )
+            known = facts(prepared) | ({} if guard is None else {"privacy": guard.in_words()})
             directory.write_facts(known)
             display.start(config, known)
             loggers = stack.enter_context(open_loggers(config.loggers, directory.path, config.reported()))
-            run = Rounds(config, prepared, directory, grid, display, started, audience, loggers)
+            run = Rounds(config, prepared, directory, grid, display, started, audience, loggers, guard)
             state = run.begin(strategy, checkpoint)
             loggers.begin(run.history)
             dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
@@ -206,9 +210,15 @@ def check_all(
                 strategy = load_strategy(
                     name, config.strategy_arg, config.clients_per_round, config.seed, clients=config.clients
                 )
-                problems += [*_unmet(strategy, config), *unmet_controls(strategy, config)]
+                problems += [
+                    *_unmet(strategy, config),
+                    *unmet_controls(strategy, config),
+                    *unmet_privacy(strategy, config),
+                ]
         except InputError as error:
             problems += error.problems
+    if checked is not None:
+        problems += check_delta(checked)
     if problems or checked is None or strategy is None:
         raise InputError(problems)
     return checked, strategy
@@ -263,12 +273,17 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     before = saved_configuration(config.out) if config.resume and config.out is not None else None
     resolved: dict[str, Any] = {"strategy": None if config.baseline else config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
+    resolved["weights"] = config.weights or ("uniform" if config.privacy == "client" else "examples")
+    if config.privacy == "example":
+        resolved["clip_norm"] = config.clip_norm or EXAMPLE_BOUND
     resolved["client_eval"] = config.client_eval if config.client_eval is not None else 0.2 if row.personal else 0.0
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if "D" in row.train and config.cohort == "auto":
         resolved["cohort"] = 1  # each client of a cohort would have its own copy of the matrices for each example
     if row.factored:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
+        if config.basis is None and row.basis == "update" and config.privacy != "none" and config.public_data is None:
+            resolved["basis"] = PRIVATE_BASIS
     if config.engine == "ray":
         resolved["workers"] = config.workers or cores
     if config.dtype == "auto":

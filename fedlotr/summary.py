@@ -109,8 +109,12 @@ def summarise(
     initial: dict[str, float | None],
     state: State,
     started: float,
+    privacy: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """summary.json of a finished run. history: the rows of metrics.jsonl; started: by `time.monotonic`."""
+    """summary.json of a finished run.
+
+    history: the rows of metrics.jsonl. started: by `time.monotonic`. privacy: what was promised, and kept.
+    """
     checked = prepared.checked
     evaluated = [row for row in history if row["loss"] is not None]
     metrics = metrics_of(prepared)
@@ -145,7 +149,7 @@ def summarise(
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
         "aggregation_error_reason": None if errors else _no_certificate(config),
-        "privacy": None,
+        "privacy": privacy,
         "timing": {
             "seconds_total": time.monotonic() - started,
             "train_seconds_per_round_median": statistics.median(row["train_seconds"] for row in history),
@@ -186,6 +190,8 @@ def _no_certificate(config: SimulationConfig) -> str:
     if personal := METHODS[config.method].personal:
         own = " and ".join(sorted(personal))
         return f"{own} of every client stays with it, so there is no common model whose update could be their mean"
+    if config.privacy == "client":
+        return "privacy client: how far the published mean is from the clients' own would tell of them"
     if not METHODS[config.method].adapts:
         return f"method {config.method} adapts no layer"
     return f"strategy {config.strategy} does not say that it averages"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model
 
 from fedlotr.adapters import CoreConfig
-from fedlotr.training.cohort import ClientWork, LocalTraining, client_batches, cut_cohorts, pack, train_cohort
+from fedlotr.training.cohort import ClientWork, LocalTraining, client_batches, cut_cohorts, train_cohort
 from fedlotr.training.evaluation import Scores, evaluate, shards, sum_scores
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.head import fit_head
@@ -29,6 +29,7 @@ from fedlotr.training.models import (
     unbatched_layers,
 )
 from fedlotr.training.optimizers import OPTIMIZERS
+from fedlotr.training.packing import pack
 from fedlotr.training.supported import is_sentence_encoder
 
 SIZES = [1, 3, 9, 12, 16, 17, 30]

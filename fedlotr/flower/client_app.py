@@ -22,6 +22,7 @@ from fedlotr.flower.personal import OWN_ROWS, keep_personal, personal
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.terms import CONTROL, TAIL_SHARE, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
+from fedlotr.privacy.dp_sgd import DPSGD, client_stream
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort, training_order
 from fedlotr.training.corrections import chain
@@ -144,8 +145,13 @@ class Worker:
         stacked = {name: torch.stack([values[name] for values in begun]).float() for name in begun[0] if name in shared}
         asked = terms(Cohort(contents[0], [states[at] for at in order], stacked))
         transform = chain([term.transform for term in asked])
-        start = starts[0] if one else starts
-        results = train_cohort(self.model, start, self.workplace.train, work, training, transform, server_round)
+        mechanism = None
+        if recipe.noise is not None:
+            hidden = recipe.noise.reproducible
+            streams = [client_stream(hidden, recipe.seed, server_round, client) for client in clients]
+            mechanism = DPSGD(recipe.noise, streams)
+        start, data = starts[0] if one else starts, self.workplace.train
+        results = train_cohort(self.model, start, data, work, training, transform, server_round, mechanism)
         beside = {
             at: moments.end(kept, result.optimizer, states[at], result.tensors) for at, result in enumerate(results)
         }
@@ -191,7 +197,7 @@ class CohortClientApp(ClientApp):
                             {
                                 "num-examples": one.result.examples,
                                 "weight": float(one.result.examples) if weighs_examples else 1.0,
-                                "loss": one.result.loss,
+                                **({} if one.result.loss is None else {"loss": one.result.loss}),
                             }
                         ),
                         "client": here.identity(client),

@@ -28,11 +28,13 @@ from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, trans
 from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
-from fedlotr.flower.replies import Failure, check_replies
+from fedlotr.flower.released import all_lost, released
+from fedlotr.flower.replies import METRICS, Failure, check_replies
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.flower.state import ClientStates
 from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.terms import CONTROL
+from fedlotr.privacy.guard import ClientGuard, Guard
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
 from fedlotr.training.results import Results
@@ -51,6 +53,10 @@ class StrategyError(FedlotrError):
     """A strategy raised, or gave back what cannot be a model; the message names it, the round and the method."""
 
 
+class BudgetSpentError(FedlotrError):
+    """Nobody who was to train in the round has enough of the privacy budget left."""
+
+
 class TooManyFailuresError(FedlotrError):
     """More of a round's clients failed than the run allows; the last good state is on disk."""
 
@@ -66,6 +72,7 @@ class Federation:
     measure: further metrics, of what the model made of each test row.
     ranks: of each client; None: all have the run's, which is `rank`.
     mean_moments: whether means of AdamW's second moments travel beside them.
+    guard: keeps the clients' privacy, where that was promised.
     """
 
     clients: int
@@ -85,6 +92,7 @@ class Federation:
     ranks: Sequence[int] | None = None
     rank: int = 0
     mean_moments: bool = False
+    guard: Guard | None = None
 
 
 @dataclass
@@ -116,10 +124,32 @@ class Round:
     replies: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-def sample_clients(federation: Federation, server_round: int) -> list[int]:
+def draw_clients(clients: int, sampled: int, seed: int, server_round: int) -> list[int]:
     """The round's clients, sorted: drawn without replacement from a stream of this round alone."""
-    stream = generator(federation.seed, "sample", server_round)
-    return sorted(stream.choice(federation.clients, federation.sampled, replace=False).tolist())
+    return sorted(generator(seed, "sample", server_round).choice(clients, sampled, replace=False).tolist())
+
+
+def sample_clients(federation: Federation, server_round: int) -> list[int]:
+    """Of a federation; where whole clients are hidden, its guard draws others instead."""
+    return draw_clients(federation.clients, federation.sampled, federation.seed, server_round)
+
+
+def can_pay(federation: Federation, server_round: int) -> bool:
+    """Whether anybody who is to train in a round has enough of the privacy budget left."""
+    return federation.guard is None or bool(federation.guard.admitted(sample_clients(federation, server_round)))
+
+
+def _cohort(federation: Federation, server_round: int) -> list[int]:
+    """Who trains in a round. It may be nobody, where the guard draws. Raises BudgetSpentError."""
+    guard, clients = federation.guard, sample_clients(federation, server_round)
+    if guard is None:
+        return clients
+    admitted = guard.admitted(clients)
+    if not admitted:
+        raise BudgetSpentError(f"round {server_round}: what it would release is over the privacy budget")
+    if left_out := sorted(set(clients) - set(admitted)):
+        log.warning("round %d: clients %s have spent their privacy budget and sit out", server_round, left_out)
+    return guard.draw(server_round) if isinstance(guard, ClientGuard) else admitted
 
 
 def _nodes(grid: Grid) -> Sequence[int]:
@@ -134,7 +164,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     """
     started = time.monotonic()
     number = state.round + 1
-    clients = sample_clients(federation, number)
+    clients, guard = _cohort(federation, number), federation.guard
     nodes = _nodes(grid)
     view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
     # Flower's strategies draw from the global generator: seeded per round, a resumed run draws the same.
@@ -142,8 +172,10 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     np.random.seed(stream_key(federation.seed, "strategy", number) % 2**32)
 
     config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
+    messages: list[Message] = []
     with blaming(strategy, number, federation.method, "configure_train"):
-        messages = list(strategy.configure_train(number, state.arrays, config, view))
+        if clients:  # Flower's strategies would wait for some
+            messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
     kept = ClientStates(grid, clients)
     add_moments(messages, state.moments)
@@ -151,6 +183,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     add_carry(messages, view.nodes, state.carry, state.holds)
     blocks = Blocks(_ranks(strategy, federation))
     blocks.cut(messages, view.nodes)
+    if guard is not None:
+        guard.charge(number, sorted(view.nodes[message.metadata.dst_node_id] for message in messages))
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
@@ -160,19 +194,25 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     if federation.mean_moments:
         beside[MOMENTS] = expected_moments(expected)
     wanted = partial(blocks.of, expected)
-    good, failures = check_replies(replies, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside)
+    keys = METRICS if guard is None or guard.hides_clients else METRICS - {"loss"}
+    good, failures = check_replies(
+        replies, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside, keys
+    )
     blocks.pad(good, view.nodes, expected)
     kept.restore(failures)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
-    if not good or len(failures) > federation.max_failed * len(messages):
+    central = isinstance(guard, ClientGuard)
+    # Where clients are hidden, one that failed counts as one that changed nothing: stopping for it would tell of it.
+    if all_lost(messages, replies) if central else not good or len(failures) > federation.max_failed * len(messages):
         raise TooManyFailuresError(
             f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
             f"{federation.max_failed}); {_some(failures)}"
         )
     with blaming(strategy, number, federation.method, "aggregate_train"):
         # Some of Flower's strategies pop arrays out of the replies.
-        aggregated, metrics = strategy.aggregate_train(number, [_copy(message) for message in good])
+        seen = [released(guard, expected, good)] if isinstance(guard, ClientGuard) else map(_copy, good)
+        aggregated, metrics = strategy.aggregate_train(number, list(seen))
         published = _published(aggregated, expected)
         start = to_arrays(state.arrays)
         added = additions(strategy, federation.layers, start)
@@ -181,7 +221,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 
     mean, sent, carry = to_arrays(published), _cast(published, state.arrays), merged(state.carry, added)
     error = None
-    if getattr(strategy, "averages", False):
+    if getattr(strategy, "averages", False) and not central:
         error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start), added)
     if added:
         log.info("round %d: the model carries %s", number, in_words(carry.terms.values()))
@@ -191,14 +231,14 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "clients": len(messages),
         "failed": len(failures),
         "failures": {str(client): failure.kind for client, failure in failures.items()},
-        "train_loss": _loss(metrics, good),
+        "train_loss": _loss(metrics, good) if guard is None else None,
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
         "aggregation_error": error,
         "transport_error": transport_error(
             federation.layers, start, mean, to_arrays(sent), added, partial(lost, state.carry, carry, added)
         ),
-        "epsilon": None,
+        "epsilon": None if guard is None else guard.epsilon(),
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }

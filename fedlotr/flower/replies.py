@@ -1,7 +1,7 @@
 """Which replies are fit to be averaged, and why the others are not."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,9 @@ from fedlotr.flower.records import value
 RECORDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "client": ConfigRecord}
 """What a reply consists of, ConfigRecords of other names apart."""
 METRICS = {"num-examples", "weight", "loss"}
-"""What its MetricRecord holds: Flower's strategies stop the run where one client's has other keys than the rest."""
+"""What its MetricRecord holds: Flower's strategies stop the run where one client's has other keys than the rest.
+
+The loss is missing from all of them where single examples are hidden: it would tell of them."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ def check_replies(
     bases_sha256: str,
     carry_sha256: str = "",
     beside: Mapping[str, ArrayRecord] = MappingProxyType({}),
+    metrics: Collection[str] = METRICS,
 ) -> tuple[list[Message], dict[int, Failure]]:
     """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
 
     nodes: node id -> client. expected: client -> tensors whose names, shapes and dtypes its reply must have.
     bases_sha256, carry_sha256: what a client must have computed with. beside: by the name of a record the same as
-    `expected`, of what every reply holds besides.
+    `expected`, of what every reply holds besides. metrics: the keys of its MetricRecord.
     """
     by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
     good: list[Message] = []
@@ -53,7 +56,9 @@ def check_replies(
             failure = (
                 Failure("no reply", "no reply")
                 if reply is None
-                else _failure(reply, client, {"arrays": expected(client), **beside}, bases_sha256, carry_sha256)
+                else _failure(
+                    reply, client, {"arrays": expected(client), **beside}, bases_sha256, carry_sha256, metrics
+                )
             )
         except Exception as error:  # a reply is what a client sends, and may hold anything
             failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
@@ -65,7 +70,12 @@ def check_replies(
 
 
 def _failure(
-    reply: Message, client: int, expected: Mapping[str, ArrayRecord], bases_sha256: str, carry_sha256: str
+    reply: Message,
+    client: int,
+    expected: Mapping[str, ArrayRecord],
+    bases_sha256: str,
+    carry_sha256: str,
+    wanted_metrics: Collection[str],
 ) -> Failure | None:
     """What makes a reply unfit to be averaged; None if nothing does."""
     if reply.has_error():
@@ -84,9 +94,9 @@ def _failure(
         if (failure := _tensors(content[name], tensors)) is not None:
             return failure if name == "arrays" else Failure(failure.kind, f"its {name}: {failure.reason}")
     metrics = content["metrics"]
-    if set(metrics) != METRICS:
-        return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(METRICS)}")
-    weight, loss = metrics["weight"], metrics["loss"]
+    if set(metrics) != set(wanted_metrics):
+        return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(wanted_metrics)}")
+    weight, loss = metrics["weight"], metrics.get("loss", 0.0)
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
         return Failure("weight", f"its weight is {weight!r}, expected a number above 0")
     if not isinstance(loss, int | float) or not math.isfinite(loss):

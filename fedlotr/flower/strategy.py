@@ -124,7 +124,7 @@ class Strategy(FlowerStrategy):
         updates, losses = [], []
         for reply in replies:
             content: Any = reply.content
-            weight, loss = float(content["metrics"]["weight"]), float(content["metrics"]["loss"])
+            weight, loss = float(content["metrics"]["weight"]), content["metrics"].get("loss")
             client = content["client"]
             control = to_arrays(content[CONTROL]) if self.controls else {}
             arrays = to_arrays(content["arrays"])
@@ -132,11 +132,13 @@ class Strategy(FlowerStrategy):
             losses.append(loss)
         if not updates:
             return None, None
-        loss = float(np.average(losses, weights=[update.weight for update in updates]))
         combined = self.combine(updates, server_round)
         if isinstance(combined, WithCarry):
             combined, self._carry = combined
-        return to_record(dict(combined)), MetricRecord({"loss": loss})
+        record = to_record(dict(combined))
+        if None in losses:  # where privacy leaves no loss to tell
+            return record, None
+        return record, MetricRecord({"loss": float(np.average(losses, weights=[u.weight for u in updates]))})
 
     def merges(self, ranks: Sequence[int]) -> int:
         """The rank that a round of clients of these ranks adds to a layer's carried term; `doctor` reckons by it."""

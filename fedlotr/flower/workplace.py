@@ -23,6 +23,7 @@ from safetensors.torch import save_file as save_tensors
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
+from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, load_base
@@ -38,7 +39,7 @@ class Recipe:
     """What every client of a run does alike.
 
     core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
-    threads: to compute with; another number gives other bits.
+    threads: to compute with; another number gives other bits. noise: where clients hide their single examples.
     """
 
     model: ModelSpec
@@ -47,6 +48,7 @@ class Recipe:
     weights: Literal["examples", "uniform"]
     seed: int
     threads: int
+    noise: ExampleNoise | None = None
 
 
 class Workplace:
@@ -95,6 +97,7 @@ class Workplace:
             found["weights"],
             found["seed"],
             found["threads"],
+            None if found["noise"] is None else ExampleNoise(**found["noise"]),
         )
 
     @cached_property

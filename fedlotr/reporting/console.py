@@ -109,6 +109,8 @@ class Console:
             parts.append(f"{failed} FAILED")
         parts += [f"up {readable_bytes(record.get('bytes_up') or 0)}"]
         parts += [f"down {readable_bytes(record.get('bytes_down') or 0)}"]
+        if record.get("epsilon") is not None:
+            parts.append(f"epsilon {record['epsilon']:.3g}")
         if record.get("aggregation_error") is not None:
             parts.append(f"aggregation error {record['aggregation_error']:.1e}")
         seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
@@ -240,6 +242,8 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
         rows.append(("baseline", f"central: one model on the examples of all clients, {pace}"))
     elif config.baseline == "local":
         rows.append(("baseline", "local: each client alone; results are means over the clients"))
+    if facts.get("privacy"):
+        rows.append(("privacy", facts["privacy"]))
     rows += [
         (
             "clients",
@@ -322,6 +326,9 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
             rows.append((f"{name}, best", f"{form.format(best[name])} (round {best['round']})"))
     if final.get("loss") is not None:
         rows.append(("loss, final", f"{final['loss']:.4f}"))
+    if (promise := summary.get("privacy")) is not None:
+        spent = promise["epsilon_reason"] or f"{promise['epsilon']:.3g} at delta {promise['delta']:.2g}"
+        rows.append((f"epsilon, one {promise['unit']}", spent))
     for name, form in METRICS.items():
         if f"{name}_std" in (spread := summary.get("over_clients") or {}):
             rows.append((f"{name}, deviation of the clients", form.format(spread[f"{name}_std"])))

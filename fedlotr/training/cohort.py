@@ -8,23 +8,38 @@ changes nothing but rounding.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from fedlotr.adapters.layer import copies
+from fedlotr.training.backward import backward, example_gradients
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import Tensors, TrainableModel
 from fedlotr.training.optimizers import OPTIMIZERS, State, clip_by_norm
-from fedlotr.training.packing import PASS_TOKENS, Rows, pack
-from fedlotr.training.ragged_pass import ragged_backward
+from fedlotr.training.packing import Rows
 
 GradientTransform = Callable[[dict[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 """(gradients, current values), both by name and (active, ...) -> gradients: what a strategy or a privacy mechanism
 puts between backward and optimizer, after `clip_norm`. Row j is client `training_order(...)[j]`'s; clients stop from
 the last row on, so whatever a transform keeps by client is cut as `kept[: len(gradient)]`."""
+
+
+class Mechanism(Protocol):
+    """What hides single examples in the gradients of a cohort's clients, who are numbered as in the cohort."""
+
+    def batches(self, client: int, rows: Rows, training: "LocalTraining") -> list[Rows]:
+        """The rows of each of a client's optimizer steps; a batch may be empty."""
+
+    def bound(self, each: Tensors) -> Tensors:
+        """The gradients of single examples, (n, ...) by name, none of them too long."""
+
+    def release(self, client: int, total: Tensors, expected: float) -> Tensors:
+        """From the sum of a step's bounded gradients, float64, the gradient that the client's optimizer gets.
+
+        expected: examples in a batch, on average.
+        """
+
 
 COHORT_TOKENS = 1024
 """Tokens a step of one cohort (`cut_cohorts`): large enough for efficient products, small enough that the ten
@@ -82,6 +97,8 @@ class ClientWork:
 class ClientResult:
     """What one client has after its local training; loss is the mean over the examples it saw, when it saw them.
 
+    Where examples are hidden the loss is None: it would tell of them.
+
     personal: the tensors that stay with the client, by name. optimizer: what its optimizer holds, unless that is not
     wanted again (`optimizer_state`).
     """
@@ -89,7 +106,7 @@ class ClientResult:
     tensors: Tensors
     examples: int
     steps: int
-    loss: float
+    loss: float | None
     personal: Tensors = field(default_factory=dict)
     optimizer: State = field(default_factory=dict)
 
@@ -121,14 +138,19 @@ def train_cohort(
     training: LocalTraining,
     transform: GradientTransform | None = None,
     server_round: int = 1,
+    mechanism: Mechanism | None = None,
 ) -> list[ClientResult]:
     """Train every client of the cohort from the same start, or each from its own; results in the cohort's order.
 
     start: the published tensors by name; or such of each client, equal in those that do not move. server_round: for
     methods whose factors move in turn. The results hold what is published of the tensors that moved. Equal to training
-    the clients one after another, up to rounding.
+    the clients one after another, up to rounding. mechanism: what hides single examples in the gradients; without it
+    none is hidden.
     """
-    plans = [client_batches(work, training) for work in cohort]
+    plans = [
+        client_batches(work, training) if mechanism is None else mechanism.batches(k, work.rows, training)
+        for k, work in enumerate(cohort)
+    ]
     order = training_order(cohort, training)
     starts = [start] if isinstance(start, Mapping) else [start[k] for k in order]
     begun = [model.start(values) for values in starts]
@@ -150,8 +172,12 @@ def train_cohort(
     for step in range(len(plans[order[0]])):
         active = [k for k in order if len(plans[k]) > step]
         batches = [plans[k][step] for k in active]
-        step_losses = _backward(model, stacks, examples, batches)
-        gradients = {name: _gradient(stack)[: len(active)] for name, stack in stacks.items()}
+        if mechanism is None:
+            losses[active] += backward(model, stacks, examples, batches)
+            gradients = {name: _gradient(stack)[: len(active)] for name, stack in stacks.items()}
+        else:
+            expected = [min(training.batch_size, len(cohort[k].rows)) for k in active]
+            gradients = _released(mechanism, model, stacks, examples, active, batches, expected)
         with torch.no_grad():
             if training.clip_norm is not None:
                 gradients = clip_by_norm(gradients, training.clip_norm)
@@ -160,44 +186,41 @@ def train_cohort(
             optimizer.step(stacks, gradients, rates, len(active))
         for stack in stacks.values():
             stack.grad = None
-        losses[active] += step_losses
     seen = [sum(len(batch) for batch in plan) for plan in plans]
     results: list[ClientResult | None] = [None] * len(cohort)
     for position, k in enumerate(order):
         trained = {name: stack.detach()[position].clone().cpu() for name, stack in stacks.items()}
         held = optimizer.save(position) if training.optimizer_state != "reset" else {}
-        loss = float(losses[k]) / max(seen[k], 1)
+        loss = float(losses[k]) / max(seen[k], 1) if mechanism is None else None
         results[k] = ClientResult(
             model.publish(trained), len(cohort[k].rows), len(plans[k]), loss, model.keep(trained), held
         )
     return [result for result in results if result is not None]
 
 
+def _released(
+    mechanism: Mechanism,
+    model: TrainableModel,
+    stacks: Mapping[str, torch.Tensor],
+    examples: Examples,
+    active: Sequence[int],
+    batches: Sequence[Rows],
+    expected: Sequence[float],
+) -> Tensors:
+    """The gradient of each active client, from what `mechanism` lets out of the gradients of its examples."""
+    totals = {name: torch.zeros_like(stack[: len(active)], dtype=torch.float64) for name, stack in stacks.items()}
+    for owners, each in example_gradients(model, stacks, examples, batches):
+        for name, rows in mechanism.bound(each).items():
+            totals[name].index_add_(0, owners, rows.double())
+    released = [
+        mechanism.release(client, {name: total[row] for name, total in totals.items()}, expected[row])
+        for row, client in enumerate(active)
+    ]
+    return {name: torch.stack([one[name] for one in released]).to(stack) for name, stack in stacks.items()}
+
+
 def _gradient(stack: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(stack) if stack.grad is None else stack.grad
-
-
-def _backward(
-    model: TrainableModel, stacks: Mapping[str, torch.Tensor], examples: Examples, batches: Sequence[Rows]
-) -> npt.NDArray[np.float64]:
-    """Put the gradient of each client's mean loss into its slice of `stacks`; the sum of each client's losses."""
-    if model.takes_ragged:
-        return ragged_backward(model, stacks, examples, batches)
-    owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-    weights = np.repeat([1 / len(batch) for batch in batches], [len(batch) for batch in batches])
-    rows = np.concatenate(batches)
-    totals = np.zeros(len(batches))
-    for chosen in pack(examples.lengths[rows], model.pass_tokens(PASS_TOKENS)):
-        owner = torch.from_numpy(owners[chosen]).to(model.device)
-        batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
-        # A client alone meets its whole matrices as they are: a copy of one for each row would not fit the memory.
-        alone = model.matrices if len(batches) == 1 else frozenset()
-        copied = {name: stack[0] if name in alone else stack.index_select(0, owner) for name, stack in stacks.items()}
-        with copies(model.module, model.as_copies(copied)):
-            losses = model.losses(batch)
-            torch.dot(losses, torch.from_numpy(weights[chosen]).to(losses)).backward()  # type: ignore[no-untyped-call]
-        np.add.at(totals, owners[chosen], losses.detach().double().cpu().numpy())
-    return totals
 
 
 def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int = COHORT_TOKENS) -> list[slice]:

@@ -1,0 +1,219 @@
+"""What stands between the clients and whatever is published of them: who may take part, what it costs, what is seen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlotr.privacy.accounting import epsilon, epsilon_by_prv, epsilon_by_rdp
+from fedlotr.privacy.clipping import clip_factors, clipped
+from fedlotr.privacy.ledger import Ledger
+from fedlotr.privacy.noise import NoiseStream
+
+Arrays = Mapping[str, npt.NDArray[np.float64]]
+
+CLIP_RATE = 0.2
+"""How fast an adaptive bound moves: η_C of Andrew et al. 2021, as they recommend."""
+COUNT_SHARE = 1 / 20
+"""Of the expected cohort: the standard deviation of the noise on their count, σ_b of the same paper."""
+
+REPRODUCIBLE = "the noise can be made again from the seed (--reproducible-noise), so it hides nothing"
+SIMULATED = "the noise is that of a larger federation (--noise-cohort), so it hides less here"
+
+
+class Guard:
+    """Keeps the ledger of one run, and says what its promise amounts to."""
+
+    def __init__(self, ledger: Ledger, facts: Mapping[str, Any]) -> None:
+        """facts: what else summary.json is to say of the promise."""
+        self.ledger, self._facts = ledger, dict(facts)
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether the unit is a whole client: then the server, not the clients, clips and adds noise."""
+        return self.ledger.promise.unit == "client"
+
+    def admitted(self, clients: Sequence[int]) -> list[int]:
+        """Those of a round's clients that can still pay for it."""
+        return [client for client in clients if self.ledger.affords(client)]
+
+    def charge(self, server_round: int, clients: Sequence[int]) -> None:
+        """To be called before anything that depends on these clients' data goes out."""
+        if clients:
+            self.ledger.charge(server_round, clients)
+
+    def void(self) -> str | None:
+        """Why no epsilon may be claimed, if so."""
+        return REPRODUCIBLE if self.ledger.promise.reproducible else None
+
+    def epsilon(self) -> float | None:
+        """What the dearest account has spent; None where nothing may be claimed."""
+        return None if self.void() else self._by_rank()[0]
+
+    def _by_rank(self) -> tuple[float, float]:
+        """(the dearest account's, the median account's) epsilon, by PLD."""
+        ledger, promise = self.ledger, self.ledger.promise
+        accounts = [promise.releases(account, steps) for account, steps in enumerate(ledger.spent)]
+        # The order is the quick bound's, which costs less than a PLD for each; the dearest few are then computed.
+        ranked = sorted(set(accounts), key=lambda spent: epsilon_by_rdp(spent, promise.delta), reverse=True)
+        place = {spent: at for at, spent in enumerate(ranked)}
+        middle = ranked[median_low(place[spent] for spent in accounts)]
+        return max(epsilon(spent, promise.delta) for spent in ranked[:3]), epsilon(middle, promise.delta)
+
+    def in_words(self) -> str:
+        """The promise in a line."""
+        promise = self.ledger.promise
+        budget = "" if promise.target is None else f" at most {promise.target:g}"
+        claim = self.void() or f"epsilon{budget} at delta {promise.delta:.2g}"
+        return f"{promise.unit} level, {claim}; noise {promise.sigma:.3g} times the bound {self._facts['clip_norm']:g}"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return self.ledger.mark()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises InputError where the ledger knows less than that."""
+        self.ledger.check(state)
+
+    def summary(self) -> dict[str, Any]:
+        """The promise and what became of it, for summary.json."""
+        promise, void = self.ledger.promise, self.void()
+        worst, middle = self._by_rank()
+        dearest = max(
+            (promise.releases(account, steps) for account, steps in enumerate(self.ledger.spent)),
+            key=lambda spent: epsilon_by_rdp(spent, promise.delta),
+        )
+        found: dict[str, Any] = {
+            "unit": promise.unit,
+            "adjacency": f"add or remove one {promise.unit}",
+            "epsilon": None if void else worst,
+            "epsilon_reason": void,
+            "epsilon_median": None if void else middle,
+            "epsilon_budget": promise.target,
+            "delta": promise.delta,
+            "accountant": "dp-accounting, privacy loss distributions",
+            "epsilon_by_rdp": None if void else epsilon_by_rdp(dearest, promise.delta),
+            "epsilon_by_opacus_prv": None if void else epsilon_by_prv(dearest, promise.delta),
+            "noise_multiplier": promise.sigma,
+            "sampling": "Poisson",
+            "sampling_rate": dearest.rate,
+            "steps": dearest.steps,
+            "noise": "ChaCha20, from the run's seed"
+            if promise.reproducible
+            else "ChaCha20, keys from the operating system",
+        }
+        return found | self._facts
+
+
+@dataclass
+class Adaptive:
+    """A bound that follows a quantile of the norms: Andrew et al. 2021 (arXiv:1905.03871), algorithm 1.
+
+    quantile: γ, the share of updates that the bound is to let through whole.
+    """
+
+    quantile: float
+
+    def count_noise(self, cohort: float, sigma: float) -> float:
+        """σ_b: of the noise on the count; never so small that the rest of the budget could not pay for the sum."""
+        return max(cohort * COUNT_SHARE, sigma)
+
+    def sum_noise(self, cohort: float, sigma: float) -> float:
+        """z_Δ = (z⁻² - (2 σ_b)⁻²)^(-1/2): with it, sum and count together cost what noise z on the sum would."""
+        return float((sigma**-2 - (2 * self.count_noise(cohort, sigma)) ** -2) ** -0.5)
+
+    def moved(self, bound: float, whole: float) -> float:
+        """C · exp(-η (b - γ)): smaller where more updates than wanted are below it. whole: b, noised."""
+        return float(bound * np.exp(-CLIP_RATE * (whole - self.quantile)))
+
+
+class ClientGuard(Guard):
+    """Client-level privacy on the server: McMahan et al. 2018 (arXiv:1710.06963), with cohorts of a random size.
+
+    Every client is in a round with the same probability; updates are clipped; noise is added to their sum, which is
+    divided by the *expected* cohort. Whatever the strategy does with that one mean tells nothing more.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        facts: Mapping[str, Any],
+        clients: int,
+        bound: float,
+        seed: int,
+        adaptive: Adaptive | None = None,
+        noise_cohort: int | None = None,
+    ) -> None:
+        """bound: of an update's norm, at first. noise_cohort: the noise is that of a mean over so many clients."""
+        super().__init__(ledger, facts)
+        self.bound, self._adaptive, self._clients, self._seed = bound, adaptive, clients, seed
+        self.cohort = ledger.promise.rates[0] * clients
+        self._noise_cohort = noise_cohort
+        self._stream: NoiseStream | None = None
+
+    def draw(self, server_round: int) -> list[int]:
+        """The round's cohort, which may be empty; nobody can foretell it."""
+        key = f"{self._seed}/client noise/{server_round}" if self.ledger.promise.reproducible else None
+        self._stream = NoiseStream(key)
+        return self._stream.chosen(self._clients, self.ledger.promise.rates[0]).tolist()
+
+    def admitted(self, clients: Sequence[int]) -> list[int]:
+        """All or none: there is one account."""
+        return list(clients) if self.ledger.affords(0) else []
+
+    def charge(self, server_round: int, clients: Sequence[int]) -> None:
+        """A round costs all clients the same, whoever takes part."""
+        self.ledger.charge(server_round, [0])
+
+    def mean(self, start: Arrays, updates: Sequence[Arrays]) -> dict[str, npt.NDArray[np.float64]]:
+        """start + (Σ clipped updates + noise) / expected cohort, by name; updates: the clients' tensors after training.
+
+        To be called once for each `draw`.
+        """
+        stream, promise, cohort = self._stream, self.ledger.promise, self.cohort
+        assert stream is not None
+        self._stream = None
+        moved = {
+            name: torch.from_numpy(np.array([update[name] - value for update in updates]).reshape(-1, *value.shape))
+            for name, value in start.items()
+        }
+        sigma = promise.sigma if self._adaptive is None else self._adaptive.sum_noise(cohort, promise.sigma)
+        scale = sigma * self.bound * (1.0 if self._noise_cohort is None else cohort / self._noise_cohort)
+        released = {}
+        for name, rows in sorted(clipped(moved, self.bound).items()):
+            total = rows.sum(0)
+            released[name] = start[name] + ((total + scale * stream.normal(total)) / cohort).numpy()
+        if self._adaptive is not None:
+            whole = float((clip_factors(moved, self.bound) >= 1.0).double().sub(0.5).sum())
+            noise = self._adaptive.count_noise(cohort, promise.sigma) * float(stream.normal(torch.zeros(1)))
+            self.bound = self._adaptive.moved(self.bound, (whole + noise) / cohort + 0.5)
+        return released
+
+    def void(self) -> str | None:
+        """See `Guard`."""
+        return super().void() or (SIMULATED if self._noise_cohort is not None else None)
+
+    def state(self) -> dict[str, Any]:
+        """See `Guard`."""
+        return {**super().state(), "bound": self.bound}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Guard`."""
+        super().load_state(state)
+        self.bound = state["bound"]
+
+    def summary(self) -> dict[str, Any]:
+        """See `Guard`."""
+        found = super().summary() | {"clip_norm": self.bound}
+        if self._noise_cohort is not None:
+            population = round(self._clients * self._noise_cohort / self.cohort)
+            found["simulation"] = {
+                "cohort": self._noise_cohort,
+                "population": population,
+                "epsilon": self._by_rank()[0],
+            }
+        return found

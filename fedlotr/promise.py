@@ -1,0 +1,153 @@
+"""What a configuration promises of privacy: its noise, reckoned once from the whole plan, and who keeps to it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlotr.adapters.methods import METHODS
+from fedlotr.configuration import SimulationConfig
+from fedlotr.errors import InputError
+from fedlotr.flower.loop import draw_clients
+from fedlotr.flower.strategy import Strategy
+from fedlotr.preparation import Checked
+from fedlotr.privacy.accounting import calibrate
+from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
+from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard
+from fedlotr.privacy.ledger import NAME, Ledger, Promise
+
+log = logging.getLogger("fedlotr")
+
+EXAMPLE_BOUND = 0.1
+"""Of an example's gradient, where --clip-norm does not say: small, so that nearly all are clipped and AdamW, whose
+steps do not depend on the size of gradients, sees a mean of directions (Bu et al. 2023, arXiv:2206.07136)."""
+PRIVATE_BASIS = "svd"
+"""In place of a method's `update` basis where there are no public data to take that gradient from."""
+DELTA_SHARE = 0.1
+"""Of 1/n, where --delta does not say."""
+
+SEES = {
+    "example": "every message of every client: the server too; not its raw data, nor this run's own directory",
+    "client": "the model of every round and what is measured of it; not the server, which is trusted, nor this run's "
+    "own directory, which names the clients of each round",
+}
+
+
+def guard_of(checked: Checked, folder: Path) -> Guard | None:
+    """The guard of a run in a folder, with a ledger that is new or goes on; None where no privacy was promised.
+
+    Raises InputError for a budget that no noise can keep, and a ledger that cannot be read.
+    """
+    config = checked.config
+    if config.privacy == "none":
+        return None
+    ledger = Ledger.open(folder / NAME) if config.resume else None
+    if ledger is None:
+        ledger = Ledger.begin(folder / NAME, _promise(checked))
+    promise = ledger.promise
+    log.info(
+        "privacy %s: noise multiplier %.4g, epsilon at most %s at delta %.3g",
+        promise.unit,
+        promise.sigma,
+        promise.target,
+        promise.delta,
+    )
+    if config.privacy == "client":
+        assert config.clip_norm is not None
+        adaptive = None if config.clip_quantile is None else Adaptive(config.clip_quantile)
+        return ClientGuard(
+            ledger, _facts(config), config.clients, config.clip_norm, config.seed, adaptive, config.noise_cohort
+        )
+    return Guard(ledger, _facts(config))
+
+
+def example_noise(config: SimulationConfig, guard: Guard | None) -> ExampleNoise | None:
+    """What clients are told that hide their examples themselves."""
+    if guard is None or guard.hides_clients:
+        return None
+    assert config.clip_norm is not None
+    return ExampleNoise(guard.ledger.promise.sigma, config.clip_norm, config.reproducible_noise)
+
+
+def _promise(checked: Checked) -> Promise:
+    config, training, parts = checked.config, checked.training, checked.parts
+    if config.privacy == "client":
+        rates, steps = [config.sampled_clients / config.clients], [1]
+        planned = [config.rounds]
+    else:
+        rates = [sampling_rate(training.batch_size, len(part)) for part in parts]
+        steps = [training.steps_of(len(part)) for part in parts]
+        # Who takes part is drawn from the seed, which hides nothing: every client pays for all the rounds it is in.
+        rounds = np.zeros(len(parts), np.int64)
+        for server_round in range(1, config.rounds + 1):
+            rounds[draw_clients(len(parts), config.clients_per_round, config.seed, server_round)] += 1
+        planned = [int(count) * own for count, own in zip(rounds, steps, strict=True)]
+    delta, sigma = config.delta or DELTA_SHARE / _units(checked), config.noise_multiplier
+    if sigma is None:
+        assert config.epsilon is not None
+        try:
+            sigma = calibrate(config.epsilon, delta, list(zip(rates, planned, strict=True)))
+        except ValueError as error:
+            raise InputError(f"--epsilon {config.epsilon:g}: {error}; give a larger one, or fewer --rounds") from error
+        sigma = sigma or 1.0
+    return Promise(
+        "client" if config.privacy == "client" else "example",
+        config.epsilon,
+        delta,
+        sigma,
+        rates,
+        steps,
+        planned if config.epsilon is not None else [],
+        config.reproducible_noise,
+    )
+
+
+def _units(checked: Checked) -> int:
+    """How many a unit is hidden among: the largest client's examples, or the clients."""
+    config = checked.config
+    if config.privacy == "example":
+        return max(map(len, checked.parts))
+    if config.noise_cohort is None:
+        return config.clients
+    return round(config.clients * config.noise_cohort / config.sampled_clients)
+
+
+def check_delta(checked: Checked) -> Iterator[str]:
+    """What is wrong with the delta that was given, as one line."""
+    config = checked.config
+    if config.privacy == "none" or config.delta is None:
+        return
+    units, of = _units(checked), "examples of the largest client" if config.privacy == "example" else "clients"
+    if config.delta >= 1 / units:
+        yield (
+            f"--delta {config.delta:g}: expected less than 1/{units} ({1 / units:.3g}), one over the {of}: with more, "
+            "publishing one of them outright would pass for private"
+        )
+
+
+def unmet_privacy(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why a strategy cannot do with one noised mean, as one line."""
+    if config.privacy != "client":
+        return
+    name = f"--strategy {config.strategy or METHODS[config.method].strategy} with --privacy client"
+    if isinstance(strategy, Strategy) and (strategy.controls or strategy.merges([1, 1]) or not strategy.averages):
+        yield (
+            f"{name}: it needs more of every client than what the noised mean tells; choose one that averages, such as "
+            "exact-average, fedit or fedadam"
+        )
+
+
+def _facts(config: SimulationConfig) -> dict[str, Any]:
+    """What summary.json says of a promise beside its numbers."""
+    basis = config.basis or METHODS[config.method].basis
+    made = {"update": "a gradient on the public data", "random": "the seed"}.get(basis, "the base model")
+    return {
+        "clip_norm": config.clip_norm,
+        "adversary_sees": SEES[config.privacy],
+        "not_hidden": "how many examples each client holds; metrics on the test split, which is taken as public",
+        "bases_from": made if METHODS[config.method].freezes else "nothing frozen that was learnt",
+        "public_data": config.public_data,
+    }
