@@ -114,7 +114,7 @@ def test_personal_factors_equal_a_plain_sequential_loop(
     config = resolve(SimulationConfig(**personal_options))
     prepared = prepare(check(config), tmp_path / "work")
     model, run, place = prepared.model, federation(config, prepared), prepared.workplace
-    begun = {name: model._parameter(name).detach().clone() for name in model.trained}
+    begun = {name: model.parameter(name).detach().clone() for name in model.trained}
     shared = {name: value.double() for name, value in begun.items() if not name.endswith("core_B")}
     own = [{n: v.clone() for n, v in begun.items() if n.endswith("core_B")} for _ in range(CLIENTS)]
     velocity: list[dict[str, Any]] = [{} for _ in range(CLIENTS)]
@@ -123,8 +123,8 @@ def test_personal_factors_equal_a_plain_sequential_loop(
         for k in clients:
             with torch.no_grad():
                 for name in model.trained:
-                    model._parameter(name).copy_(own[k][name] if name in own[k] else shared[name])
-            parameters = {name: model._parameter(name).requires_grad_() for name in model.trained}
+                    model.parameter(name).copy_(own[k][name] if name in own[k] else shared[name])
+            parameters = {name: model.parameter(name).requires_grad_() for name in model.trained}
             groups = [
                 {"params": [p], "lr": (0.1 if n in model.head_names else LR) * run.lr_factor(number)}
                 for n, p in parameters.items()

@@ -130,7 +130,7 @@ def sequential(config: SimulationConfig, prepared: Any, mu: float, scaffold: boo
         ends = []
         for k in clients:
             model.assign({name: value.float() for name, value in x.items()})
-            parameters = {name: model._parameter(name).requires_grad_() for name in model.trained}
+            parameters = {name: model.parameter(name).requires_grad_() for name in model.trained}
             rates = {n: (config.head_lr if n in model.head_names else config.lr) * run.lr_factor(number) for n in x}
             oracle = torch.optim.SGD([{"params": [p], "lr": rates[name]} for name, p in parameters.items()])
             work = ClientWork(prepared.workplace.rows(k), generator(config.seed, "shuffle", number, k))

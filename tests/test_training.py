@@ -107,7 +107,7 @@ def test_a_cohort_of_seven_equals_its_clients_one_by_one(model: TrainableModel, 
 def test_a_client_trains_as_with_torchs_own_optimizer(model: TrainableModel, plan: str) -> None:
     training, examples, start = PLANS[plan], examples_for(model.spec), model.values()
     result = train_cohort(model, start, examples, [clients()[4]], training)[0]
-    parameters = {name: model._parameter(name).requires_grad_() for name in model.trained}
+    parameters = {name: model.parameter(name).requires_grad_() for name in model.trained}
     groups = [
         {"params": [p], "lr": training.head_lr if name in model.head_names else training.lr}
         for name, p in parameters.items()
@@ -250,7 +250,7 @@ def test_the_head_starts_at_zero_and_is_fitted_to_the_optimum(tiny_bert: Path) -
     assert all(not value.any() for value in model.values().values()), "without public examples it stays at zero"
     fit_head(model, examples, np.arange(60))
     fitted = model.values()
-    parameters = [model._parameter(name).requires_grad_() for name in model.trained]
+    parameters = [model.parameter(name).requires_grad_() for name in model.trained]
     weight = next(p for p in parameters if p.dim() == 2)
     loss = model.losses(examples.batch(np.arange(60))).mean() + 0.5 * 1e-2 * weight.square().sum()
     loss.backward()
@@ -323,7 +323,7 @@ def test_an_optimizer_that_is_kept_goes_on_as_torchs_own(tiny_bert: Path, plan: 
     last = [ClientWork(rows[k], np.random.default_rng(9), states[k]) for k in range(3)]
     together = train_cohort(model, start, examples, last, training)
     for k, times in enumerate(past):
-        parameters = {name: model._parameter(name).requires_grad_() for name in model.trained}
+        parameters = {name: model.parameter(name).requires_grad_() for name in model.trained}
         groups = [
             {"params": [p], "lr": training.head_lr if name in model.head_names else training.lr}
             for name, p in parameters.items()

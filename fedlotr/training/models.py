@@ -259,7 +259,7 @@ class TrainableModel:
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
-        self._first = {name: self._parameter(name).detach().clone() for name in self.personal}
+        self._first = {name: self.parameter(name).detach().clone() for name in self.personal}
         self.carry(Carry.start(carry or {}))
 
     @cached_property
@@ -329,7 +329,8 @@ class TrainableModel:
         """The trained tensors that belong to the classification head."""
         return frozenset(tensor for tensor, (module, _) in self.trained.items() if module in self.heads)
 
-    def _parameter(self, tensor: str) -> torch.Tensor:
+    def parameter(self, tensor: str) -> torch.Tensor:
+        """The tensor that training moves, itself."""
         module, part = self.trained[tensor]
         layer = self.module.get_submodule(module)
         if module in self.heads:
@@ -340,11 +341,11 @@ class TrainableModel:
 
     def values(self) -> Tensors:
         """The published tensors as they are now, cloned, float32."""
-        return self.publish({name: self._parameter(name).detach().clone() for name in self.trained})
+        return self.publish({name: self.parameter(name).detach().clone() for name in self.trained})
 
     def sizes(self) -> dict[str, int]:
         """How many numbers a client trains, by tensor: what travels, and what stays with it."""
-        return {name: self._parameter(name).numel() for name in sorted([*self.published, *self.personal])}
+        return {name: self.parameter(name).numel() for name in sorted([*self.published, *self.personal])}
 
     def assign(self, values: Mapping[str, torch.Tensor]) -> None:
         """Write the published tensors, or leading blocks of them among zeros, and a client's personal ones, if given.
@@ -354,7 +355,7 @@ class TrainableModel:
         """
         with torch.no_grad():
             for name, value in self.start(values).items():
-                parameter = self._parameter(name)
+                parameter = self.parameter(name)
                 if parameter.shape != value.shape:
                     parameter.zero_()
                 parameter[tuple(slice(size) for size in value.shape)] = value
@@ -364,7 +365,7 @@ class TrainableModel:
         sent = set(self.published)
         own = {name: values.get(name, first) for name, first in self._first.items()}
         return {
-            name: values[name] if name in sent else own[name] if name in own else torch.ones_like(self._parameter(name))
+            name: values[name] if name in sent else own[name] if name in own else torch.ones_like(self.parameter(name))
             for name in self.trained
         }
 
