@@ -325,7 +325,7 @@ class SimulationConfig(BaseModel):
         default=None, gt=0, le=1000, description="what the whole run may spend; the noise is reckoned from it"
     )
     noise_multiplier: float | None = Field(
-        default=None, gt=0, le=1e4, description="the noise itself, over --clip-norm, instead of --epsilon"
+        default=None, ge=0.1, le=1e4, description="the noise itself, over --clip-norm, instead of --epsilon"
     )
     delta: float | None = Field(
         default=None,
@@ -352,6 +352,11 @@ class SimulationConfig(BaseModel):
         le=LARGEST,
         description="with --privacy client: clients in a round of the larger federation whose noise is put in; a "
         "simulation of that one, and no privacy for these clients",
+    )
+    privacy_engine: Literal["cohort", "opacus"] = Field(
+        default="cohort",
+        description="with --privacy example: what clips and adds noise; opacus: its own hooks and optimizer, one "
+        "client at a time, with noise from torch's generator",
     )
     reproducible_noise: bool = Field(
         default=False, description="noise from the seed, for studies of what it costs: then no epsilon is claimed"
@@ -668,6 +673,19 @@ def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]
 
 
 def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    if config.privacy_engine == "opacus":
+        if config.privacy != "example":
+            yield ("privacy_engine", "privacy"), "it belongs to --privacy example"
+        core = "full" if METHODS[config.method].core is None else config.core or METHODS[config.method].core
+        if not METHODS[config.method].factored or core not in ("full", "identity"):
+            yield (
+                ("privacy_engine", "method"),
+                "Opacus' hooks are for plain matrices: a method with the core full or identity, such as fed-sb or lora",
+            )
+        if config.optimizer_state != "reset":
+            yield ("privacy_engine", "optimizer_state"), "its optimizer begins anew in every round"
+        if config.client_rank is not None:
+            yield ("privacy_engine", "client_rank"), "it knows one rank"
     if config.privacy == "none":
         for field in ("epsilon", "noise_multiplier", "delta", "clip_quantile", "noise_cohort", "reproducible_noise"):
             if getattr(config, field):

@@ -69,7 +69,7 @@ def example_noise(config: SimulationConfig, guard: Guard | None) -> ExampleNoise
     if guard is None or guard.hides_clients:
         return None
     assert config.clip_norm is not None
-    return ExampleNoise(guard.ledger.promise.sigma, config.clip_norm, config.reproducible_noise)
+    return ExampleNoise(guard.ledger.promise.sigma, config.clip_norm, config.reproducible_noise, config.privacy_engine)
 
 
 def _promise(checked: Checked) -> Promise:
@@ -130,6 +130,8 @@ def check_delta(checked: Checked) -> Iterator[str]:
 
 def unmet_privacy(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """Why a strategy cannot do with one noised mean, as one line."""
+    if config.privacy_engine == "opacus" and (getattr(strategy, "controls", False) or getattr(strategy, "asks", {})):
+        yield f"--privacy-engine opacus with --strategy {config.strategy}: Opacus trains plainly; leave the engine out"
     if config.privacy != "client":
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy} with --privacy client"
@@ -144,10 +146,13 @@ def _facts(config: SimulationConfig) -> dict[str, Any]:
     """What summary.json says of a promise beside its numbers."""
     basis = config.basis or METHODS[config.method].basis
     made = {"update": "a gradient on the public data", "random": "the seed"}.get(basis, "the base model")
-    return {
+    found: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "adversary_sees": SEES[config.privacy],
         "not_hidden": "how many examples each client holds; metrics on the test split, which is taken as public",
         "bases_from": made if METHODS[config.method].freezes else "nothing frozen that was learnt",
         "public_data": config.public_data,
     }
+    if config.privacy_engine == "opacus" and not config.reproducible_noise:
+        found["noise"] = "torch's generator, seeded by the operating system: not cryptographic"
+    return found

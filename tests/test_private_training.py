@@ -13,11 +13,11 @@ from scipy import stats
 from fedlotr.privacy.clipping import clip_factors, clipped
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, client_stream
 from fedlotr.privacy.noise import NoiseStream
-from fedlotr.privacy.opacus_engine import hooked
+from fedlotr.privacy.opacus_engine import hooked, train_by_opacus
 from fedlotr.training.backward import example_gradients
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.models import Tensors, TrainableModel
-from tests.test_training import SIZES, build, examples_for, model
+from tests.test_training import SIZES, examples_for, model
 
 __all__ = ["model"]  # the fixture: pooled BERT on packed tokens, BERT with LoRA, GPT-2 with Conv1D, a causal Llama
 
@@ -85,6 +85,22 @@ def test_opacus_finds_the_same_gradients(model: TrainableModel) -> None:
         theirs = {name: p.grad_sample.detach().clone() for name, p in parameters.items()}
     assert apart(joint(ours), joint(theirs)) < (2e-6 if model.spec.kind == "causal-lm" else 1e-6)
     assert model.values().keys() == start.keys()  # the model is as it was
+
+
+def test_opacus_trains_as_we_do_where_nothing_is_left_to_chance(model: TrainableModel) -> None:
+    # Every example in every batch, and next to no noise.
+    examples, start, noise = examples_for(model.spec), model.values(), ExampleNoise(1e-9, 0.05, True)
+    training = LocalTraining(steps=3, batch_size=40, optimizer="sgd", momentum=0.9, lr=0.5, head_lr=0.2)
+    work = [ClientWork(np.arange(a, b), np.random.default_rng(0)) for a, b in ((0, 20), (20, 33))]
+    streams = [NoiseStream("a"), NoiseStream("b")]
+    ours = train_cohort(model, start, examples, work, training, None, 1, DPSGD(noise, streams))
+    theirs = train_by_opacus(model, [start, start], examples, work, training, noise, ["a", "b"])
+    model.assign(start)
+    for one, other in zip(ours, theirs, strict=True):
+        moved = joint({name: (value - start[name])[None] for name, value in other.tensors.items()})
+        error = joint({name: (value - one.tensors[name])[None] for name, value in other.tensors.items()})
+        assert float(error.norm()) < 1e-4 * float(moved.norm())
+        assert (one.steps, one.examples) == (other.steps, other.examples)
 
 
 def one_step(model: TrainableModel, sigma: float, **options: Any) -> tuple[Tensors, Tensors, list[np.ndarray]]:

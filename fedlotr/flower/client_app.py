@@ -22,9 +22,9 @@ from fedlotr.flower.personal import OWN_ROWS, keep_personal, personal
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.terms import CONTROL, TAIL_SHARE, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
-from fedlotr.privacy.dp_sgd import DPSGD, client_stream
+from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, client_stream
 from fedlotr.streams import generator
-from fedlotr.training.cohort import ClientResult, ClientWork, train_cohort, training_order
+from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining, train_cohort, training_order
 from fedlotr.training.corrections import chain
 from fedlotr.training.evaluation import evaluate
 from fedlotr.training.memory import keep_freed_memory
@@ -146,6 +146,8 @@ class Worker:
         asked = terms(Cohort(contents[0], [states[at] for at in order], stacked))
         transform = chain([term.transform for term in asked])
         mechanism = None
+        if recipe.noise is not None and recipe.noise.engine == "opacus":
+            return self._train_by_opacus(recipe.noise, starts, work, clients, training, server_round)
         if recipe.noise is not None:
             hidden = recipe.noise.reproducible
             streams = [client_stream(hidden, recipe.seed, server_round, client) for client in clients]
@@ -161,6 +163,22 @@ class Worker:
             for term in asked:
                 beside[at] |= term.report(row)
         return [Trained(result, beside[at]) for at, result in enumerate(results)]
+
+    def _train_by_opacus(
+        self,
+        noise: ExampleNoise,
+        starts: Sequence[dict[str, torch.Tensor]],
+        work: Sequence[ClientWork],
+        clients: Sequence[int],
+        training: LocalTraining,
+        server_round: int,
+    ) -> list[Trained]:
+        from fedlotr.privacy.opacus_engine import train_by_opacus
+
+        keys = [f"{self.workplace.recipe.seed}/opacus/{server_round}/{client}" for client in clients]
+        own = list(starts) if len(starts) == len(work) else [starts[0]] * len(work)
+        results = train_by_opacus(self.model, own, self.workplace.train, work, training, noise, keys, server_round)
+        return [Trained(result, {}) for result in results]
 
 
 def workplace_folder(context: Context) -> str:

@@ -5,6 +5,7 @@ al. 2022); Opacus' PRV and the RDP bound stand beside it. None is computed by co
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from functools import lru_cache
 
 import dp_accounting
 from dp_accounting import pld, rdp
+from scipy.optimize import brentq
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,14 @@ def _event(part: Releases) -> dp_accounting.DpEvent:
 
 @lru_cache(maxsize=4096)
 def epsilon(spent: Releases, delta: float) -> float:
-    """By PLD, at its default interval of 1e-4: pessimistic by construction."""
+    """By PLD, at its default interval of 1e-4: pessimistic by construction. By RDP where so little noise has no PLD."""
     if not spent.steps:
         return 0.0
     accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    return float(accountant.compose(_event(spent)).get_epsilon(delta))
+    try:
+        return float(accountant.compose(_event(spent)).get_epsilon(delta))
+    except ValueError:  # its grid would have too many points: an epsilon in the hundreds, whichever way
+        return epsilon_by_rdp(spent, delta)
 
 
 @lru_cache(maxsize=4096)
@@ -52,14 +57,17 @@ def epsilon_by_rdp(spent: Releases, delta: float) -> float:
         absl.level = before
 
 
-def epsilon_by_prv(spent: Releases, delta: float) -> float:
-    """Opacus' upper end: its estimate and 0.01."""
+def epsilon_by_prv(spent: Releases, delta: float) -> float | None:
+    """Opacus' upper end: its estimate and 0.01. None where it cannot tell."""
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
     accountant.history = [(spent.sigma, spent.rate, spent.steps)] if spent.steps else []
     with warnings.catch_warnings(action="ignore"):  # numpy's, on logarithms of zero at a rate of one
-        return float(accountant.get_epsilon(delta=delta)) if accountant.history else 0.0
+        try:
+            return float(accountant.get_epsilon(delta=delta)) if accountant.history else 0.0
+        except (RuntimeError, ValueError, MemoryError):  # for so little noise
+            return None
 
 
 def calibrate(target: float, delta: float, planned: Sequence[tuple[float, int]]) -> float:
@@ -85,21 +93,21 @@ def _dearest(planned: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def _calibrated(target: float, delta: float, rate: float, steps: int) -> float:
-    def search(spent: Callable[[Releases, float], float], low: float, high: float, digits: float) -> float:
-        while high - low > digits * high:
-            middle = (low + high) / 2
-            low, high = (low, middle) if spent(Releases(middle, rate, steps), delta) <= target else (middle, high)
-        return high
+    def over(log_sigma: float, spent: Callable[[Releases, float], float] = epsilon) -> float:
+        return math.log(spent(Releases(math.exp(log_sigma), rate, steps), delta) / target)
 
-    most = 0.5
-    while epsilon_by_rdp(Releases(most, rate, steps), delta) > target:
-        most *= 2
-        if most > 1e4:
+    # From the quick bound's answer, which is always enough, down to the least that still is.
+    high = math.log(0.5)
+    while over(high, epsilon_by_rdp) > 0:
+        high += math.log(2)
+        if high > math.log(1e4):
             raise ValueError(
                 f"no noise multiplier up to 10,000 keeps {steps} steps at rate {rate:g} within epsilon {target:g}"
             )
-    enough = search(epsilon_by_rdp, most / 2 if most > 0.5 else 0.01, most, 1e-2)
-    low = enough
-    while epsilon(Releases(low, rate, steps), delta) <= target:
-        low *= 0.9
-    return search(epsilon, low, min(enough, low / 0.9), 1e-3)
+    low = high
+    while over(low) <= 0:
+        low -= 0.1
+    found = float(brentq(over, low, low + 0.1, xtol=2e-4)) if low < high else high
+    while over(found) > 0:
+        found += 5e-4
+    return math.exp(found)

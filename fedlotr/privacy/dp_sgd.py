@@ -7,6 +7,7 @@ What comes after (optimizer, control variates, penalties, the mean on the server
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fedlotr.privacy.clipping import clipped
 from fedlotr.privacy.noise import NoiseStream
@@ -21,11 +22,13 @@ class ExampleNoise:
 
     sigma: the noise's standard deviation over the bound. bound: of the norm of one example's gradient.
     reproducible: whether the noise can be made again from the run's seed; then nothing is private.
+    engine: whose code computes, clips and adds: ours, for whole cohorts, or Opacus'.
     """
 
     sigma: float
     bound: float
     reproducible: bool = False
+    engine: Literal["cohort", "opacus"] = "cohort"
 
 
 def sampling_rate(batch_size: int, held: int) -> float:

@@ -159,7 +159,7 @@ class ClientGuard(Guard):
         """The round's cohort, which may be empty; nobody can foretell it."""
         key = f"{self._seed}/client noise/{server_round}" if self.ledger.promise.reproducible else None
         self._stream = NoiseStream(key)
-        return self._stream.chosen(self._clients, self.ledger.promise.rates[0]).tolist()
+        return [int(client) for client in self._stream.chosen(self._clients, self.ledger.promise.rates[0])]
 
     def admitted(self, clients: Sequence[int]) -> list[int]:
         """All or none: there is one account."""

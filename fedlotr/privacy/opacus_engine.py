@@ -6,6 +6,7 @@ empty ones are steps too; an example whose gradient is not finite counts as zero
 """
 
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -140,7 +141,10 @@ def _steps(
         rows = client.rows[(torch.rand(held, generator=generator) < rate).numpy()]
         optimizer.zero_grad()
         if len(rows):
-            model.losses(examples.batch(rows, model.spec.pad_id).to(model.device)).sum().backward()
+            loss = model.losses(examples.batch(rows, model.spec.pad_id).to(model.device)).sum()
+            with warnings.catch_warnings():  # torch's, on hooks where no input has a gradient, as token ids have none
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                loss.backward()  # type: ignore[no-untyped-call]
             _leave_out_what_is_not_finite(parameters)
         else:  # a step all the same
             for parameter in parameters.values():
