@@ -123,10 +123,11 @@ def some_examples(count: int = 40, *, pairs: bool = False) -> Examples:
 
 
 @pytest.mark.parametrize("method", ["lotr", "lora", "ravan", "tiny-lora"])
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("pairs", "columns"), [(False, 512), (True, 512), (True, 4)])
 def test_packed_training_and_evaluation_equal_those_of_padded_rows(
-    tiny_bert: Path, method: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, method: str, pairs: bool, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fedlotr.adapters.packed.SPREAD", columns)  # copies one by one, where they are many or wide
     monkeypatch.setattr("fedlotr.training.ragged_pass.PASS_TOKENS", 40)  # several passes, some within a client's batch
     model, examples = pooled(tiny_bert, method), some_examples(pairs=pairs)
     assert model.takes_ragged

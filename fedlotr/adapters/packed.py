@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
+SPREAD = 256
+"""Columns up to which one product over all copies' columns, most of them zero, beats a small product for each copy."""
+
 
 class Spans:
     """How many consecutive tokens each copy meets; one copy meets all where there is a single span."""
@@ -58,6 +61,10 @@ class Spans:
         if weight.dim() == 2:
             return (dy.T @ x).to(weight.dtype)
         return torch.stack([dy[start:stop].T @ x[start:stop] for start, stop in self.edges]).to(weight.dtype)
+
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether the copies are so few and narrow that `spread` pays."""
+        return len(self.counts) * x.shape[1] <= SPREAD
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, copies · r) with x (tokens, r) in the columns of each token's copy, else zero.
@@ -108,7 +115,8 @@ class _FactoredLinear(torch.autograd.Function):
         g = h
         if c is not None:
             h = h.to(c.dtype)
-            g = h @ c.T if c.dim() == 2 else spans.spread(h) @ c.transpose(1, 2).reshape(-1, c.shape[1])
+            few = c.dim() == 3 and spans.few(h)
+            g = spans.spread(h) @ c.transpose(1, 2).reshape(-1, c.shape[1]) if few else spans.times(h, c)
         g = (g if scale == 1 else g * scale).to(x.dtype)
         if weight is not None:
             y = F.linear(x, weight, base)
@@ -135,7 +143,10 @@ class _FactoredLinear(torch.autograd.Function):
             u = u.to(c.dtype)
         if ctx.scale != 1:
             u = u * ctx.scale
-        if c is not None:
+        if c is not None and c.dim() == 3 and not spans.few(u):
+            dc = spans.gradient(u, h, c) if needs_c else None
+            u = spans.times(u, c.transpose(1, 2)) if needs_x or needs_a else u
+        elif c is not None:
             placed = u if c.dim() == 2 else spans.spread(u)
             dc = (placed.T @ h).view(c.shape) if needs_c else None
             u = placed @ c.reshape(-1, c.shape[-1]) if needs_x or needs_a else u
