@@ -1,8 +1,6 @@
 """The one typed configuration of a run, from YAML, the command line or Python; every mistake is reported at once."""
 
 import functools
-import math
-import re
 from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,156 +24,28 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES
 from fedlotr.command_line import flag_of, option_parser, read_words
+from fedlotr.conflicts import conflicts
 from fedlotr.errors import InputError, closest, nearest, shorten, written
 from fedlotr.files import write_atomically
-from fedlotr.own import is_own
 from fedlotr.preflight import path_problems
+from fedlotr.values import (
+    LARGEST,
+    MAX_PROCESSES,
+    MAX_ROUNDS,
+    MAX_SEED,
+    check_partition,
+    check_targets,
+    check_task,
+    check_text,
+    check_text_columns,
+    expand,
+    one_of,
+    read_arguments,
+    read_client_rank,
+    read_cohort,
+    read_sample,
+)
 from fedlotr.yaml_file import read_yaml, to_yaml
-
-PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
-"""One example of each form of `partition`."""
-
-
-TASKS = ("auto", "classification", "causal-lm")
-
-LARGEST = 2**31 - 1
-"""What any whole number may be at most: what counts clients, rows and tokens has to fit the ledger's 32 bits."""
-MAX_SEED = 2**63 - 1
-"""A seed travels to the clients in a message, as a number of 64 bits."""
-MAX_ROUNDS = 99_999
-"""The files of a round are in order by their names, which have five digits."""
-MAX_PROCESSES = 1024
-"""Workers, or threads of one: more is a slip of the finger, and would take the machine down."""
-
-
-def _one_of(what: str, choices: Collection[str]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name not in choices:
-            raise ValueError(f"not a {what}{nearest(name, choices)}")
-        return name
-
-    return AfterValidator(check)
-
-
-def _read_sample(given: object) -> object:
-    """Text to a number that keeps the point: '1' is one client, '1.0' all of them."""
-    if isinstance(given, str):
-        with_point = re.fullmatch(r"\d*\.\d+|\d+\.\d*", given.strip())
-        given = float(given) if with_point else int(given) if re.fullmatch(r"\d{1,10}", given.strip()) else given
-    if isinstance(given, bool) or not isinstance(given, int | float):
-        raise ValueError("expected a number of clients (10) or a share of them with a decimal point (0.2)")
-    if isinstance(given, float) and not 0 < given <= 1:
-        raise ValueError("a number with a decimal point is a share of the clients: expected more than 0.0, at most 1.0")
-    if isinstance(given, int) and given < 1:
-        raise ValueError("expected at least 1 client")
-    if isinstance(given, int) and given > LARGEST:
-        raise ValueError(f"expected at most {LARGEST} clients")
-    return given
-
-
-def _read_cohort(given: object) -> object:
-    if given == "auto":
-        return given
-    count = int(given) if isinstance(given, str) and re.fullmatch(r"\d{1,10}", given) else given
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST:
-        raise ValueError("expected 'auto' or a number of clients, at least 1")
-    return count
-
-
-def _check_partition(given: str) -> str:
-    kind, colon, argument = given.partition(":")
-    if kind == "iid":
-        valid, expected = not colon, "'iid' takes no argument"
-    elif kind == "dirichlet":
-        valid = re.fullmatch(r"\d*\.?\d+", argument) is not None and float(argument) > 0
-        expected = "expected dirichlet:ALPHA with ALPHA above 0, such as 'dirichlet:0.5'"
-    elif kind == "shards":
-        valid = re.fullmatch(r"\d{1,9}", argument) is not None and int(argument) > 0
-        expected = "expected shards:K with K shards a client, such as 'shards:2'"
-    elif kind == "natural":
-        valid, expected = bool(argument) or not colon, "expected natural or natural:COLUMN"
-    else:
-        valid, expected = False, f"not a partition{nearest(given, PARTITIONS)}"
-    if not valid:
-        raise ValueError(expected)
-    return given
-
-
-def _check_text_columns(given: str) -> str:
-    columns = given.split(",")
-    if not all(columns) or len(columns) > 2 or len(set(columns)) < len(columns):
-        raise ValueError("expected the name of a column, or two different ones with a comma: NAME or FIRST,SECOND")
-    return given
-
-
-def _check_task(given: str) -> str:
-    if given not in TASKS and not is_own(given):
-        raise ValueError(f"not a task{nearest(given, TASKS)}")
-    return given
-
-
-def _read_client_rank(given: object) -> object:
-    text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given) if type(given) is int else given
-    if not isinstance(text, str):
-        return text
-    text = text.replace(" ", "")
-    turns, shares = r"[1-9]\d{0,8}", r"[1-9]\d{0,8}:(?=[\d.]*[1-9])(\d+\.?\d*|\.\d+)"
-    if not any(re.fullmatch(f"{one}(,{one})*", text) for one in (turns, shares)):
-        raise ValueError("expected ranks with commas, such as '4,8,16', or with shares, such as '4:0.5,8:0.3,16:0.2'")
-    return text
-
-
-def _check_targets(given: str) -> str:
-    try:
-        re.compile(given)
-    except re.error as error:
-        raise ValueError(f"expected 'all-linear' or a regular expression of module names ({error})") from None
-    return given
-
-
-def _plain(value: object, name: str) -> object:
-    """An argument of a strategy as YAML and JSON can hold it, so that config.yaml can. Raises ValueError otherwise."""
-    if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
-    if isinstance(value, dict):
-        return {_plain_name(key): _plain(item, name) for key, item in value.items()}
-    if isinstance(value, str):
-        _check_text(value)
-    elif isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{name} is not a number (nan)")
-    elif not (value is None or isinstance(value, bool | int | float)):
-        raise ValueError(
-            f"{name} is of the type {type(value).__name__}; expected numbers, text, true, false, none, or lists of them"
-        )
-    return value
-
-
-def _plain_name(key: object) -> str:
-    if not isinstance(key, str):
-        raise ValueError(f"expected names of arguments, and {written(key)} is none; a name is text")
-    return key
-
-
-def _read_arguments(given: object) -> object:
-    if not isinstance(given, Mapping):
-        return given
-    return {_plain_name(key): _plain(value, str(key)) for key, value in given.items()}
-
-
-def _check_text(given: str, *, lines: bool = True) -> None:
-    """Raises ValueError for text that no file of ours can hold, or (lines=False) that no name is made of."""
-    if not given.isprintable() and any("\ud800" <= character <= "\udfff" for character in given):
-        raise ValueError("expected text in UTF-8, which this is not")
-    if not lines and (odd := next((character for character in given if ord(character) < 32), None)) is not None:
-        raise ValueError(f"expected text without control characters, such as {odd!r}")
-
-
-def _expand(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ValueError(f"there is no user whose home folder {path.parts[0]} is") from None
-
 
 REPORTING = {"out", "resume", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
 """Options that say where and how one run reports."""
@@ -194,7 +64,7 @@ class SimulationConfig(BaseModel):
 
     clients: int = Field(default=50, ge=1, le=LARGEST, description="clients in the federation")
     # A share by default, so that any number of clients goes without --sample.
-    sample: Annotated[int | float, BeforeValidator(_read_sample)] = Field(
+    sample: Annotated[int | float, BeforeValidator(read_sample)] = Field(
         default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
     )
     rounds: int = Field(default=14, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
@@ -219,17 +89,17 @@ class SimulationConfig(BaseModel):
         description="pydoc (paragraphs of Python's own documentation, built in), a folder or a file of JSON lines, CSV "
         "or Parquet, or an id on the Hugging Face hub",
     )
-    text_column: Annotated[str, AfterValidator(_check_text_columns)] | None = Field(
+    text_column: Annotated[str, AfterValidator(check_text_columns)] | None = Field(
         default=None,
         description="column of the texts, or two with a comma: a pair, or prompt,answer (default: text; text_a,text_b; "
         "prompt,answer)",
     )
     label_column: str | None = Field(default=None, description="column of the labels (default: label)")
-    task: Annotated[str, AfterValidator(_check_task)] = Field(
+    task: Annotated[str, AfterValidator(check_task)] = Field(
         default="auto",
         description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",
     )
-    partition: Annotated[str, AfterValidator(_check_partition)] = Field(
+    partition: Annotated[str, AfterValidator(check_partition)] = Field(
         default="dirichlet:0.5", description="how the examples are dealt to the clients; a smaller ALPHA is more uneven"
     )
     max_length: int = Field(default=128, ge=2, le=LARGEST, description="tokens of an example; longer ones are cut")
@@ -241,11 +111,11 @@ class SimulationConfig(BaseModel):
         "and the basis 'update' takes its gradient there",
     )
 
-    method: Annotated[str, _one_of("method", METHODS)] = Field(
+    method: Annotated[str, one_of("method", METHODS)] = Field(
         default="fed-sb", description="what the clients train and what they leave frozen"
     )
     rank: int = Field(default=16, ge=1, le=LARGEST, description="width r of the factors; a core has r*r numbers")
-    client_rank: Annotated[str, BeforeValidator(_read_client_rank)] | None = Field(
+    client_rank: Annotated[str, BeforeValidator(read_client_rank)] | None = Field(
         default=None,
         description="ranks that clients have in turn (4,8,16), or are drawn for them by shares (4:0.5,8:0.3,16:0.2); "
         "each trains the leading block of the factors (default: --rank)",
@@ -253,17 +123,17 @@ class SimulationConfig(BaseModel):
     alpha: float | None = Field(
         default=None, gt=0, description="the adapted term is scaled by alpha / rank (default: the method's own scale)"
     )
-    basis: Annotated[str, _one_of("basis", BASES)] | None = Field(
+    basis: Annotated[str, one_of("basis", BASES)] | None = Field(
         default=None, description="where the factors B and A come from (default: the method's)"
     )
-    tie: Annotated[str, _one_of("tie", TIES)] | None = Field(
+    tie: Annotated[str, one_of("tie", TIES)] | None = Field(
         default=None,
         description="who shares a pair B and A: each layer its own, or all of a type, or all (default: the method's)",
     )
-    core: Annotated[str, _one_of("core", CORES)] | None = Field(
+    core: Annotated[str, one_of("core", CORES)] | None = Field(
         default=None, description="what C between B and A is (default: the method's)"
     )
-    targets: Annotated[str, AfterValidator(_check_targets)] = Field(
+    targets: Annotated[str, AfterValidator(check_targets)] = Field(
         default="all-linear", description="layers to adapt: all, or those whose name matches in full"
     )
     init_adapter: str | None = Field(
@@ -274,7 +144,7 @@ class SimulationConfig(BaseModel):
     strategy: str | None = Field(
         default=None, description="how the server combines the updates (default: the method's)"
     )
-    strategy_arg: Annotated[dict[str, object], BeforeValidator(_read_arguments)] = Field(
+    strategy_arg: Annotated[dict[str, object], BeforeValidator(read_arguments)] = Field(
         default={},
         description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
     )
@@ -397,14 +267,14 @@ class SimulationConfig(BaseModel):
         le=MAX_PROCESSES,
         description="threads of a worker; results repeat to the bit for the same number (default: 1 on ray)",
     )
-    cohort: Annotated[Literal["auto"] | int, BeforeValidator(_read_cohort)] = Field(
+    cohort: Annotated[Literal["auto"] | int, BeforeValidator(read_cohort)] = Field(
         default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster"
     )
 
-    out: Annotated[Path, AfterValidator(_expand)] | None = Field(
+    out: Annotated[Path, AfterValidator(expand)] | None = Field(
         default=None, description="folder of the run, new or empty (default: a new one in runs)"
     )
     client_adapters: bool = Field(
@@ -452,7 +322,7 @@ class SimulationConfig(BaseModel):
         if isinstance(given, bool) and {int, float}.intersection(kinds):
             return str(given)  # not the numbers 0 and 1
         if isinstance(given, str):
-            _check_text(given, lines=False)
+            check_text(given, lines=False)
         nullable = type(None) in kinds
         return None if nullable and isinstance(given, str) and given.lower() == "none" else given
 
@@ -481,7 +351,7 @@ class SimulationConfig(BaseModel):
             config = handler({key: value for key, value in values.items() if key not in wrong})
             # A default also stands in for what a misspelt key was meant to be.
             wrong |= {near for key in wrong - {*_KEYS} if (near := closest(key, _KEYS))}
-        found = [(fields, problem) for fields, problem in _conflicts(config) if wrong.isdisjoint(fields)]
+        found = [(fields, problem) for fields, problem in conflicts(config) if wrong.isdisjoint(fields)]
         if origins.command_line:
             found += [((field,), problem) for field, problem in _path_problems(config) if field not in wrong]
         for fields, problem in found:
@@ -582,147 +452,6 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
 
 def _number(limit: float) -> str:
     return str(limit) if isinstance(limit, int) else f"{limit:g}"
-
-
-def _conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Options that are each fine but do not go together: the fields, and why."""
-    method = METHODS[config.method]
-    if isinstance(config.sample, int) and config.sample > config.clients:
-        yield ("sample", "clients"), "more clients a round than there are"
-    if config.local_epochs is not None and config.local_steps is not None:
-        yield ("local_epochs", "local_steps"), "a client's work is given in epochs or in steps, not both"
-    if config.local_epochs is None and config.local_steps is None:
-        yield ("local_epochs", "local_steps"), "one of them must be a number"
-    if config.momentum and config.optimizer != "sgd":
-        yield ("momentum", "optimizer"), "momentum belongs to the optimizer 'sgd'"
-    if config.optimizer_state == "mean-v" and config.optimizer != "adamw":
-        yield ("optimizer_state", "optimizer"), "second moments belong to the optimizer 'adamw'; choose reset or keep"
-    if config.optimizer_state == "keep" and config.optimizer == "sgd" and not config.momentum:
-        yield ("optimizer_state", "momentum"), "sgd without momentum has nothing to keep; give it some, or reset"
-    if config.optimizer_state == "keep" and config.engine == "flower":
-        yield (
-            ("optimizer_state", "engine"),
-            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
-        )
-    if config.workers is not None and config.engine == "local":
-        yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
-    if config.baseline is not None:
-        for field in ("strategy", "strategy_arg"):
-            if getattr(config, field):
-                yield (field, "baseline"), "a baseline averages nothing, so it has no strategy"
-        if config.engine == "flower":
-            yield ("baseline", "engine"), "a baseline runs on the engines ray and local"
-    yield from _privacy_conflicts(config)
-    if config.resume and config.out is None:
-        yield ("resume", "out"), "name the folder of the run to go on with"
-    if method.personal and config.client_eval == 0:
-        yield ("client_eval", "method"), "clients with factors of their own can only be scored on rows of their own"
-    if method.personal and config.engine == "flower":
-        yield (
-            ("method", "engine"),
-            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
-        )
-    if config.baseline is not None and (method.personal or config.client_eval):
-        decisive = "method" if method.personal else "client_eval"
-        yield ("baseline", decisive), "a baseline's clients keep no factors and are tested on the test split alone"
-    if method.personal and config.client_rank is not None:
-        yield ("client_rank", "method"), "factors that stay with the clients have the run's rank"
-    if config.client_adapters and not method.personal:
-        yield ("client_adapters", "method"), "no factors stay with the clients: all have the one in adapter/"
-    if not method.adapts:
-        for field in ("alpha", "basis", "tie", "core", "client_rank"):
-            if getattr(config, field) is not None:
-                yield (field, "method"), "this method adapts no layer"
-        if config.targets != "all-linear":
-            yield ("targets", "method"), "this method adapts no layer"
-        return
-    if not method.factored:
-        for field in ("alpha", "basis", "tie", "core", "client_rank"):
-            if getattr(config, field) is not None:
-                yield (field, "method"), "this method trains whole matrices, without factors"
-        return
-    if config.client_rank is not None:
-        largest = max(int(part.partition(":")[0]) for part in config.client_rank.split(","))
-        if largest != config.rank:
-            yield ("client_rank", "rank"), f"the largest must be --rank; give --rank {largest}, or one of {config.rank}"
-        if (core := config.core or method.core) in ("heads", "mix"):
-            decisive = "core" if config.core else "method"
-            yield ("client_rank", decisive), f"the core {core!r} has no leading block; choose 'full' or 'diag'"
-    if config.tie not in (None, "layer") and not (method.has_core and method.freezes):
-        yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
-    update = (config.basis or method.basis) == "update"
-    if update and config.privacy != "none" and config.public_data is None:
-        if config.basis is not None:  # else it gives way to one from W
-            yield (
-                ("basis", "privacy"),
-                "it is made of a gradient, and rows withheld from private data are private: give --public-data, or a "
-                "basis from a seed (random) or from W (svd)",
-            )
-    elif update and config.public_examples == 0:
-        decisive = "basis" if config.basis else "method"
-        yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
-    if config.core == "mix" and not method.freezes:
-        yield (
-            ("core", "method"),
-            "the matrices of 'mix' belong to frozen factors, and this method trains B and A",
-        )
-    if (config.basis or method.basis) == "lora" and method.has_core and "B" in method.train:
-        yield ("basis", "method"), "this basis starts with B at zero, as does the method's core: nothing would learn"
-    if (config.basis or method.basis) == "lora" and "B" not in method.train:
-        yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
-
-
-def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    if config.privacy_engine == "opacus":
-        if config.privacy != "example":
-            yield ("privacy_engine", "privacy"), "it belongs to --privacy example"
-        core = "full" if METHODS[config.method].core is None else config.core or METHODS[config.method].core
-        if not METHODS[config.method].factored or core not in ("full", "identity"):
-            yield (
-                ("privacy_engine", "method"),
-                "Opacus' hooks are for plain matrices: a method with the core full or identity, such as fed-sb or lora",
-            )
-        if config.optimizer_state != "reset":
-            yield ("privacy_engine", "optimizer_state"), "its optimizer begins anew in every round"
-        if config.client_rank is not None:
-            yield ("privacy_engine", "client_rank"), "it knows one rank"
-    if config.privacy == "none":
-        for field in ("epsilon", "noise_multiplier", "delta", "clip_quantile", "noise_cohort", "reproducible_noise"):
-            if getattr(config, field):
-                yield (field, "privacy"), "there is no noise without --privacy example or --privacy client"
-        return
-    method = METHODS[config.method]
-    if config.epsilon is None and config.noise_multiplier is None:
-        yield ("privacy",), "how private is to be said: give --epsilon (8, or 1), or --noise-multiplier"
-    if config.epsilon is not None and config.noise_multiplier is not None:
-        yield ("epsilon", "noise_multiplier"), "each follows from the other; give one of them"
-    if method.personal:
-        yield (
-            ("method", "privacy"),
-            "clients with factors of their own are scored on rows of their own, which no noise would cover; choose a "
-            "method without such factors",
-        )
-    elif config.client_eval:
-        yield ("client_eval", "privacy"), "a score on a client's own rows tells of them, and no noise would cover it"
-    if config.privacy == "example":
-        for field in ("clip_quantile", "noise_cohort"):
-            if getattr(config, field) is not None:
-                yield (field, "privacy"), "it belongs to --privacy client"
-        return
-    if config.clip_norm is None:
-        yield (
-            ("privacy",),
-            "it needs --clip-norm, the largest norm of what one client's training changes; with --clip-quantile 0.5 "
-            "that finds its size by itself, from wherever it starts",
-        )
-    if config.weights == "examples":
-        yield ("weights", "privacy"), "clients that weigh differently are not hidden equally; leave it out, or uniform"
-    if config.optimizer_state == "mean-v":
-        yield ("optimizer_state", "privacy"), "the means of second moments would travel without noise; choose reset"
-    if config.client_rank is not None:
-        yield ("client_rank", "privacy"), "which ranks take part would be seen; leave it out"
-    if config.baseline is not None:
-        yield ("baseline", "privacy"), "a baseline has no server that could hide clients; choose --privacy example"
 
 
 def preflight_paths(config: SimulationConfig, brought: Collection[str] = ()) -> list[str]:

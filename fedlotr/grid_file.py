@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlotr.configuration import MAX_SEED, SimulationConfig, configuration_of
+from fedlotr.configuration import SimulationConfig, configuration_of
 from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import InputError, nearest, shorten, written
+from fedlotr.values import MAX_SEED
 from fedlotr.yaml_file import key_of, read_yaml
 
 KEYS = ("base", "axes", "rows", "seeds", "tune")

@@ -11,8 +11,8 @@ FLOORS = (
     ("errors", "files", "formulas", "hub", "own", "streams", "adapters.methods"),
     ("machine", "preflight"),
     ("yaml_file",),
-    ("command_line",),
-    ("configuration",),
+    ("command_line", "values"),
+    ("configuration", "conflicts"),
     ("adapters",),
     ("training",),
     ("privacy",),
@@ -44,7 +44,14 @@ FLOORS = (
     ("cli", "compare", "cost", "doctor", "grid", "listing", "report", "server_app", "simulate", "supervised"),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
-DOOR = ("fedlotr.command_line", "fedlotr.configuration", "fedlotr.preflight", "fedlotr.yaml_file")
+DOOR = (
+    "fedlotr.command_line",
+    "fedlotr.configuration",
+    "fedlotr.conflicts",
+    "fedlotr.preflight",
+    "fedlotr.values",
+    "fedlotr.yaml_file",
+)
 """How a configuration is read: on a low floor, so that it imports nothing heavy; used from reporting upward."""
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 MODULES = {
