@@ -35,6 +35,9 @@ SEES = {
     "own directory, which names the clients of each round",
 }
 
+_TESTED = "metrics on the test split, which is taken as public; what the adapter of --init-adapter was trained on"
+NOT_HIDDEN = {"example": f"how many examples each client holds; {_TESTED}", "client": _TESTED}
+
 
 def guard_of(checked: Checked, folder: Path) -> Guard | None:
     """The guard of a run in a folder, with a ledger that is new or goes on; None where no privacy was promised.
@@ -149,9 +152,10 @@ def _facts(config: SimulationConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "adversary_sees": SEES[config.privacy],
-        "not_hidden": "how many examples each client holds; metrics on the test split, which is taken as public",
+        "not_hidden": NOT_HIDDEN[config.privacy],
         "bases_from": made if METHODS[config.method].freezes else "nothing frozen that was learnt",
         "public_data": config.public_data,
+        "init_adapter": config.init_adapter,
     }
     if config.privacy_engine == "opacus" and not config.reproducible_noise:
         found["noise"] = "torch's generator, seeded by the operating system: not cryptographic"

@@ -15,11 +15,11 @@ from fedlotr.errors import InputError
 from fedlotr.privacy.accounting import Releases, calibrate, epsilon, epsilon_by_prv, epsilon_by_rdp
 from fedlotr.privacy.guard import Adaptive, ClientGuard
 from fedlotr.privacy.ledger import Ledger, Promise
+from fedlotr.privacy.noise import NoiseStream
 from fedlotr.simulate import main
 from tests.support import Simulate, read_run
 
 Run = Callable[..., tuple[dict[str, Any], list[dict[str, Any]], Path]]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -156,7 +156,33 @@ def test_an_adaptive_bound_moves_towards_the_norms(tmp_path: Path) -> None:
     assert sum_noise**-2 + (2 * count_noise) ** -2 == pytest.approx(1.5**-2)
 
 
+CRASHES = """
+from fedlotr.strategies.exact_average import ExactAverage
+
+class Crashes(ExactAverage):
+    asks = {"nonsense": True}
+"""
+
+
+def test_a_cohort_that_crashes_as_a_whole_is_no_private_round(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "crashes.py").write_text(CRASHES, encoding="utf-8")
+    private = ["--privacy", "client", "--clip-norm", "1", "--noise-multiplier", "1", "--sample", "6", "--quiet"]
+    words = [*words, *private, "--out", str(tmp_path / "run"), "--strategy", f"{tmp_path / 'crashes.py'}:Crashes"]
+    assert main(words) == 1
+    assert "6 of 6 clients failed" in capsys.readouterr().err
+    assert len(ledger_of(tmp_path / "run")) == 2  # it was charged all the same
+
+
+def test_the_pooled_baseline_hides_examples_too(run: Run) -> None:
+    summary, _, folder = run("--privacy", "example", "--noise-multiplier", 2, "--baseline", "central")
+    assert summary["privacy"]["sampling_rate"] < 1 and summary["privacy"]["delta"] == pytest.approx(0.1 / 120)
+    assert [charge["accounts"] for charge in ledger_of(folder)[1:]] == [[0], [0]]
+
+
 BAD = {
+    "--public-data nowhere.csv --public-examples 0": "no row of it would be used",
     "--epsilon 8": "--epsilon 8.0 with --privacy none: there is no noise",
     "--privacy example": "--privacy example: how private is to be said",
     "--privacy example --epsilon 8 --noise-multiplier 1": "give one of them",
@@ -239,9 +265,7 @@ class DiesOnce(ExactAverage):
 
 
 @pytest.mark.slow
-def test_a_round_that_was_released_and_lost_is_paid_twice(
-    words: list[str], tmp_path: Path, simulate: Simulate, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_round_that_was_released_and_lost_is_paid_twice(words: list[str], tmp_path: Path, simulate: Simulate) -> None:
     (tmp_path / "dies.py").write_text(DIES_ONCE, encoding="utf-8")
     private = [*words, "--sample", "6", "--rounds", "3", "--privacy", "example", "--epsilon", "6", "--out", "run"]
     private += ["--strategy", "dies.py:DiesOnce", "--strategy-arg", f"flag={tmp_path / 'flag'}"]
@@ -282,7 +306,6 @@ def lower_bound(scores: np.ndarray, present: np.ndarray, delta: float) -> float:
     Clopper-Pearson on both rates, as in Nasr et al. 2021 (arXiv:2101.04535).
     """
     first = np.arange(len(scores)) % 4 < 2
-    best = 0.0
 
     def bound(threshold: float, held: np.ndarray, sign: int) -> float:
         over = sign * scores[held] > sign * threshold
@@ -294,7 +317,7 @@ def lower_bound(scores: np.ndarray, present: np.ndarray, delta: float) -> float:
 
     choices = [(t, sign) for t in scores[first] for sign in (1, -1)]
     threshold, sign = max(choices, key=lambda choice: bound(choice[0], first, choice[1]))
-    return max(best, bound(threshold, ~first, sign))
+    return max(0.0, bound(threshold, ~first, sign))
 
 
 def play(words: list[str], tmp_path: Path) -> tuple[float, float]:
@@ -307,8 +330,7 @@ def play(words: list[str], tmp_path: Path) -> tuple[float, float]:
     rows = [
         {"text": text, "label": label, "client": f"{player:04d}"}
         for player in range(PLAYERS)
-        # In place of the canary an example without a gradient to speak of would be one more: n is public, so the other
-        # half holds a copy of a common one.
+        # How many examples a client holds is public: in place of the canary the other half holds a copy of another.
         for text, label in (*common, canary if player % 2 else common[0])
     ]
     for split, held in (("train", rows), ("test", rows[:8])):
@@ -330,7 +352,6 @@ def play(words: list[str], tmp_path: Path) -> tuple[float, float]:
     first = np.arange(PLAYERS) % 4 < 2
     direction = seen[first & present].mean(0) - seen[first & ~present].mean(0)
     scores = seen @ direction
-    # Where noise is shared, the distance to the nearest neighbour tells more than any direction.
     claimed = read_run(tmp_path / "run")[0]["privacy"]["epsilon"]
     return lower_bound(scores, present, 1e-3), claimed
 
@@ -342,21 +363,20 @@ def test_an_adversary_stays_below_the_claim(words: list[str], tmp_path: Path) ->
     assert 1 < claimed < 2 and reached < claimed
 
 
-BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "no clipping": lambda patch: patch.setattr("fedlotr.privacy.dp_sgd.clipped", lambda each, bound: each),
-    "noise over the batch": lambda patch: patch.setattr(
-        "fedlotr.privacy.noise.NoiseStream.normal",
-        (lambda normal: lambda self, like: normal(self, like) / 20)(
-            __import__("fedlotr.privacy.noise", fromlist=["NoiseStream"]).NoiseStream.normal
-        ),
-    ),
-    "one noise for all": lambda patch: patch.setattr(
-        "fedlotr.flower.client_app.client_stream",
-        lambda reproducible, seed, server_round, client: __import__(
-            "fedlotr.privacy.noise", fromlist=["NoiseStream"]
-        ).NoiseStream("shared"),
-    ),
-}
+def no_clipping(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fedlotr.privacy.dp_sgd.clipped", lambda each, bound: each)
+
+
+def noise_over_the_batch(patch: pytest.MonkeyPatch) -> None:
+    normal = NoiseStream.normal
+    patch.setattr(NoiseStream, "normal", lambda self, like: normal(self, like) / 20)
+
+
+def one_noise_for_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fedlotr.flower.client_app.client_stream", lambda *_: NoiseStream("shared"))
+
+
+BROKEN = {defect.__name__: defect for defect in (no_clipping, noise_over_the_batch, one_noise_for_all)}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def released(guard: ClientGuard, start: ArrayRecord, good: Collection[Message]) 
     content = RecordDict(
         {
             "arrays": to_record(mean),
-            "metrics": MetricRecord({"num-examples": 1, "weight": 1.0, "loss": 0.0}),
+            "metrics": MetricRecord({"num-examples": 1, "weight": 1.0}),  # no loss: it would tell of the clients
             "client": ConfigRecord({"client": 0}),
         }
     )

@@ -25,12 +25,12 @@ from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import TrainableModel
 
-CORES = ("full", "identity")
-"""The cores that are a plain matrix between B and A, or none: what a chain of linear layers can stand for."""
-
 
 class _Chain(nn.Module):
-    """`W x + s·B C A x` as a chain of linear layers around the very same tensors, which Opacus has hooks for."""
+    """`W x + s·B C A x` as a chain of linear layers around the very same tensors, which Opacus has hooks for.
+
+    For the cores `full` and `identity`: the others are no plain matrix.
+    """
 
     def __init__(self, layer: FactoredLayer) -> None:
         super().__init__()
