@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
+from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlotr.adapters.methods import METHODS
@@ -331,10 +332,15 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Compute in this process with so many threads: the server's own share of the work has a worker's bits too."""
+    """Compute in this process with so many threads: the server's own share of the work has a worker's bits too.
+
+    numpy's products of small matrices get one: beside other work its threads wait for each other, and a decomposition
+    of the certificate took 40 times as long.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
-        yield
+        with threadpool_limits(1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)

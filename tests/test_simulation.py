@@ -17,8 +17,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from threadpoolctl import threadpool_info
 
-from fedlotr import SimulationConfig, run_simulation
+from fedlotr import Callbacks, SimulationConfig, run_simulation
 from fedlotr.communication import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.preparation import check
@@ -180,6 +181,20 @@ def test_the_same_seed_gives_the_same_bytes_on_every_engine_and_any_number_of_wo
     assert len(set(found.values())) == 1, found
     other = run_simulation(SimulationConfig(**{**wanted, "seed": 1, "out": tmp_path / "other"}))
     assert other.summary["trained_sha256"] != found["local-None"][0]
+
+
+def test_numpy_computes_with_one_thread_while_a_run_goes_on(small: dict[str, Any], tmp_path: Path) -> None:
+    # Beside other work its threads wait for each other: a certificate of LoRA took 40 times as long.
+    seen: list[int] = []
+
+    class Watching(Callbacks):
+        def on_round(self, *_: Any, **__: Any) -> None:
+            seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    before = [pool["num_threads"] for pool in threadpool_info()]
+    run_simulation(SimulationConfig(**small, out=tmp_path / "run"), callbacks=Watching())
+    assert seen and set(seen) == {1}
+    assert [pool["num_threads"] for pool in threadpool_info()] == before
 
 
 @pytest.mark.slow
