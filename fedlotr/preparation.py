@@ -354,7 +354,23 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     )
     workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()
+    if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
+        _warn_of_small_steps(workplace.step_tokens(range(len(parts))), config.rank)
     return Prepared(checked, model, workplace, bases_sha256(model.module))
+
+
+def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:
+    """Say that updates may tell what is in them. tokens: of one optimizer step of each client."""
+    if few := [count for count in tokens if count < rank]:
+        log.warning(
+            "%d of %d clients take steps of fewer tokens (from %d on) than the rank %d: one such gradient names its "
+            "tokens (fedlotr/privacy/leakage.py does it); a lower --rank or a larger --batch-size makes it blind, "
+            "but only --privacy hides what a client holds",
+            len(few),
+            len(tokens),
+            min(few),
+            rank,
+        )
 
 
 def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
