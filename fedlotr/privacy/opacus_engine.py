@@ -7,7 +7,7 @@ empty ones are steps too; an example whose gradient is not finite counts as zero
 
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -53,9 +53,18 @@ class _Chain(nn.Module):
         return y if self.carried is None else y + self.carried(x).to(y.dtype)
 
 
+def _with_hooks(module: nn.Module) -> GradSampleModule:
+    return GradSampleModule(module, loss_reduction="sum", strict=False)
+
+
 @contextmanager
-def hooked(model: TrainableModel, moving: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Let `model.losses(...).sum().backward()` leave `grad_sample` in each of the given parameters."""
+def hooked(
+    model: TrainableModel, moving: Sequence[str], wrap: Callable[[nn.Module], GradSampleModule] = _with_hooks
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Let `model.losses(...).sum().backward()` leave `grad_sample` in each of the given parameters.
+
+    wrap: another of Opacus' ways to hook into a module.
+    """
     layers = factored_layers(model.module)
     dropouts = {layer: layer.p for layer in model.module.modules() if isinstance(layer, nn.Dropout)}
     # Only in training mode do its hooks work; our training is without dropout.
@@ -64,7 +73,7 @@ def hooked(model: TrainableModel, moving: Sequence[str]) -> Iterator[dict[str, n
     parameters = {name: cast(nn.Parameter, model.parameter(name).requires_grad_()) for name in moving}
     for name, layer in layers.items():
         model.module.set_submodule(name, _Chain(layer))
-    sampled = GradSampleModule(model.module, loss_reduction="sum", strict=False)
+    sampled = wrap(model.module)
     model.module.train()
     try:
         yield parameters
