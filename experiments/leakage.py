@@ -105,7 +105,10 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     rows = load_source(chosen.data, seed=0).train["text"]
-    long = (tokenizer(text)["input_ids"] for text in rows if len(text) > 4 * max(LENGTHS))
+    most = max(LENGTHS) + max(setting.steps for setting in SETTINGS)
+    long = (
+        tokenizer(text, truncation=True, max_length=most)["input_ids"] for text in rows if len(text) > 4 * max(LENGTHS)
+    )
     texts = [ids for ids, _ in zip(long, range(chosen.texts), strict=False)]
     lines = ["| | rank | tokens a round | named | wrongly named |", "|---|---|---|---|---|"]
     shares: dict[tuple[str, int], list[tuple[float, float]]] = {}

@@ -186,6 +186,8 @@ def draw(found: dict[str, list[tuple[int, float]]], epsilon: float, path: Path) 
     for label, points in found.items():
         panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
     panel.set_xscale("log", base=2)
+    ranks = sorted({rank for points in found.values() for rank, _ in points})
+    panel.set_xticks(ranks, labels=[str(rank) for rank in ranks])
     panel.set_yscale("log")
     panel.set_xlabel("rank")
     panel.set_ylabel(f"‖noise in ΔW‖ / ‖ΔW without noise‖, ε = {epsilon:g}")
