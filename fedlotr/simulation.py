@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -212,6 +212,7 @@ def check_all(
                 )
                 problems += [
                     *_unmet(strategy, config),
+                    *unmet_codec(strategy, config),
                     *unmet_controls(strategy, config),
                     *unmet_privacy(strategy, config),
                 ]
@@ -221,7 +222,8 @@ def check_all(
         problems += check_delta(checked)
     if problems or checked is None or strategy is None:
         raise InputError(problems)
-    return checked, strategy
+    known = checked.config.model_copy(update={"error_feedback": feedback(strategy, config)})
+    return replace(checked, config=known), strategy
 
 
 def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
@@ -261,6 +263,29 @@ def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterat
         yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
     if config.engine == "flower":
         yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
+
+
+def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool:
+    """Whether clients make up for what a codec lost of their last update, where the configuration leaves it open."""
+    if config.error_feedback is not None:
+        return config.error_feedback
+    return config.coding.update.lossy and config.engine != "flower" and _factors_last(strategy)
+
+
+def _factors_last(strategy: FlowerStrategy) -> bool:
+    return not getattr(strategy, "restarts", False) and "ranks" not in vars(strategy)
+
+
+def unmet_codec(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why a codec does not go with a strategy, each one line."""
+    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
+    if config.error_feedback and not _factors_last(strategy):
+        yield (
+            f"--error-feedback with {name}: the factors of a round are not those of the next, so what was lost of them "
+            "cannot be made up for; choose --no-error-feedback"
+        )
+    if config.coding.broadcast.coded and "ranks" in vars(strategy):
+        yield f"--broadcast-codec {config.broadcast_codec} with {name}: it changes clients' ranks; only --codec goes"
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:
