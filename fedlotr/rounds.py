@@ -19,6 +19,7 @@ from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.federation import federation
 from fedlotr.flower.carried import restored, saved
+from fedlotr.flower.coding import holdings
 from fedlotr.flower.loop import BudgetSpentError, Round, State, blaming, can_pay, evaluate, run_round
 from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.records import to_record, to_tensors
@@ -109,7 +110,8 @@ class Rounds:
             carry = restored(checkpoint.arrays, about)
             self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
         moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments)
+        held = holdings(self.grid.client_states)
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments, held)
 
     def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """The rounds that are left, then adapter and summary; returns that."""

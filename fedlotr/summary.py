@@ -56,7 +56,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "labels": names,
         "metric": metric,
         "higher_is_better": better is max,
-        "bill": _bill(prepared, head),
+        "bill": _bill(prepared, tuple(sizes[name] for name in sorted(model.head_names))),
         "partition": [
             {
                 "client": clients[held.client] if clients else held.client,
@@ -72,7 +72,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     return found
 
 
-def _bill(prepared: Prepared, head: int) -> list[dict[str, Any]]:
+def _bill(prepared: Prepared, heads: tuple[int, ...]) -> list[dict[str, Any]]:
     """What every method and strategy would cost here: payload bytes of one client, and of all that take part."""
     config, module = prepared.checked.config, prepared.model.module
     adapted = factored_layers(module)
@@ -80,11 +80,10 @@ def _bill(prepared: Prepared, head: int) -> list[dict[str, Any]]:
     shapes = {name: widths(module.get_submodule(name)) for name in names}
     layers = tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items())
     kind = prepared.checked.task.kind
-    architecture = Architecture(kind, layers, head, sum(p.numel() for p in module.parameters()), "this run")
+    architecture = Architecture(kind, layers, heads, sum(p.numel() for p in module.parameters()), "this run")
     try:
-        rows, _ = bills(
-            architecture, list(METHODS), (config.rank, config.rank), config.clients_per_round, config.rounds
-        )
+        ranks = config.rank, config.rank
+        rows, _ = bills(architecture, list(METHODS), ranks, config.clients_per_round, config.rounds, config.coding)
     except InputError:  # --method head has a rank that no layer need be wide enough for
         return []
     return [
@@ -149,6 +148,7 @@ def summarise(
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
         "aggregation_error_reason": None if errors else _no_certificate(config),
+        "codec": _codec(config, history),
         "privacy": privacy,
         "timing": {
             "seconds_total": time.monotonic() - started,
@@ -195,6 +195,24 @@ def _no_certificate(config: SimulationConfig) -> str:
     if not METHODS[config.method].adapts:
         return f"method {config.method} adapts no layer"
     return f"strategy {config.strategy} does not say that it averages"
+
+
+def _codec(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """How what crossed was coded, and the medians over rounds of what that lost; None where nothing was coded."""
+    if not config.coding.at_work:
+        return None
+
+    def median(key: str) -> float | None:
+        found = [row[key] for row in history if row.get(key) is not None]
+        return statistics.median(found) if found else None
+
+    return {
+        "update": config.codec,
+        "broadcast": config.broadcast_codec,
+        "error_feedback": bool(config.error_feedback),
+        "transport_error_median": median("transport_error"),
+        "broadcast_error_median": median("broadcast_error"),
+    }
 
 
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

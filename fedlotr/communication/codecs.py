@@ -80,7 +80,7 @@ class BFloat16(Codec):
         upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         if np.any(upper & 0x7F80 == 0x7F80):
             raise CodecError("a number is too large for bfloat16")
-        return upper.astype("<u2").tobytes()
+        return bytes(upper.astype("<u2").tobytes())
 
     def decode(self, codes: memoryview, numbers: int) -> Float32:
         """The lower half of the bits is zero."""
@@ -113,7 +113,7 @@ class Stochastic(Codec):
         if self.bits == 4:
             raised = np.append(q + 8, [8] * (len(q) % 2)).astype(np.uint8)
             q = (raised[::2] | raised[1::2] << 4).view(np.int8)
-        return scale.astype("<f4").tobytes() + q.tobytes()
+        return bytes(scale.astype("<f4").tobytes() + q.tobytes())
 
     def decode(self, codes: memoryview, numbers: int) -> Float32:
         """Integers times scale."""
@@ -138,7 +138,7 @@ class Sign(Codec):
     def encode(self, x: Float32, stream: np.random.Generator) -> bytes:
         """Scale, then signs; the first is the lowest bit."""
         scale = np.float32(np.abs(x.astype(np.float64)).mean()) if len(x) else np.float32(0)
-        return scale.astype("<f4").tobytes() + np.packbits(x >= 0, bitorder="little").tobytes()
+        return bytes(scale.astype("<f4").tobytes() + np.packbits(x >= 0, bitorder="little").tobytes())
 
     def decode(self, codes: memoryview, numbers: int) -> Float32:
         """Plus or minus the scale."""

@@ -101,7 +101,7 @@ def codec_error(
     """||Σ p_i ΔW_i decoded - Σ p_i ΔW_i|| / ||Σ p_i ΔW_i||: what the updates' codec loses of their mean.
 
     replies: as decoded. lost: by how much each client's own tensors are ahead of these. Of the adapted layers; where
-    there are none, of the tensors themselves, which then are a head's.
+    no ΔW is common to all clients, of the tensors themselves: a head's, or factors beside others that stay.
     """
     own = [
         reply.arrays | {n: reply.arrays[n] + gone[n] for n in gone} for reply, gone in zip(replies, lost, strict=True)

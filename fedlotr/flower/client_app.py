@@ -239,7 +239,7 @@ class CohortClientApp(ClientApp):
         except CodecError as error:  # this client alone has failed, and its cohort need not train again
             return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
         weighs_examples = here.workplace.recipe.weights == "examples"
-        metrics = {
+        metrics: dict[str, Any] = {
             "num-examples": one.result.examples,
             "weight": float(one.result.examples) if weighs_examples else 1.0,
             **({} if one.result.loss is None else {"loss": one.result.loss}),

@@ -44,12 +44,21 @@ def _plain(record: ArrayRecord) -> Tensors:
     return {name: value(array) for name, array in record.items()}
 
 
+def holdings(states: Mapping[int, Any]) -> dict[int, Tensors]:
+    """What every client holds that was sent something to go on from: of a resumed run, whose server held the same.
+
+    A checkpoint keeps it once, with the clients; that it is the same is what the next message's checksum says.
+    """
+    return {client: _plain(records[HELD]) for client, records in states.items() if HELD in records}
+
+
 def received(content: Any, state: Any, coding: Coding, shapes: Mapping[str, tuple[int, ...]]) -> ArrayRecord:
     """The tensors that a train message brings to a client, which keeps them where the next ones are told by delta.
 
     shapes: of all that can be sent. Raises CodecError.
     """
-    record, form = content["arrays"], coding.broadcast
+    form = coding.broadcast
+    record: ArrayRecord = content["arrays"]
     if form.coded and (message := coded_message(record)) is not None:
         if not form.delta:
             record = to_record(decode(form, message, shapes))
@@ -174,13 +183,13 @@ class RoundCoding:
     def broadcast_error(self) -> float | None:
         """||decoded - meant|| / ||meant|| of the tensors that clients were sent, over all of them; 0/0 is None."""
         pairs = [(self.sent[client], meant) for client, meant in self.meant.items()]
-        gone = sum(_square(s[name] - m[name].astype(np.float64)) for s, m in pairs for name in m)
-        size = sum(_square(m[name].astype(np.float64)) for _, m in pairs for name in m)
+        gone = sum(_square(s[name].astype(np.float64) - m[name]) for s, m in pairs for name in m)
+        size = sum(_square(m[name]) for _, m in pairs for name in m)
         return float(np.sqrt(gone / size)) if size else None
 
 
-def _square(x: npt.NDArray[np.float64]) -> float:
-    return float(np.square(x).sum())
+def _square(x: npt.NDArray[Any]) -> float:
+    return float(np.square(x, dtype=np.float64).sum())
 
 
 def lost_by(states: ClientStates, client: int, like: ArrayRecord, coding: Coding) -> Arrays | None:

@@ -353,6 +353,17 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
             rows.append((title, _exact_bytes(traffic[key])))
     error = summary.get("aggregation_error_max")
     rows.append(("largest aggregation error", _undefined(summary) if error is None else f"{error:.1e}"))
+    if (coded := summary.get("codec")) is not None:
+        rows.append(("codec, up", coded["update"] + (" with feedback" if coded["error_feedback"] else "")))
+        rows.append(("codec, down", coded["broadcast"]))
+        rows += [
+            (title, f"{coded[key]:.1e}")
+            for title, key in (
+                ("transport error, median", "transport_error_median"),
+                ("broadcast error, median", "broadcast_error_median"),
+            )
+            if coded[key] is not None
+        ]
     rows.append(("failed clients", f"{failed:,}"))
     rows += [(f"  {kind}", _named(clients)) for kind, clients in (summary.get("failures") or {}).items()]
     if timing.get("seconds_total") is not None:
