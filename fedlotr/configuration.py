@@ -198,6 +198,12 @@ class SimulationConfig(BaseModel):
         description="how the trained tensors travel to a client: whole, or by the change of what it holds (delta+); "
         "who holds nothing is sent all, as it is",
     )
+    link: str | None = Field(
+        default=None,
+        description="also reckon how long the messages of every round would take: data-centre, broadband, 4g, 3g, "
+        "satellite, or up=RATE,down=RATE[,latency=TIME][,server=RATE]; several in turn (4g,3g), or drawn by shares "
+        "(4g:0.7,3g:0.3); it changes nothing else",
+    )
     error_feedback: bool | None = Field(
         default=None,
         description="a client adds what its last update lost to its next one (default: with every codec but float32, "

@@ -109,6 +109,8 @@ def _codec_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...]
         for field, form in (("codec", update), ("broadcast_codec", broadcast)):
             if form.coded:
                 yield (field, "baseline"), "a baseline sends nothing"
+    if config.baseline is not None and config.link is not None:
+        yield ("link", "baseline"), "a baseline sends nothing"
     if config.error_feedback and not update.lossy:
         yield ("error_feedback", "codec"), "this codec loses nothing that a client could make up for"
     if config.client_rank is not None and broadcast.coded:

@@ -18,6 +18,7 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.baselines import strategy_of
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.callbacks import Audience, Callbacks
+from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
 from fedlotr.engines import CohortRule, LocalGrid
@@ -216,6 +217,11 @@ def check_all(
                     *unmet_controls(strategy, config),
                     *unmet_privacy(strategy, config),
                 ]
+        except InputError as error:
+            problems += error.problems
+    if config.link is not None and "link" not in wrong:
+        try:
+            read_links(config.link, config.clients, config.seed)
         except InputError as error:
             problems += error.problems
     if checked is not None:

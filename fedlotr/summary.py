@@ -3,6 +3,7 @@
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -149,6 +150,7 @@ def summarise(
         "aggregation_error_max": max(errors) if errors else None,
         "aggregation_error_reason": None if errors else _no_certificate(config),
         "codec": _codec(config, history),
+        "simulated": _simulated(config, history),
         "privacy": privacy,
         "timing": {
             "seconds_total": time.monotonic() - started,
@@ -212,6 +214,23 @@ def _codec(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[
         "error_feedback": bool(config.error_feedback),
         "transport_error_median": median("transport_error"),
         "broadcast_error_median": median("broadcast_error"),
+    }
+
+
+def _simulated(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the messages of all rounds would take on the clients' links; None without `--link`. Nothing is measured."""
+    rows = [row for row in history if "simulated_seconds" in row]
+    if config.link is None or not rows:
+        return None
+    seconds = [row["simulated_seconds"] for row in rows]
+    return {
+        "link": config.link,
+        "seconds_total": sum(seconds),
+        "seconds_per_round_median": statistics.median(seconds),
+        "median_client_seconds_median": statistics.median(row["simulated_seconds_median_client"] for row in rows),
+        "slowest_clients": {
+            str(k): n for k, n in Counter(row["simulated_slowest_client"] for row in rows).most_common()
+        },
     }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TAKEN = frozenset(
     {"accuracy", "aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon"}
-    | {"evaluate_seconds", "failed"}
+    | {"evaluate_seconds", "failed", "simulated_seconds", "simulated_seconds_median_client", "simulated_slowest_client"}
     | {"failures", "loss", "perplexity", "round", "train_loss", "train_seconds", "transport_error"}
 )
 """Names that mean something else in a row of metrics.jsonl."""
