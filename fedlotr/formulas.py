@@ -71,9 +71,9 @@ class CodedForm:
 CODED: Mapping[Kind, CodedForm] = {
     "float32": CodedForm("4·n", lambda n, k: 4 * n, "IEEE 754"),
     "bfloat16": CodedForm("2·n", lambda n, k: 2 * n, "the upper half of float32"),
-    "int8": CodedForm("4 + n", lambda n, k: 4 + n, "Alistarh et al. 2017, QSGD; one scale a tensor"),
-    "int4": CodedForm("4 + ⌈n/2⌉", lambda n, k: 4 + -(-n // 2), "Alistarh et al. 2017, QSGD; one scale a tensor"),
-    "sign": CodedForm("4 + ⌈n/8⌉", lambda n, k: 4 + -(-n // 8), "Karimireddy et al. 2019, EF-SignSGD"),
+    "int8": CodedForm("2 + n", lambda n, k: 2 + n, "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "int4": CodedForm("2 + ⌈n/2⌉", lambda n, k: 2 + -(-n // 2), "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "sign": CodedForm("2 + ⌈n/8⌉", lambda n, k: 2 + -(-n // 8), "Karimireddy et al. 2019, EF-SignSGD"),
     "top-k": CodedForm(
         "4·k + min(⌈n/8⌉, ⌈k·⌈log2 n⌉/8⌉)",
         lambda n, k: 4 * k + min(-(-n // 8), -(-k * max(n - 1, 0).bit_length() // 8)),

@@ -33,16 +33,14 @@ def test_stochastic_rounding_is_unbiased(words: str) -> None:
     seed, draws = 20261125, 4000
     print(f"seed {seed}")
     x = np.random.default_rng(seed).standard_normal(200).astype(np.float32)
-    x[0] = 4.0  # the largest: it has a code of its own
     form, stream = read_form(words), np.random.default_rng(seed + 1)
     codec = codec_of(form)
     found = np.stack([codec.decode(memoryview(codec.encode(x, stream)), 200) for _ in range(draws)]).astype(np.float64)
     deviation = found.std(axis=0)
-    assert deviation[1:].min() > 0, "it is the rounding that is random"
-    score = (found.mean(axis=0) - x)[1:] / (deviation[1:] / np.sqrt(draws))
+    assert deviation.min() > 0, "it is the rounding that is random"
+    score = (found.mean(axis=0) - x) / (deviation / np.sqrt(draws))
     assert np.abs(score).max() < 4.5, f"seed {seed}"
     assert abs(score.mean()) * np.sqrt(len(score)) < 4.5, f"all together, seed {seed}"
-    assert found[:, 0] == pytest.approx(4.0, rel=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,7 +49,6 @@ def test_what_is_decoded_is_within_the_bounds(x: Numbers, words: str, seed: int)
     form = read_form(words)
     found, exact = through(words, x, seed).astype(np.float64), x.astype(np.float64)
     size, lost = np.abs(exact), np.abs(found - exact)
-    tiny = 2.0**-126
     match form.kind:
         case "float32":
             assert (found == exact).all()
@@ -59,11 +56,13 @@ def test_what_is_decoded_is_within_the_bounds(x: Numbers, words: str, seed: int)
             assert (lost <= np.maximum(size * 2.0**-8, 2.0**-134)).all()
         case "int8" | "int4":
             levels = 127 if form.kind == "int8" else 7
-            assert (lost <= (size.max() / levels) * (1 + 2.0**-20) + size.max() * 2.0**-22 + tiny).all()
+            assert (lost <= (size.max() / levels) * (1 + 2.0**-7) + 2.0**-133).all()
         case "sign":
-            scale = float(np.float32(size.mean()))
-            assert set(np.abs(found).ravel()) <= {scale}
-            assert (found * exact >= 0).all() and lost.max() <= size.max() * (1 + 2.0**-23) + tiny
+            mean = size.mean()
+            assert np.abs(np.abs(found) - mean).max() <= mean * (2.0**-8 + 2.0**-23) + 2.0**-134
+            assert (found * exact >= 0).all() and lost.max() <= size.max() * (1 + 2.0**-8) + 2.0**-134
+            owed = np.square(exact).sum() - x.size * mean**2 * (1 - 2.0**-15)
+            assert np.square(lost).sum() <= owed * (1 + 1e-9) + 2.0**-250
         case "top-k":
             kept = form.kept(x.size)
             assert np.count_nonzero(found) <= kept and set(found.ravel()) <= {*exact.ravel(), 0.0}
@@ -120,7 +119,7 @@ def test_a_small_message_that_would_unpack_into_a_large_one_is_refused() -> None
     form = read_form("int8+zstd")
     large = encode(form, {"x": np.zeros(10**6, np.float32)}, np.random.default_rng(0))
     assert len(large) < 1000
-    with pytest.raises(CodecError, match="expected 1004"):
+    with pytest.raises(CodecError, match="expected 1002"):
         decode(form, large, {"x": (1000,)})
 
 

@@ -170,7 +170,7 @@ def test_a_damaged_message_is_a_failed_client_that_is_named(
     assert summary["failures"] == {"damaged message": {"1": 1, "4": 1}}
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     assert (
-        "round 2: client 1 failed and is left out: its update cannot be decoded: it has 337 bytes, expected 338" in log
+        "round 2: client 1 failed and is left out: its update cannot be decoded: it has 307 bytes, expected 308" in log
     )
     assert "round 2: client 4 failed and is left out: its update cannot be decoded: its checksum is wrong" in log
     before, after = states(tmp_path / "run", 1), states(tmp_path / "run", 2)

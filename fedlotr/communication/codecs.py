@@ -77,22 +77,35 @@ class BFloat16(Codec):
     def encode(self, x: Float32, stream: np.random.Generator) -> bytes:
         """The upper half of the bits of the nearest."""
         bits = x.view(np.uint32).astype(np.uint64)
-        upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-        if np.any(upper & 0x7F80 == 0x7F80):
-            raise CodecError("a number is too large for bfloat16")
-        return bytes(upper.astype("<u2").tobytes())
+        return _upper_half(bits + 0x7FFF + (bits >> 16 & 1))
 
     def decode(self, codes: memoryview, numbers: int) -> Float32:
         """The lower half of the bits is zero."""
-        return (np.frombuffer(codes, "<u2").astype(np.uint32) << 16).view(np.float32)
+        return _from_upper_half(codes)
+
+
+def _upper_half(bits: npt.NDArray[np.uint64]) -> bytes:
+    upper = bits >> 16
+    if np.any(upper & 0x7F80 == 0x7F80):
+        raise CodecError("a number is too large for bfloat16")
+    return bytes(upper.astype("<u2").tobytes())
+
+
+def _from_upper_half(codes: memoryview | bytes) -> Float32:
+    return (np.frombuffer(codes, "<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+SCALE = 2
+"""Bytes of a tensor's scale, a bfloat16."""
 
 
 class Stochastic(Codec):
-    """int8 or int4 with stochastic rounding: unbiased, every number off by less than max|x| / levels.
+    """int8 or int4 with stochastic rounding: unbiased, every number off by less than (1 + 2⁻⁷) max|x| / levels.
 
     x / s is rounded up with the probability of its fraction, else down (Alistarh et al. 2017, QSGD), where one s a
-    tensor, a float32 of 4 bytes, is max|x| / levels rounded up; levels is 127 of int8 and 7 of int4, two of which
-    share a byte. Unbiased before the product q·s is rounded to float32, which may add 2⁻²⁴ of it.
+    tensor is max|x| / levels, rounded up to a bfloat16, which the integers times it need no more digits for than
+    float32 has; levels is 127 of int8 and 7 of int4, two of which share a byte. (Below 2⁻¹²⁶, where floats thin out, a
+    number may be off by 2⁻¹³³ more.)
     """
 
     def __init__(self, bits: int) -> None:
@@ -100,25 +113,25 @@ class Stochastic(Codec):
 
     def size(self, numbers: int) -> int:
         """The scale and the integers, in whole bytes."""
-        return 4 + math.ceil(numbers * self.bits / 8)
+        return SCALE + math.ceil(numbers * self.bits / 8)
 
     def encode(self, x: Float32, stream: np.random.Generator) -> bytes:
         """Scale, then integers; of a pair of int4 the first is in the lower half of its byte."""
         peak = float(np.abs(x).max(initial=0.0))
-        scale = np.float32(peak / self.levels)
-        if float(scale) * self.levels < peak:  # else the largest could round to more than there are levels
-            scale = np.nextafter(scale, np.float32(np.inf))
-        steps = x.astype(np.float64) / (float(scale) or 1.0)
+        exact = np.float32(peak / self.levels)
+        if float(exact) * self.levels < peak:  # else the largest could round to more than there are levels
+            exact = np.nextafter(exact, np.float32(np.inf))
+        scale = _upper_half(exact.reshape(1).view(np.uint32).astype(np.uint64) + 0xFFFF)
+        steps = x.astype(np.float64) / (float(_from_upper_half(scale)[0]) or 1.0)
         q = np.floor(steps + stream.random(len(x))).astype(np.int8)
         if self.bits == 4:
             raised = np.append(q + 8, [8] * (len(q) % 2)).astype(np.uint8)
             q = (raised[::2] | raised[1::2] << 4).view(np.int8)
-        return bytes(scale.astype("<f4").tobytes() + q.tobytes())
+        return scale + bytes(q.tobytes())
 
     def decode(self, codes: memoryview, numbers: int) -> Float32:
         """Integers times scale."""
-        scale = np.frombuffer(codes[:4], "<f4").astype(np.float32)
-        q = np.frombuffer(codes[4:], np.int8)
+        scale, q = _from_upper_half(codes[:SCALE]), np.frombuffer(codes[SCALE:], np.int8)
         if self.bits == 4:
             pairs = q.view(np.uint8)
             q = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[:numbers].astype(np.int8) - np.int8(8)
@@ -126,24 +139,25 @@ class Stochastic(Codec):
 
 
 class Sign(Codec):
-    """One bit a number and one scale a tensor, mean|x|: biased; of x it loses ||x||² - n·mean|x|² ≤ (1 - 1/n) ||x||².
+    """One bit a number and one scale a tensor, mean|x| as a bfloat16: biased.
 
-    Karimireddy et al. 2019, "Error Feedback Fixes SignSGD". No number is off by more than max|x|. Zero has the sign +.
+    Karimireddy et al. 2019, "Error Feedback Fixes SignSGD": of x it loses ||x||² - n·mean|x|², at most
+    (1 - 1/n) ||x||², and for the scale's rounding 2⁻¹⁶·n·mean|x|² more. No number is off by more than
+    (1 + 2⁻⁸) max|x|. Zero has the sign +.
     """
 
     def size(self, numbers: int) -> int:
         """The scale, and eight signs a byte."""
-        return 4 + math.ceil(numbers / 8)
+        return SCALE + math.ceil(numbers / 8)
 
     def encode(self, x: Float32, stream: np.random.Generator) -> bytes:
         """Scale, then signs; the first is the lowest bit."""
-        scale = np.float32(np.abs(x.astype(np.float64)).mean()) if len(x) else np.float32(0)
-        return bytes(scale.astype("<f4").tobytes() + np.packbits(x >= 0, bitorder="little").tobytes())
+        scale = np.float32(np.abs(x.astype(np.float64)).mean() if len(x) else 0.0).reshape(1)
+        return BFloat16().encode(scale, stream) + np.packbits(x >= 0, bitorder="little").tobytes()
 
     def decode(self, codes: memoryview, numbers: int) -> Float32:
         """Plus or minus the scale."""
-        scale = np.frombuffer(codes[:4], "<f4").astype(np.float32)
-        positive = _bits(codes[4:], numbers)
+        scale, positive = _from_upper_half(codes[:SCALE]), _bits(codes[SCALE:], numbers)
         return np.where(positive, scale, -scale).astype(np.float32)
 
 
