@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message, MessageType, RecordDict
+from safetensors.numpy import load_file
 
 from fedlotr import SimulationConfig, doctor, run_simulation, simulate
 from fedlotr.communication import read_ledger
+from fedlotr.communication.codecs import CodecError
 from fedlotr.errors import InputError
-from fedlotr.flower import loop
+from fedlotr.flower import certificate, loop
+from fedlotr.flower import coding as coding_of_clients
 from fedlotr.flower.coding import HELD, LOST, holdings
-from fedlotr.flower.records import arrays_sha256
+from fedlotr.flower.records import arrays_sha256, to_record
 from fedlotr.simulation import check_all, resolve
 from fedlotr.wire_form import Coding
 from tests import faulty_app
@@ -162,18 +166,19 @@ def test_a_damaged_message_is_a_failed_client_that_is_named(
 ) -> None:
     monkeypatch.setattr("fedlotr.simulation.CLIENT_APP", "tests.faulty_app:app")
     monkeypatch.setenv("FAULTS", "1:truncated:2 4:flipped:2")
-    fields = {**options(tiny_bert, animals), "sample": 6, "rounds": 2, "method": "lotr", "max_examples": 6}
+    fields = {**options(tiny_bert, animals), "sample": 6, "rounds": 3, "method": "lotr", "max_examples": 6}
     config = SimulationConfig(**fields, codec="int8", broadcast_codec="delta+int8", out=tmp_path / "run")
     run_simulation(config)
     summary, rows = read_run(tmp_path / "run")
-    assert [row["failures"] for row in rows] == [{}, {"1": "damaged message", "4": "damaged message"}]
-    assert summary["failures"] == {"damaged message": {"1": 1, "4": 1}}
+    bad = {"1": "damaged message", "4": "damaged message"}
+    assert [row["failures"] for row in rows] == [{}, bad, bad], "and the server still knows what they hold in round 3"
+    assert summary["failures"] == {"damaged message": {"1": 2, "4": 2}}
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     assert (
         "round 2: client 1 failed and is left out: its update cannot be decoded: it has 307 bytes, expected 308" in log
     )
     assert "round 2: client 4 failed and is left out: its update cannot be decoded: its checksum is wrong" in log
-    before, after = states(tmp_path / "run", 1), states(tmp_path / "run", 2)
+    before, after = states(tmp_path / "run", 2), states(tmp_path / "run", 3)
     assert all((before[client] == after[client]) == (client in (1, 4)) for client in range(6)), (
         "they kept nothing of it"
     )
@@ -196,6 +201,85 @@ def test_a_client_that_diverges_is_left_out_alone(
     run_simulation(SimulationConfig(**fields))
     assert read_run(tmp_path / "run")[1][0]["failures"] == {"1": "CodecError"}
     assert "has values that are not finite" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+
+
+def test_what_is_told_as_lost_is_what_was_lost(
+    tiny_bert: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against the tensors that clients really had, in a round without and one with something to make up for."""
+    own: list[dict[str, Any]] = []
+    streams: list[Any] = []
+    told: list[Any] = []
+
+    def coded_update(tensors: Any, sent: Any, state: Any, coding: Coding, stream: Any) -> Any:
+        own.append({name: tensor.double().numpy() for name, tensor in tensors.items()})
+        streams.append(stream.bit_generator.state["state"]["state"])
+        return coding_of_clients.coded_update(tensors, sent, state, coding, stream)
+
+    def codec_error(layers: Any, start: Any, replies: Any, lost: Any) -> Any:
+        told.extend(zip(replies, lost, strict=True))
+        return certificate.codec_error(layers, start, replies, lost)
+
+    monkeypatch.setattr("fedlotr.flower.client_app.coded_update", coded_update)
+    monkeypatch.setattr("fedlotr.flower.loop.codec_error", codec_error)
+    fields = words(tiny_bert, animals, rounds=2, eval_every=2, method="lora", codec="int4", out=tmp_path / "run")
+    run_simulation(SimulationConfig(**fields))
+    assert len(own) == len(told) == 6
+    for true, (reply, lost) in zip(own, told, strict=True):
+        for name, tensor in true.items():
+            np.testing.assert_allclose(reply.arrays[name] + lost[name], tensor, rtol=0, atol=1e-7)
+    assert max(float(np.abs(gone).max()) for _, lost in told for gone in lost.values()) > 1e-4
+    assert len(set(streams)) == 6, "every client and round rounds by a stream of its own"
+
+
+def test_the_codecs_error_is_that_of_the_mean_multiplied_out() -> None:
+    stream, s = np.random.default_rng(0), 0.5
+    a, b = stream.standard_normal((2, 5)), stream.standard_normal((4, 2))
+    layers = [
+        certificate.Layer({"C": "c"}, a, b, s),
+        certificate.Layer({"A": "a", "B": "b"}, None, None, s),
+    ]
+
+    def tensors(size: float) -> dict[str, Any]:
+        shapes = {"c": (2, 2), "a": (2, 5), "b": (4, 2), "head": (3,)}
+        return {name: size * stream.standard_normal(shape) for name, shape in shapes.items()}
+
+    def dense(x: dict[str, Any]) -> Any:
+        return np.concatenate([(s * b @ x["c"] @ a).ravel(), (s * x["b"] @ x["a"]).ravel()])
+
+    start, replies = tensors(1), [certificate.Weighted(tensors(1), share) for share in (0.25, 0.75)]
+    lost = [tensors(0.1), tensors(0.1)]
+    true = [{name: reply.arrays[name] + gone[name] for name in gone} for reply, gone in zip(replies, lost, strict=True)]
+    mean = sum(r.share * dense(x) for r, x in zip(replies, true, strict=True)) - dense(start)
+    gone = sum(r.share * (dense(r.arrays) - dense(x)) for r, x in zip(replies, true, strict=True))
+    found = certificate.codec_error(layers, start, replies, lost)
+    assert found == pytest.approx(np.linalg.norm(gone) / np.linalg.norm(mean), rel=1e-10)
+
+
+def test_what_a_broadcast_loses_never_enters_the_model(tiny_bert: Path, animals: Path, tmp_path: Path) -> None:
+    """Clients that learn nothing leave the model as it is, though all of them start from a rounded one."""
+    fields = words(tiny_bert, animals, method="lora", lr=1e-30, head_lr=1e-30, broadcast_codec="int4")
+    run_simulation(SimulationConfig(**fields, out=tmp_path / "run"))
+    first, last = (load_file(tmp_path / "run" / "checkpoints" / f"round-0000{n}.safetensors") for n in (2, 3))
+    assert all(row["broadcast_error"] > 0.01 for row in read_run(tmp_path / "run")[1])
+    assert all(np.abs(first[name] - last[name]).max() < 1e-20 for name in first)
+
+
+def test_a_change_of_what_a_client_does_not_hold_is_refused() -> None:
+    coding, stream = Coding(broadcast_codec="delta+int8"), np.random.default_rng(0)
+    held, now = ({"x": stream.standard_normal(50).astype(np.float32)} for _ in range(2))
+    message = Message(RecordDict({"arrays": to_record(now)}), 100, MessageType.TRAIN)
+    coder = coding_of_clients.RoundCoding(coding, 0, 2, {100: 0}, {0: held})
+    coder.encode([message])
+    state: Any = RecordDict({HELD: to_record(held)})
+    found = coding_of_clients.received(message.content, state, coding, {})
+    assert found["x"].numpy().tobytes() == coder.sent[0]["x"].tobytes() == state[HELD]["x"].numpy().tobytes()
+    other = held["x"].copy()
+    other[7] = np.nextafter(other[7], np.float32(1))
+    with pytest.raises(CodecError, match="about another state than there is here"):
+        coding_of_clients.received(message.content, RecordDict({HELD: to_record({"x": other})}), coding, {})
+    with pytest.raises(CodecError, match="and holds nothing"):
+        coding_of_clients.received(message.content, RecordDict(), coding, {})
 
 
 @pytest.mark.parametrize(
