@@ -89,6 +89,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         derivable = checked.core.basis in DERIVABLE
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
+    kept = payload * (config.coding.update.lossy + config.coding.broadcast.delta)
     merged, held = _carried_bytes(checked, model, rounds, ranks)
     published = frozenset(model.published)
     spoken_to = sum(map(len, rounds))
@@ -135,8 +136,12 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         weights_bytes=weights,
         process_bytes=baseline + weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width),
         # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens; the
-        # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter.
-        work_bytes=6 * (payload + held) + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
+        # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter. What codecs have
+        # every client keep is in two checkpoints.
+        work_bytes=6 * (payload + held)
+        + 2 * kept * participants
+        + 3 * basis_bytes
+        + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
     )
 
 

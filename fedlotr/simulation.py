@@ -271,11 +271,14 @@ def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterat
         yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
 
 
-def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool:
-    """Whether clients make up for what a codec lost of their last update, where the configuration leaves it open."""
-    if config.error_feedback is not None:
+def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
+    """Whether clients make up for what a codec lost of their last update, where the configuration leaves it open.
+
+    It stays open where nothing is lost, as in the configurations of runs that are older than codecs.
+    """
+    if config.error_feedback is not None or not config.coding.update.lossy:
         return config.error_feedback
-    return config.coding.update.lossy and config.engine != "flower" and _factors_last(strategy)
+    return config.engine != "flower" and _factors_last(strategy)
 
 
 def _factors_last(strategy: FlowerStrategy) -> bool:

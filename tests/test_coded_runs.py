@@ -12,14 +12,19 @@ from flwr.app import Message, MessageType, RecordDict
 from safetensors.numpy import load_file
 
 from fedlotr import SimulationConfig, doctor, run_simulation, simulate
+from fedlotr.adapters import METHODS, CoreConfig
+from fedlotr.architectures import read_architecture
 from fedlotr.communication import read_ledger
-from fedlotr.communication.codecs import CodecError
+from fedlotr.communication.codecs import CodecError, encode
 from fedlotr.errors import InputError
 from fedlotr.flower import certificate, loop
 from fedlotr.flower import coding as coding_of_clients
 from fedlotr.flower.coding import HELD, LOST, holdings
+from fedlotr.flower.private import identify_process
 from fedlotr.flower.records import arrays_sha256, to_record
+from fedlotr.formulas import bill
 from fedlotr.simulation import check_all, resolve
+from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
 from fedlotr.wire_form import Coding
 from tests import faulty_app
 from tests.support import Simulate, read_run
@@ -94,6 +99,35 @@ def test_the_bill_of_every_codec_is_what_crosses(
         assert all((row["broadcast_error"] > 0) == (row["round"] > 1 or not coding.broadcast.delta) for row in rows)
     if method in ("fed-sb", "lotr", "lora-xs") and strategy != FLOWERS:
         assert summary["aggregation_error_max"] <= 1e-6, "the mean of what was decoded is still exact"
+
+
+def test_a_run_without_codecs_has_the_configuration_it_had_before_there_were_any(
+    tiny_bert: Path, animals: Path
+) -> None:
+    checked, _ = check_all(resolve(SimulationConfig(**words(tiny_bert, animals))))
+    new = ("codec", "broadcast_codec", "error_feedback", "link")
+    fields = SimulationConfig.model_fields
+    assert all(getattr(checked.config, name) == fields[name].default for name in new), "so --resume goes on with it"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tensors_of_every_method_make_messages_of_the_bills_size(method: str, tiny_bert: Path) -> None:
+    """Also of those that are not run above: what a strategy does with decoded tensors has no part in it."""
+    row, spec = METHODS[method], ModelSpec(str(tiny_bert), "classification", 2, False, 0)
+    base, config = load_base(spec), None
+    if row.adapts:
+        config = CoreConfig(method=method, r=4, basis="svd" if row.basis == "update" else None)
+        config.target_modules = adaptable_layers(base, "all-linear")
+    model = TrainableModel(base, spec, config)
+    values = {name: tensor.numpy() for name, tensor in model.values().items()}
+    architecture = read_architecture(str(tiny_bert), "classification", 2, "all-linear")
+    for codec in ("bfloat16", "int8", "int4", "sign", "top-k:0.03"):
+        coding, stream = Coding(codec, f"delta+{codec}"), np.random.default_rng(0)
+        owed = bill(row, architecture.layers, architecture.heads, [4], 2, coding)
+        for number in (1, 2):
+            sent = {name: value for name, value in values.items() if name in model.moving(number)}
+            assert len(encode(coding.update, sent, stream)) == owed.ups[number - 1]
+        assert len(encode(coding.broadcast, values, stream)) == owed.downs[1] == owed.round_down
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +302,7 @@ def test_what_a_broadcast_loses_never_enters_the_model(tiny_bert: Path, animals:
 def test_a_change_of_what_a_client_does_not_hold_is_refused() -> None:
     coding, stream = Coding(broadcast_codec="delta+int8"), np.random.default_rng(0)
     held, now = ({"x": stream.standard_normal(50).astype(np.float32)} for _ in range(2))
+    identify_process()  # Flower makes no message without
     message = Message(RecordDict({"arrays": to_record(now)}), 100, MessageType.TRAIN)
     coder = coding_of_clients.RoundCoding(coding, 0, 2, {100: 0}, {0: held})
     coder.encode([message])
