@@ -36,13 +36,21 @@ from fedlotr.training.supported import fused_experts, is_sentence_encoder
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a bill needs of a model. head: numbers of its classification head; source: where the dimensions are from."""
+    """What a bill needs of a model.
+
+    heads: numbers of each tensor of its classification head. source: where the dimensions are from.
+    """
 
     kind: Kind
     layers: tuple[Layer, ...]
-    head: int
+    heads: tuple[int, ...]
     parameters: int
     source: str
+
+    @property
+    def head(self) -> int:
+        """Numbers of the whole head."""
+        return sum(self.heads)
 
 
 @cache
@@ -74,7 +82,7 @@ def read_architecture(model: str, kind: Kind | None, labels: int, targets: str) 
     return Architecture(
         kind,
         tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()),
-        sum(parameter.numel() for layer in head_layers(module).values() for parameter in layer.parameters()),
+        tuple(parameter.numel() for layer in head_layers(module).values() for parameter in layer.parameters()),
         sum(parameter.numel() for parameter in module.parameters()),
         source,
     )

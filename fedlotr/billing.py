@@ -11,6 +11,7 @@ from fedlotr.architectures import Architecture
 from fedlotr.errors import InputError
 from fedlotr.flower.plugins import GROUP, load_strategy
 from fedlotr.formulas import PUBLISHED, Bill, Published, bill
+from fedlotr.wire_form import UNCODED, Coding
 
 FEDIT = ("lora", "fedit")
 """What others are compared with."""
@@ -39,7 +40,12 @@ def rank_of(row: Method, ranks: tuple[int, int]) -> int:
 
 
 def bills(
-    architecture: Architecture, methods: Sequence[str], ranks: tuple[int, int], clients: int, rounds: int
+    architecture: Architecture,
+    methods: Sequence[str],
+    ranks: tuple[int, int],
+    clients: int,
+    rounds: int,
+    coding: Coding = UNCODED,
 ) -> tuple[list[Row], dict[str, str]]:
     """A row for each of these methods and each way that its strategies cost; and what is left out, with the reason.
 
@@ -80,9 +86,10 @@ def bills(
                 made = bill(
                     row,
                     architecture.layers,
-                    architecture.head,
+                    architecture.heads,
                     [rank] * clients,
                     rounds,
+                    coding,
                     merged=merged,
                     controls=controls,
                 )
@@ -95,8 +102,8 @@ def bills(
 
 
 def fedit(architecture: Architecture, rank: int, clients: int, rounds: int) -> Bill:
-    """What the others are compared with: LoRA averaged as FedIT."""
-    return bill(METHODS[FEDIT[0]], architecture.layers, architecture.head, [rank] * clients, rounds)
+    """What the others are compared with: LoRA averaged as FedIT, in float32."""
+    return bill(METHODS[FEDIT[0]], architecture.layers, architecture.heads, [rank] * clients, rounds)
 
 
 def _go_together(row: Method, strategy: Any) -> bool:

@@ -31,6 +31,9 @@ _PLACEHOLDERS = {
     "strategy": "NAME|module:Class|file.py:Class",
     "strategy_arg": "KEY=VALUE",
     "clip_norm": "float|none",
+    "link": "NAME|RATES[,...]",
+    "codec": "KIND[:DENSITY][+zstd]",
+    "broadcast_codec": "[delta+]KIND[:DENSITY][+zstd]",
     "eval_split": "NAME",
     "out": "FOLDER",
 }

@@ -45,6 +45,7 @@ from fedlotr.values import (
     read_cohort,
     read_sample,
 )
+from fedlotr.wire_form import Coding, check_broadcast_codec, check_codec
 from fedlotr.yaml_file import read_yaml, to_yaml
 
 REPORTING = {"out", "resume", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
@@ -186,6 +187,29 @@ class SimulationConfig(BaseModel):
         "example (default: 0.1), or of what one client's training changes",
     )
 
+    codec: Annotated[str, AfterValidator(check_codec)] = Field(
+        default="float32",
+        description="how an update travels, the difference to what the client was sent: float32, bfloat16, int8 and "
+        "int4 (stochastic rounding), sign (one bit a number), top-k (a share of the numbers); +zstd squeezes the bytes "
+        "where that pays",
+    )
+    broadcast_codec: Annotated[str, AfterValidator(check_broadcast_codec)] = Field(
+        default="float32",
+        description="how the trained tensors travel to a client: whole, or by the change of what it holds (delta+); "
+        "who holds nothing is sent all, as it is",
+    )
+    link: str | None = Field(
+        default=None,
+        description="also reckon how long the messages of every round would take: data-centre, broadband, 4g, 3g, "
+        "satellite, or up=RATE,down=RATE[,latency=TIME][,server=RATE]; several in turn (4g,3g), or drawn by shares "
+        "(4g:0.7,3g:0.3); it changes nothing else",
+    )
+    error_feedback: bool | None = Field(
+        default=None,
+        description="a client adds what its last update lost to its next one (default: with every codec but float32, "
+        "where a client's factors last from round to round and the engine keeps its state)",
+    )
+
     privacy: Literal["none", "example", "client"] = Field(
         default="none",
         description="differential privacy: example, each client hides its single examples from everybody (DP-SGD); "
@@ -297,6 +321,11 @@ class SimulationConfig(BaseModel):
     def reported(self) -> dict[str, Any]:
         """What config.yaml says: all but where and how one run reports, which computes nothing."""
         return self.model_dump(exclude=REPORTING)
+
+    @property
+    def coding(self) -> Coding:
+        """How what crosses is coded, once the configuration is resolved."""
+        return Coding(self.codec, self.broadcast_codec, bool(self.error_feedback))
 
     @property
     def clients_per_round(self) -> int:
@@ -480,9 +509,11 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 
 DEPENDENT = {
-    "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr"},
-    "engine": {"workers", "threads"},
+    "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr", "error_feedback"},
+    "engine": {"workers", "threads", "error_feedback"},
     "baseline": {"strategy", "strategy_arg"},
+    "strategy": {"error_feedback"},
+    "codec": {"error_feedback"},
 }
 """What a file says of another method or engine than the command line asks for is not meant for that one: a run's own
 config.yaml, given again with --method, names the first method's basis and rates."""
@@ -542,6 +573,7 @@ SECTIONS = {
     "method": "method",
     "strategy": "strategy",
     "local_epochs": "training on a client",
+    "codec": "communication",
     "privacy": "privacy",
     "eval_every": "evaluation",
     "engine": "engine",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedlotr.adapters.methods import METHODS
+from fedlotr.wire_form import read_form
 
 if TYPE_CHECKING:
     from fedlotr.configuration import SimulationConfig
@@ -39,6 +40,7 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
                 yield (field, "baseline"), "a baseline averages nothing, so it has no strategy"
         if config.engine == "flower":
             yield ("baseline", "engine"), "a baseline runs on the engines ray and local"
+    yield from _codec_conflicts(config)
     yield from _privacy_conflicts(config)
     if config.public_data is not None and config.public_examples == 0:
         yield ("public_data", "public_examples"), "no row of it would be used; give some, or leave it out"
@@ -101,7 +103,32 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 
 
+def _codec_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    update, broadcast = read_form(config.codec), read_form(config.broadcast_codec)
+    if config.baseline is not None:
+        for field, form in (("codec", update), ("broadcast_codec", broadcast)):
+            if form.coded:
+                yield (field, "baseline"), "a baseline sends nothing"
+    if config.baseline is not None and config.link is not None:
+        yield ("link", "baseline"), "a baseline sends nothing"
+    if config.error_feedback and not update.lossy:
+        yield ("error_feedback", "codec"), "this codec loses nothing that a client could make up for"
+    if config.client_rank is not None and broadcast.coded:
+        yield (
+            ("broadcast_codec", "client_rank"),
+            "a client knows the shapes of the run's tensors, and not those of its blocks; only --codec goes with ranks",
+        )
+    if config.engine == "flower":
+        hidden = "Flower does not show what its clients keep between rounds, so no checkpoint could hold it"
+        if config.error_feedback:
+            yield ("error_feedback", "engine"), hidden
+        if broadcast.delta:
+            yield ("broadcast_codec", "engine"), hidden
+
+
 def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    if config.privacy == "client" and read_form(config.codec).zstd:
+        yield ("codec", "privacy"), "the size of a squeezed update tells of what is in it; leave +zstd out"
     if config.privacy_engine == "opacus":
         if config.privacy != "example":
             yield ("privacy_engine", "privacy"), "it belongs to --privacy example"

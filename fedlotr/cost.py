@@ -8,6 +8,7 @@ from typing import Any
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import CUSTOM, PROFILES, read_link
 from fedlotr.errors import InputError, nearest
+from fedlotr.wire_form import Coding, check_broadcast_codec, check_codec
 
 DONE, BAD_INPUT = 0, 2
 
@@ -35,6 +36,11 @@ def _print(given: argparse.Namespace) -> None:
     problems += [
         f"--{name} {value}: expected 1 or more" for name, value in numbers.items() if value is not None and value < 1
     ]
+    for option, check in (("codec", check_codec), ("broadcast-codec", check_broadcast_codec)):
+        try:
+            check(vars(given)[option.replace("-", "_")])
+        except ValueError as error:
+            problems.append(f"--{option} {vars(given)[option.replace('-', '_')]}: {error}")
     try:
         link = read_link(given.link)
     except InputError as error:
@@ -49,17 +55,18 @@ def _print(given: argparse.Namespace) -> None:
     kind: Any = None if given.task == "auto" else given.task
     architecture = read_architecture(given.model, kind, given.labels, given.targets)
     ranks = (given.rank, given.lora_rank or given.rank)
-    rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds)
+    coding = Coding(given.codec, given.broadcast_codec)
+    rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds, coding)
     against = fedit(architecture, ranks[1], given.clients, given.rounds)
     shown = as_json if given.json else as_csv if given.csv else as_table
-    print(shown(given.model, architecture, rows, left_out, against, link), end="")
+    print(shown(given.model, architecture, rows, left_out, against, link, coding), end="")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedlotr cost",
         description="The bill of a model before any run, without its weights: numbers trained and bytes sent by every "
-        "method and strategy. Bytes are payload, numbers times 4; clients take part in every round.",
+        "method and strategy. Bytes are payload, numbers times 4 or as coded; clients take part in every round.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
         allow_abbrev=False,
     )
@@ -75,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-rank", type=int, help="of methods that train A or B (default: that of --rank)")
     add("--clients", type=int, default=10, help="clients a round (default: 10)")
     add("--rounds", type=int, default=10, help="rounds (default: 10)")
+    add("--codec", default="float32", metavar="KIND[:DENSITY][+zstd]", help="of updates, as in a run "
+        "(default: float32)")  # fmt: skip
+    add("--broadcast-codec", default="float32", metavar="[delta+]KIND[:DENSITY][+zstd]", help="of broadcasts, as in a "
+        "run (default: float32)")  # fmt: skip
     add("--link", default="broadband", metavar="NAME|RATES", help=f"{', '.join(PROFILES)}, or {CUSTOM} "
         "(default: broadband)")  # fmt: skip
     form = parser.add_mutually_exclusive_group()

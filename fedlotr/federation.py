@@ -60,6 +60,7 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None
         rank=config.rank,
         mean_moments=config.optimizer_state == "mean-v",
         guard=guard,
+        coding=config.coding,
     )
 
 

@@ -24,13 +24,14 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.ranks import block
 from fedlotr.flower.records import derivable_record
 from fedlotr.flower.strategy import Strategy
-from fedlotr.formulas import WIRE_BYTES
+from fedlotr.formulas import WIRE_BYTES, coded_bytes
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
 from fedlotr.training.packing import PASS_TOKENS
+from fedlotr.wire_form import UNCODED, WireForm
 
 COPIES_OF_TRAINED = 4
 """What a client in a cohort keeps of each trained number: its value, its gradient, and two moments of AdamW."""
@@ -88,17 +89,22 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         derivable = checked.core.basis in DERIVABLE
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
+    kept = payload * (config.coding.update.lossy + config.coding.broadcast.delta)
     merged, held = _carried_bytes(checked, model, rounds, ranks)
     published = frozenset(model.published)
     spoken_to = sum(map(len, rounds))
     bytes_of = partial(_bytes_of, model.values(), {})
     ups = downs = 0
+    update, broadcast = config.coding.update, config.coding.broadcast
+    holding: set[int] = set()
     for number, clients in enumerate(rounds, start=1):
         moving = model.moving(number) & published
         for client in clients:
             rank = None if ranks is None else ranks[client]
-            ups += bytes_of(moving, rank)
-            downs += bytes_of(published, rank)
+            ups += bytes_of(moving, rank, update)
+            whole = broadcast.delta and client not in holding
+            downs += bytes_of(published, rank, UNCODED.broadcast if whole else broadcast)
+        holding.update(clients)
     up, down = ups / spoken_to, (downs + sum(merged)) / spoken_to
     participants = len(set().union(*rounds)) if len(rounds) == config.rounds else config.clients
     work = [checked.training.examples_of(len(part)) for part in checked.parts]
@@ -130,8 +136,12 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         weights_bytes=weights,
         process_bytes=baseline + weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width),
         # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens; the
-        # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter.
-        work_bytes=6 * (payload + held) + 3 * basis_bytes + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
+        # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter. What codecs have
+        # every client keep is in two checkpoints.
+        work_bytes=6 * (payload + held)
+        + 2 * kept * participants
+        + 3 * basis_bytes
+        + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
     )
 
 
@@ -144,15 +154,16 @@ def architecture(checked: Checked) -> TrainableModel:
 
 def _bytes_of(
     values: Tensors,
-    known: dict[tuple[frozenset[str], int | None], int],
+    known: dict[tuple[frozenset[str], int | None, WireForm], int],
     names: frozenset[str],
     rank: int | None,
+    form: WireForm,
 ) -> int:
-    """Of a message with these tensors to or from a client of a rank (None: the run's)."""
-    if (names, rank) not in known:
+    """Of a message with these tensors to or from a client of a rank (None: the run's); with zstd at most so many."""
+    if (names, rank, form) not in known:
         parts = [values[name] if rank is None else block(name, values[name], rank) for name in names]
-        known[names, rank] = WIRE_BYTES * sum(part.numel() for part in parts)
-    return known[names, rank]
+        known[names, rank, form] = coded_bytes(form, [part.numel() for part in parts])
+    return known[names, rank, form]
 
 
 def _carried_bytes(

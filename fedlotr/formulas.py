@@ -7,9 +7,11 @@ A bill is that of clients who take part in every round. This module imports noth
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from fedlotr.adapters.methods import Factor, Method
+from fedlotr.wire_form import UNCODED, Coding, Kind, WireForm
 
 WIRE_BYTES = 4
 """Of a trained number on the wire: float32."""
@@ -55,6 +57,39 @@ CORES: Mapping[str, Formula] = {
 """Of what is trained between B and A."""
 PAIR = Formula("r·(d_in + d_out)", lambda r, d_in, d_out: r * (d_in + d_out), "Singhal et al. 2025, Fed-SB: B and A")
 """Of a frozen pair that is sent, once a tie."""
+
+
+@dataclass(frozen=True)
+class CodedForm:
+    """Bytes of one tensor of n numbers, coded. k: how many of them top-k sends."""
+
+    text: str
+    of: Callable[[int, int], int]
+    source: str
+
+
+CODED: Mapping[Kind, CodedForm] = {
+    "float32": CodedForm("4·n", lambda n, k: 4 * n, "IEEE 754"),
+    "bfloat16": CodedForm("2·n", lambda n, k: 2 * n, "the upper half of float32"),
+    "int8": CodedForm("2 + n", lambda n, k: 2 + n, "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "int4": CodedForm("2 + ⌈n/2⌉", lambda n, k: 2 + -(-n // 2), "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "sign": CodedForm("2 + ⌈n/8⌉", lambda n, k: 2 + -(-n // 8), "Karimireddy et al. 2019, EF-SignSGD"),
+    "top-k": CodedForm(
+        "4·k + min(⌈n/8⌉, ⌈k·⌈log2 n⌉/8⌉)",
+        lambda n, k: 4 * k + min(-(-n // 8), -(-k * max(n - 1, 0).bit_length() // 8)),
+        "Stich et al. 2018; k = ⌈density·n⌉",
+    ),
+}
+"""Of a codec. A message has 4 bytes of checksum besides; +zstd sends at most as much."""
+CHECKSUM = 4
+
+
+def coded_bytes(form: WireForm, sizes: Iterable[int]) -> int:
+    """Bytes of a message with tensors of so many numbers each; with a lossless stage, the most there can be."""
+    if not form.coded:
+        return WIRE_BYTES * sum(sizes)
+    counted = Counter(sizes)
+    return CHECKSUM + sum(times * CODED[form.kind].of(n, form.kept(n)) for n, times in counted.items())
 
 
 def carried(k: int, part: int, layer: tuple[int, int]) -> int:
@@ -138,30 +173,35 @@ class Bill:
 def bill(
     row: Method,
     layers: Sequence[Layer],
-    head: int,
+    heads: Sequence[int],
     ranks: Sequence[int],
     rounds: int,
+    coding: Coding = UNCODED,
     *,
     merged: int = 0,
     controls: bool = False,
 ) -> Bill:
     """The bill of a method.
 
-    head: numbers of the classification head. ranks: of each client; the factors have the largest. merged: the rank
-    that a strategy adds to every layer's carried term each round. controls: whether control variates go with the
-    trained tensors (Karimireddy et al. 2020, SCAFFOLD: twice the numbers).
+    heads: numbers of each tensor of the classification head. ranks: of each client; the factors have the largest.
+    coding: of the trained tensors; all else travels as it is. merged: the rank that a strategy adds to every layer's
+    carried term each round. controls: whether control variates go with the trained tensors (Karimireddy et al. 2020,
+    SCAFFOLD: as many numbers again).
     """
-    times = 2 if controls else 1
     published = [factor for factor in row.train if factor not in row.personal]
-    sizes = {(f, r): _factor(row, f).over(layers, r) for f in row.train for r in {*ranks, max(ranks)}}
-
-    def sent(factors: Iterable[Factor], r: int) -> int:
-        return WIRE_BYTES * times * (sum(sizes[factor, r] for factor in factors) + head)
-
     shapes = Counter((layer.d_in, layer.d_out) for layer in layers)
-    clients = len(ranks)
-    broadcast = sum(sent(published, r) for r in ranks)
-    turns = [sum(sent(turn, r) for r in ranks) for turn in row.sent]
+    clients, most = len(ranks), max(ranks)
+
+    @cache
+    def sent(factors: tuple[Factor, ...], r: int, form: WireForm) -> int:
+        sizes = [*heads, *(_factor(row, f).of(r, *shape) for f in factors for shape in shapes.elements())]
+        return coded_bytes(form, sizes) + (WIRE_BYTES * sum(sizes) if controls else 0)
+
+    whole, later = (
+        sum(sent(tuple(published), r, form) for r in ranks) for form in (UNCODED.broadcast, coding.broadcast)
+    )
+    first = whole if coding.broadcast.delta else later  # who holds nothing is sent all
+    turns = [sum(sent(tuple(turn), r, coding.update) for r in ranks) for turn in row.sent]
 
     def missing(server_round: int) -> int:
         """What each client lacks of the carried term when a round begins."""
@@ -170,12 +210,12 @@ def bill(
         return WIRE_BYTES * sum(n * carried(merged, server_round - 1, shape) for shape, n in shapes.items())
 
     return Bill(
-        trained=sum(sizes[factor, max(ranks)] for factor in row.train) + head,
+        trained=sum(_factor(row, factor).over(layers, most) for factor in row.train) + sum(heads),
         clients=clients,
         ups=tuple(turns[number % len(turns)] for number in range(rounds)),
-        downs=tuple(broadcast + clients * missing(number) for number in range(1, rounds + 1)),
-        one_off=one_off(row, layers, max(ranks)),
-        round_down=broadcast / clients + missing(max(rounds, 2)),
+        downs=tuple((first if number == 1 else later) + clients * missing(number) for number in range(1, rounds + 1)),
+        one_off=one_off(row, layers, most),
+        round_down=later / clients + missing(max(rounds, 2)),
     )
 
 

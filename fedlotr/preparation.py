@@ -351,6 +351,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         config.seed,
         config.threads or torch.get_num_threads(),
         noise,
+        config.coding,
     )
     workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()

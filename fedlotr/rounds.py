@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,13 @@ from fedlotr.baselines import Alone, over_clients, without_wire
 from fedlotr.callbacks import Audience
 from fedlotr.communication import read_ledger, write_part
 from fedlotr.communication.ledger import Entry
+from fedlotr.communication.links import read_links, round_time
 from fedlotr.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.federation import federation
 from fedlotr.flower.carried import restored, saved
+from fedlotr.flower.coding import holdings
 from fedlotr.flower.loop import BudgetSpentError, Round, State, blaming, can_pay, evaluate, run_round
 from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.records import to_record, to_tensors
@@ -63,6 +66,7 @@ class Rounds:
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
         self.initial: dict[str, float | None] = {}
+        self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
         self.federation, self.guard = federation(config, prepared, guard), guard
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
@@ -109,7 +113,8 @@ class Rounds:
             carry = restored(checkpoint.arrays, about)
             self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
         moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments)
+        held = holdings(self.grid.client_states)
+        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments, held)
 
     def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """The rounds that are left, then adapter and summary; returns that."""
@@ -118,6 +123,7 @@ class Rounds:
             done = run_round(self.grid, strategy, self.federation, state)
             if config.baseline is not None:
                 done = without_wire(done)
+            done.metrics.update(self._simulated(done))
             evaluation = None
             last = state.round == config.rounds or not can_pay(self.federation, state.round + 1)
             if state.round % config.eval_every == 0 or last:
@@ -149,6 +155,21 @@ class Rounds:
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
+
+    def _simulated(self, done: Round) -> dict[str, Any]:
+        """How long a round's messages would take on the clients' links: reckoned, and never mixed with what was
+        measured; nothing without `--link`, or where nobody was asked."""
+        sent: dict[str, Counter[int]] = {"up": Counter(), "down": Counter()}
+        for entry in done.entries:
+            sent[entry.direction][entry.client] += entry.wire_bytes
+        if self.links is None or not sent["down"]:
+            return {}
+        found = round_time(self.links, sent["up"], sent["down"])
+        return {
+            "simulated_seconds": found.seconds,
+            "simulated_seconds_median_client": found.median,
+            "simulated_slowest_client": found.slowest,
+        }
 
     def _end_early(self, state: State) -> None:
         """Say that the privacy budget is spent. Raises BudgetSpentError where there is nothing to end with."""

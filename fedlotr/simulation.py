@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +19,7 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.baselines import strategy_of
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.callbacks import Audience, Callbacks
+from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
 from fedlotr.engines import CohortRule, LocalGrid
@@ -213,16 +214,23 @@ def check_all(
                 )
                 problems += [
                     *_unmet(strategy, config),
+                    *unmet_codec(strategy, config),
                     *unmet_controls(strategy, config),
                     *unmet_privacy(strategy, config),
                 ]
+        except InputError as error:
+            problems += error.problems
+    if config.link is not None and "link" not in wrong:
+        try:
+            read_links(config.link, config.clients, config.seed)
         except InputError as error:
             problems += error.problems
     if checked is not None:
         problems += check_delta(checked)
     if problems or checked is None or strategy is None:
         raise InputError(problems)
-    return checked, strategy
+    known = checked.config.model_copy(update={"error_feedback": feedback(strategy, config)})
+    return replace(checked, config=known), strategy
 
 
 def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
@@ -262,6 +270,32 @@ def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterat
         yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
     if config.engine == "flower":
         yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
+
+
+def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
+    """Whether clients make up for what a codec lost of their last update, where the configuration leaves it open.
+
+    It stays open where nothing is lost, as in the configurations of runs that are older than codecs.
+    """
+    if config.error_feedback is not None or not config.coding.update.lossy:
+        return config.error_feedback
+    return config.engine != "flower" and _factors_last(strategy)
+
+
+def _factors_last(strategy: FlowerStrategy) -> bool:
+    return not getattr(strategy, "restarts", False) and "ranks" not in vars(strategy)
+
+
+def unmet_codec(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why a codec does not go with a strategy, each one line."""
+    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
+    if config.error_feedback and not _factors_last(strategy):
+        yield (
+            f"--error-feedback with {name}: the factors of a round are not those of the next, so what was lost of them "
+            "cannot be made up for; choose --no-error-feedback"
+        )
+    if config.coding.broadcast.coded and "ranks" in vars(strategy):
+        yield f"--broadcast-codec {config.broadcast_codec} with {name}: it changes clients' ranks; only --codec goes"
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:

@@ -3,6 +3,7 @@
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -56,7 +57,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "labels": names,
         "metric": metric,
         "higher_is_better": better is max,
-        "bill": _bill(prepared, head),
+        "bill": _bill(prepared, tuple(sizes[name] for name in sorted(model.head_names))),
         "partition": [
             {
                 "client": clients[held.client] if clients else held.client,
@@ -72,7 +73,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     return found
 
 
-def _bill(prepared: Prepared, head: int) -> list[dict[str, Any]]:
+def _bill(prepared: Prepared, heads: tuple[int, ...]) -> list[dict[str, Any]]:
     """What every method and strategy would cost here: payload bytes of one client, and of all that take part."""
     config, module = prepared.checked.config, prepared.model.module
     adapted = factored_layers(module)
@@ -80,11 +81,10 @@ def _bill(prepared: Prepared, head: int) -> list[dict[str, Any]]:
     shapes = {name: widths(module.get_submodule(name)) for name in names}
     layers = tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items())
     kind = prepared.checked.task.kind
-    architecture = Architecture(kind, layers, head, sum(p.numel() for p in module.parameters()), "this run")
+    architecture = Architecture(kind, layers, heads, sum(p.numel() for p in module.parameters()), "this run")
     try:
-        rows, _ = bills(
-            architecture, list(METHODS), (config.rank, config.rank), config.clients_per_round, config.rounds
-        )
+        ranks = config.rank, config.rank
+        rows, _ = bills(architecture, list(METHODS), ranks, config.clients_per_round, config.rounds, config.coding)
     except InputError:  # --method head has a rank that no layer need be wide enough for
         return []
     return [
@@ -149,6 +149,8 @@ def summarise(
         "communication": communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
         "aggregation_error_reason": None if errors else _no_certificate(config),
+        "codec": _codec(config, history),
+        "simulated": _simulated(config, history),
         "privacy": privacy,
         "timing": {
             "seconds_total": time.monotonic() - started,
@@ -195,6 +197,41 @@ def _no_certificate(config: SimulationConfig) -> str:
     if not METHODS[config.method].adapts:
         return f"method {config.method} adapts no layer"
     return f"strategy {config.strategy} does not say that it averages"
+
+
+def _codec(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """How what crossed was coded, and the medians over rounds of what that lost; None where nothing was coded."""
+    if not config.coding.at_work:
+        return None
+
+    def median(key: str) -> float | None:
+        found = [row[key] for row in history if row.get(key) is not None]
+        return statistics.median(found) if found else None
+
+    return {
+        "update": config.codec,
+        "broadcast": config.broadcast_codec,
+        "error_feedback": bool(config.error_feedback),
+        "transport_error_median": median("transport_error"),
+        "broadcast_error_median": median("broadcast_error"),
+    }
+
+
+def _simulated(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the messages of all rounds would take on the clients' links; None without `--link`. Nothing is measured."""
+    rows = [row for row in history if "simulated_seconds" in row]
+    if config.link is None or not rows:
+        return None
+    seconds = [row["simulated_seconds"] for row in rows]
+    return {
+        "link": config.link,
+        "seconds_total": sum(seconds),
+        "seconds_per_round_median": statistics.median(seconds),
+        "median_client_seconds_median": statistics.median(row["simulated_seconds_median_client"] for row in rows),
+        "slowest_clients": {
+            str(k): n for k, n in Counter(row["simulated_slowest_client"] for row in rows).most_common()
+        },
+    }
 
 
 def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:

@@ -17,6 +17,7 @@ class FlexLoRA(Strategy):
     """B A ← the best approximation of Σ p_i B_i A_i of rank r; the head ← Σ p_i."""
 
     averages = True
+    restarts = True
     needs = frozenset("AB")
 
     def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:

@@ -25,6 +25,7 @@ class FLoRA(Strategy):
 
     averages = True
     exact = True
+    restarts = True
     needs = frozenset("AB")
 
     def __init__(self, restart: str = "fresh", seed: int = 0) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 
 from fedlotr.flower.client_app import CohortClientApp, evaluate_shard
+from fedlotr.flower.coding import coded_record
 
 SENT: list[tuple[int, int, float, dict[str, Any]]] = []
 """(round, client, weight, tensors) of every reply made in this process."""
@@ -25,8 +26,12 @@ def fault_of(client: int, server_round: int) -> str:
 
 
 def spoil(reply: Message, what: str) -> None:
-    """Make one tensor, or the fingerprint of the bases, what it must not be."""
+    """Make one tensor, the fingerprint of the bases, or a coded message what it must not be."""
     content: Any = reply.content
+    if what in ("truncated", "flipped"):
+        message = content["arrays"]["coded"].data
+        content["arrays"] = coded_record(message[:-1] if what == "truncated" else message[:-1] + b"?")
+        return
     if what == "bases":
         content["client"] = ConfigRecord({**content["client"], "bases-sha256": "others"})
         return
@@ -54,6 +59,8 @@ class FaultyApp(CohortClientApp):
                 count_rounds(content, context)
             if what:
                 spoil(reply, what)
+            if "coded" in content["arrays"]:
+                continue
             tensors = {name: array.numpy() for name, array in content["arrays"].items()}
             SENT.append((number, client, float(content["metrics"]["weight"]), tensors))
         return replies

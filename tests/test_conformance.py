@@ -22,6 +22,7 @@ from fedlotr.testing import check_strategy
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.wire_form import UNCODED, Coding
 from tests.support import read_run
 
 ROWS = [(method, row.strategy) for method, row in METHODS.items()]
@@ -86,11 +87,13 @@ def test_two_rounds_from_the_command_line(
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def check_the_bill(run: Path, model: Path, method: str, strategy: str, ranks: list[int], *, rounds: int) -> None:
+def check_the_bill(
+    run: Path, model: Path, method: str, strategy: str, ranks: list[int], *, rounds: int, coding: Coding = UNCODED
+) -> None:
     """The bytes of every round, in both directions, and the one-off are those of the formulas, to the byte."""
     architecture = read_architecture(str(model), "classification", 2, "all-linear")
     made: Any = load_strategy(strategy, {}, len(ranks), clients=len(ranks))
-    asked = METHODS[method], architecture.layers, architecture.head, ranks, rounds
+    asked = METHODS[method], architecture.layers, architecture.heads, ranks, rounds, coding
     owed = bill(*asked, merged=made.merges(ranks))
     ledger = read_ledger(run / "ledger")
 
@@ -99,7 +102,10 @@ def check_the_bill(run: Path, model: Path, method: str, strategy: str, ranks: li
 
     ups = [paid({"update"}, number) for number in range(1, rounds + 1)]
     downs = [paid({"broadcast", "carry"}, number) for number in range(1, rounds + 1)]
-    if strategy == "hetlora":  # it lowers clients' ranks as it goes
+    if coding.update.zstd or coding.broadcast.zstd:
+        assert all(u <= most for u, most in zip(ups + downs, owed.ups + owed.downs, strict=True))
+        assert ups < list(owed.ups), "it pays here"
+    elif strategy == "hetlora":  # it lowers clients' ranks as it goes
         assert all(u <= most for u, most in zip(ups + downs, owed.ups + owed.downs, strict=True))
     else:
         assert (ups, downs) == (list(owed.ups), list(owed.downs))

@@ -133,7 +133,7 @@ def test_a_configuration_without_weights_is_enough(
 def test_uploads_do_not_grow_with_the_clients_and_the_downloads_of_merged_updates_do() -> None:
     layers = read_architecture("minilm", None, 2, "all-linear").layers
     for method, merged in (("fed-sb", 0), ("lora", 1)):
-        bills = [bill(METHODS[method], layers, 0, [4] * c, 2, merged=merged * 4 * c) for c in (5, 50, 500)]
+        bills = [bill(METHODS[method], layers, (), [4] * c, 2, merged=merged * 4 * c) for c in (5, 50, 500)]
         assert len({b.round_up for b in bills}) == 1
         assert len({b.round_down for b in bills}) == (3 if merged else 1)
 
@@ -156,6 +156,25 @@ def test_what_is_wrong_is_said_all_at_once(capsys: pytest.CaptureFixture[str]) -
     assert "--rank 200: above the width 128" in capsys.readouterr().err
     assert cli.main(["cost", "--model", "minilm", "--targets", "nothing"]) == 2
     assert capsys.readouterr().err.startswith("error: --targets nothing: no linear layer")
+
+
+def test_codecs_are_in_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model minilm --labels 4 --rank 8 --clients 5 --rounds 3 --methods lora-xs,lora"
+    plain, coded = cost(words, capsys), cost(f"{words} --codec int4 --broadcast-codec delta+sign", capsys)
+    before, after = row(plain, "lora-xs", "exact-average"), row(coded, "lora-xs", "exact-average")
+    cores, head = 36, (4 * 384, 4)
+    assert before["upload_bytes"] == 4 * (cores * 64 + sum(head))
+    assert after["upload_bytes"] == 4 + cores * (2 + 32) + (2 + head[0] // 2) + (2 + 2)
+    assert after["download_bytes"] == 4 + cores * (2 + 8) + (2 + head[0] // 8) + (2 + 1)
+    downloads = before["download_bytes"] + 2 * after["download_bytes"]
+    assert after["total_bytes"] == 5 * (40 + 3 * after["upload_bytes"] + downloads), "the first broadcast is whole"
+    fedit = row(plain, "lora", "fedit")["total_bytes"]
+    assert after["total_against_fedit"] == after["total_bytes"] / fedit, "against FedIT as it is published"
+    assert cli.main(["cost", *words.split(), "--codec", "top-k:0.01+zstd"]) == 0
+    assert "k = ⌈0.01·n⌉; at most, before zstd" in capsys.readouterr().out
+    assert cli.main(["cost", *words.split(), "--codec", "int5", "--broadcast-codec", "sign"]) == 2
+    said = capsys.readouterr().err
+    assert "--codec int5: not a codec" in said and "--broadcast-codec sign: too little of a model would arrive" in said
 
 
 def test_a_link_is_latency_twice_and_bytes_over_rates() -> None:

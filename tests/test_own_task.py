@@ -54,7 +54,9 @@ def macro_f1(labels: Any, predictions: Any) -> float:
 
 
 def config(model: Path, out: Path, **fields: Any) -> SimulationConfig:
-    return small(model, out, **{"rounds": 2, "partition": "natural:shop", "clients": 3, "sample": 3, **fields})
+    every_key = {"broadcast_codec": "bfloat16", "link": "4g"}  # that a row of metrics.jsonl can have
+    shops = {"rounds": 2, "partition": "natural:shop", "clients": 3, "sample": 3}
+    return small(model, out, **{**shops, **every_key, **fields})
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
 """Links between server and clients: how long messages take that are only reckoned, never sent."""
 
 import re
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedlotr.errors import InputError, nearest
+from fedlotr.streams import generator
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,42 @@ class Link:
 
     def seconds(self, up: float, down: float, clients: int) -> float:
         """Of one round in which each of these clients receives and sends so many bytes, all at once."""
+        return self.takes(up, down, clients * up, clients * down)
 
-        def takes(count: float, rate: float) -> float:
-            own = 8 * count / rate
-            return own if self.server is None else max(own, 8 * count * clients / self.server)
+    def takes(self, up: float, down: float, all_up: float, all_down: float) -> float:
+        """Seconds of one client that receives and sends so many bytes, while all clients of the round together move
+        so many: a direction takes as long as the client's own line, or the server's, whichever is later done."""
 
-        return 2 * self.latency + takes(down, self.down) + takes(up, self.up)
+        def phase(own: float, everyone: float, rate: float) -> float:
+            return max(8 * own / rate, 0.0 if self.server is None else 8 * everyone / self.server)
+
+        return 2 * self.latency + phase(down, all_down, self.down) + phase(up, all_up, self.up)
+
+
+@dataclass(frozen=True)
+class RoundTime:
+    """What the messages of a round would take: until its slowest client is done, and until half of them are.
+
+    Sending alone, in seconds; slowest: that client.
+    """
+
+    seconds: float
+    median: float
+    slowest: int
+
+
+def round_time(links: Sequence[Link], up: Mapping[int, float], down: Mapping[int, float]) -> RoundTime:
+    """Of clients that receive (down) and send (up) so many bytes, each on its link; one at least."""
+    servers = [links[client].server for client in down if links[client].server is not None]
+    server = min(rate for rate in servers if rate is not None) if servers else None
+    all_up, all_down = sum(up.values()), sum(down.values())
+    taken = {}
+    for client in sorted(down):
+        own = links[client]
+        line = Link(own.name, own.up, own.down, own.latency, server)  # the server has one line for all
+        taken[client] = line.takes(up.get(client, 0), down[client], all_up, all_down)
+    slowest = max(taken, key=lambda client: taken[client])
+    return RoundTime(taken[slowest], statistics.median(taken.values()), slowest)
 
 
 M = 1e6
@@ -67,6 +102,39 @@ def read_link(given: str) -> Link:
         raise InputError(problems)
     up, down = read["up"] or 0.0, read["down"] or 0.0
     return Link(given, up, down, read.get("latency") or 0.0, read.get("server"))
+
+
+def read_links(given: str, clients: int, seed: int) -> list[Link]:
+    """The link of each client: one for all; several in turn; or drawn from the seed by shares, as in '4g:0.7,3g:0.3'.
+
+    Several are told apart by commas, or by semicolons where one is written out. Raises InputError.
+    """
+    entries = [part.strip() for part in given.split(";" if ";" in given or "=" in given else ",")]
+    pairs = [(name, share) if colon else (entry, "") for entry in entries for name, colon, share in [_share(entry)]]
+    problems: list[str] = []
+    links: list[Link] = []
+    for name, _ in pairs:
+        try:
+            links.append(read_link(name))
+        except InputError as error:
+            problems += error.problems
+    shares = [float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0.0 for _, share in pairs]
+    given_shares = [bool(share) for _, share in pairs]
+    if any(given_shares) and not (all(given_shares) and all(shares)):
+        problems.append(f"--link {given}: a share above 0 for every link, or for none, such as '4g:0.7,3g:0.3'")
+    if problems:
+        raise InputError(problems)
+    if not any(given_shares):
+        return [links[client % len(links)] for client in range(clients)]
+    weights = np.array(shares)
+    drawn = generator(seed, "link").choice(len(links), clients, p=weights / weights.sum())
+    return [links[at] for at in drawn]
+
+
+def _share(entry: str) -> tuple[str, str, str]:
+    """(link, colon, share) of an entry that ends in one."""
+    name, colon, share = entry.rpartition(":")
+    return name, colon, share
 
 
 _READ = {"up": _UNITS, "down": _UNITS, "latency": _TIMES, "server": _UNITS}

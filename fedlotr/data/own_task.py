@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fedlotr.training.results import Results
 
 TAKEN = frozenset(
-    {"accuracy", "aggregation_error", "bytes_down", "bytes_up", "clients", "epsilon", "evaluate_seconds", "failed"}
+    {"accuracy", "aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon"}
+    | {"evaluate_seconds", "failed", "simulated_seconds", "simulated_seconds_median_client", "simulated_slowest_client"}
     | {"failures", "loss", "perplexity", "round", "train_loss", "train_seconds", "transport_error"}
 )
 """Names that mean something else in a row of metrics.jsonl."""

@@ -95,6 +95,28 @@ def transport_error(
     return _ratio(gone, change)
 
 
+def codec_error(
+    layers: Sequence[Layer], start: Arrays, replies: Sequence[Weighted], lost: Sequence[Arrays]
+) -> float | None:
+    """||Σ p_i ΔW_i decoded - Σ p_i ΔW_i|| / ||Σ p_i ΔW_i||: what the updates' codec loses of their mean.
+
+    replies: as decoded. lost: by how much each client's own tensors are ahead of these. Of the adapted layers; where
+    no ΔW is common to all clients, of the tensors themselves: a head's, or factors beside others that stay.
+    """
+    own = [
+        reply.arrays | {n: reply.arrays[n] + gone[n] for n in gone} for reply, gone in zip(replies, lost, strict=True)
+    ]
+    arrays = [start, *(reply.arrays for reply in replies), *own]
+    shares, none = [reply.share for reply in replies], [0.0] * len(replies)
+    gone = mean = 0.0
+    for layer in layers or [Layer({"D": name}, None, None, 1.0) for name in start]:
+        difference, change = _squared_norms(
+            layer, arrays, ([0.0, *shares, *(-p for p in shares)], [-1.0, *none, *shares]), ([], [])
+        )
+        gone, mean = gone + difference, mean + change
+    return _ratio(gone, mean)
+
+
 def _ratio(above: float, below: float) -> float | None:
     if below == 0:
         return None if above == 0 else math.inf

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
+from fedlotr.communication.codecs import CodecError
 from fedlotr.flower import moments
 from fedlotr.flower.carried import STATE, parts_of
+from fedlotr.flower.coding import coded_update, received
 from fedlotr.flower.personal import OWN_ROWS, keep_personal, personal
+from fedlotr.flower.private import CLIENT_RAISED
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
 from fedlotr.flower.terms import CONTROL, TAIL_SHARE, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
@@ -92,6 +95,26 @@ class Worker:
         """Who replies, and with what frozen parts it has computed."""
         carried = {"carry-sha256": self.carry_sha256} if self.carry_sha256 else {}
         return ConfigRecord({"client": client, "bases-sha256": self.bases_sha256, **carried})
+
+    def decode(self, message: Message, state: RecordDict) -> None:
+        """Put tensors into a train message whose broadcast is coded. Raises CodecError."""
+        coding, content = self.workplace.recipe.coding, message.content
+        if coding.broadcast.coded:
+            message.content = RecordDict({**content, "arrays": received(content, state, coding, self.shapes)})
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that travel."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.values().items()}
+
+    def update(self, trained: Trained, message: Message, client: int, state: RecordDict) -> ArrayRecord:
+        """A client's tensors as they go up. Raises CodecError where they are not finite, and are to be coded."""
+        recipe, content = self.workplace.recipe, message.content
+        if not recipe.coding.update.coded:
+            return to_record(trained.result.tensors)
+        config, sent = content["config"], content["arrays"]
+        stream = generator(recipe.seed, "codec", int(config["server-round"]), client)  # type: ignore[arg-type]
+        return coded_update(trained.result.tensors, sent, state, recipe.coding, stream)  # type: ignore[arg-type]
 
     def train(self, messages: Sequence[Message], clients: Sequence[int], states: Sequence[RecordDict]) -> list[Trained]:
         """Train clients, each from what its own message says; what a client keeps is changed in place in `states`.
@@ -204,28 +227,34 @@ class CohortClientApp(ClientApp):
         """One reply a message, in order."""
         clients = [int(context.node_config["partition-id"]) for context in contexts]
         here = worker(workplace_folder(contexts[0]))
-        trained = here.train(messages, clients, [context.state for context in contexts])
+        states = [context.state for context in contexts]
+        for message, state in zip(messages, states, strict=True):
+            here.decode(message, state)
+        trained = here.train(messages, clients, states)
+        return [self._reply(here, *of_one) for of_one in zip(messages, clients, states, trained, strict=True)]
+
+    def _reply(self, here: Worker, message: Message, client: int, state: RecordDict, one: Trained) -> Message:
+        try:
+            arrays = here.update(one, message, client, state)
+        except CodecError as error:  # this client alone has failed, and its cohort need not train again
+            return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
         weighs_examples = here.workplace.recipe.weights == "examples"
-        return [
-            Message(
-                RecordDict(
-                    {
-                        "arrays": to_record(one.result.tensors),
-                        "metrics": MetricRecord(
-                            {
-                                "num-examples": one.result.examples,
-                                "weight": float(one.result.examples) if weighs_examples else 1.0,
-                                **({} if one.result.loss is None else {"loss": one.result.loss}),
-                            }
-                        ),
-                        "client": here.identity(client),
-                        **one.beside,
-                    }
-                ),
-                reply_to=message,
-            )
-            for message, client, one in zip(messages, clients, trained, strict=True)
-        ]
+        metrics: dict[str, Any] = {
+            "num-examples": one.result.examples,
+            "weight": float(one.result.examples) if weighs_examples else 1.0,
+            **({} if one.result.loss is None else {"loss": one.result.loss}),
+        }
+        return Message(
+            RecordDict(
+                {
+                    "arrays": arrays,
+                    "metrics": MetricRecord(metrics),
+                    "client": here.identity(client),
+                    **one.beside,
+                }
+            ),
+            reply_to=message,
+        )
 
 
 app = CohortClientApp()

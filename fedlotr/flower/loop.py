@@ -21,10 +21,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.carry import Carry, in_words
+from fedlotr.communication.codecs import Tensors
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
-from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, codec_error, transport_error
+from fedlotr.flower.coding import RoundCoding, lost_by
 from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
@@ -38,6 +40,7 @@ from fedlotr.privacy.guard import ClientGuard, Guard
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.evaluation import Scores, shards, sum_scores
 from fedlotr.training.results import Results
+from fedlotr.wire_form import UNCODED, Coding
 
 log = logging.getLogger("fedlotr")
 
@@ -72,7 +75,7 @@ class Federation:
     measure: further metrics, of what the model made of each test row.
     ranks: of each client; None: all have the run's, which is `rank`.
     mean_moments: whether means of AdamW's second moments travel beside them.
-    guard: keeps the clients' privacy, where that was promised.
+    guard: keeps the clients' privacy, where that was promised. coding: of what crosses, if anything is coded.
     """
 
     clients: int
@@ -93,6 +96,7 @@ class Federation:
     rank: int = 0
     mean_moments: bool = False
     guard: Guard | None = None
+    coding: Coding = UNCODED
 
 
 @dataclass
@@ -109,6 +113,8 @@ class State:
     """Client -> the version of it that the client has; a client that is not named has version 0."""
     moments: Arrays = field(default_factory=dict)
     """Where `mean_moments`: by tensor the mean of AdamW's second moments, and the weight it is corrected by."""
+    held: dict[int, Tensors] = field(default_factory=dict)
+    """Where broadcasts are told by delta: client -> what it holds, bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,9 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     add_carry(messages, view.nodes, state.carry, state.holds)
     blocks = Blocks(_ranks(strategy, federation))
     blocks.cut(messages, view.nodes)
+    coder = RoundCoding(federation.coding, federation.seed, number, view.nodes, state.held)
+    if federation.coding.at_work:
+        coder.encode(messages)
     if guard is not None:
         guard.charge(number, sorted(view.nodes[message.metadata.dst_node_id] for message in messages))
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
@@ -195,9 +204,11 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         beside[MOMENTS] = expected_moments(expected)
     wanted = partial(blocks.of, expected)
     keys = METRICS if guard is None or guard.hides_clients else METRICS - {"loss"}
+    readable, damaged = coder.decode(replies, wanted) if federation.coding.at_work else (replies, {})
     good, failures = check_replies(
-        replies, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside, keys
+        readable, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside, keys
     )
+    failures |= damaged
     blocks.pad(good, view.nodes, expected)
     kept.restore(failures)
     for client, failure in failures.items():
@@ -221,8 +232,15 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 
     mean, sent, carry = to_arrays(published), _cast(published, state.arrays), merged(state.carry, added)
     error = None
+    weighted = _weighted(good, start)
     if getattr(strategy, "averages", False) and not central:
-        error = aggregation_error(federation.layers, start, _certified(strategy, mean), _weighted(good, start), added)
+        error = aggregation_error(federation.layers, start, _certified(strategy, mean), weighted, added)
+    if federation.coding.update.lossy:
+        lost_on_the_way = None if central else _codec_error(federation, kept, good, weighted, start, expected)
+    else:
+        lost_on_the_way = transport_error(
+            federation.layers, start, mean, to_arrays(sent), added, partial(lost, state.carry, carry, added)
+        )
     if added:
         log.info("round %d: the model carries %s", number, in_words(carry.terms.values()))
     row: dict[str, Any] = {
@@ -235,9 +253,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
         "aggregation_error": error,
-        "transport_error": transport_error(
-            federation.layers, start, mean, to_arrays(sent), added, partial(lost, state.carry, carry, added)
-        ),
+        "transport_error": lost_on_the_way,
+        **({"broadcast_error": coder.broadcast_error()} if federation.coding.broadcast.lossy else {}),
         "epsilon": None if guard is None else guard.epsilon(),
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
@@ -247,6 +264,9 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     state.arrays, state.round = sent, number
     state.known |= newcomers - set(failures)
     state.holds |= {view.nodes[message.metadata.src_node_id]: state.carry.version for message in good}
+    if federation.coding.broadcast.delta:
+        answered = [view.nodes[message.metadata.src_node_id] for message in good]
+        state.held |= {client: coder.sent[client] for client in answered if client in coder.sent}
     state.carry = carry
     said = [(int(reply.content["client"]["client"]), dict(reply.content["metrics"])) for reply in good]  # type: ignore[arg-type]
     return Round(row, view.entries, failures, dict(said))
@@ -353,6 +373,23 @@ def _weighted(good: Sequence[Message], start: Arrays) -> list[Weighted]:
     contents: list[Any] = [message.content for message in good]
     weights = [float(content["metrics"]["weight"]) for content in contents]
     return [Weighted(start | to_arrays(c["arrays"]), w / sum(weights)) for c, w in zip(contents, weights, strict=True)]
+
+
+def _codec_error(
+    federation: Federation,
+    kept: ClientStates,
+    good: Sequence[Message],
+    weighted: Sequence[Weighted],
+    start: Arrays,
+    moved: ArrayRecord,
+) -> float | None:
+    """What the updates' codec loses of their mean; None where an engine does not show what clients keep."""
+    clients = [int(reply.content["client"]["client"]) for reply in good]  # type: ignore[arg-type]
+    gone = [lost_by(kept, client, moved, federation.coding) for client in clients]
+    seen = [one for one in gone if one is not None]
+    if not good or len(seen) < len(good):
+        return None
+    return codec_error(federation.layers, start, weighted, seen)
 
 
 def _loss(metrics: MetricRecord | None, good: Sequence[Message]) -> float:

@@ -53,6 +53,14 @@ class ClientStates:
         self._store: dict[int, RecordDict] = getattr(grid, "client_states", {})
         self._before = {client: self._store[client] for client in clients if client in self._store}
 
+    def before(self, client: int) -> Any:
+        """What a client had kept before the round; empty where that was nothing."""
+        return self._before.get(client, {})
+
+    def now(self, client: int) -> Any:
+        """What it keeps now; empty where that is nothing, or the engine does not show it."""
+        return self._store.get(client, {})
+
     def restore(self, clients: Iterable[int]) -> None:
         """Put back what these clients had, or that they had nothing."""
         for client in clients:

@@ -80,6 +80,8 @@ class Strategy(FlowerStrategy):
 
     averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
     measures how far it is from that. Where it is False, `aggregation_error` is null.
+    restarts: whether the factors of one round are not those of the next, but drawn or turned anew, so that nothing a
+    client keeps of them can be added to its next update.
     mean_before_step: set by a server optimizer in `combine`: the mean before its step, which is certified.
     exact: whether what it publishes is that mean also where several factors move; the suite holds it to that.
     needs: the factors that must be in every update; a method whose clients send others is refused.
@@ -94,6 +96,7 @@ class Strategy(FlowerStrategy):
     exact: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     controls: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
     asks: Mapping[str, float | bool] = MappingProxyType({})
     mean_before_step: Arrays | None = None
     ranks: Mapping[int, int] = MappingProxyType({})

@@ -27,6 +27,7 @@ from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, load_base
+from fedlotr.wire_form import UNCODED, Coding
 
 
 def work_folder(run: Path, start: str) -> Path:
@@ -40,6 +41,7 @@ class Recipe:
 
     core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
     threads: to compute with; another number gives other bits. noise: where clients hide their single examples.
+    coding: of what crosses.
     """
 
     model: ModelSpec
@@ -49,6 +51,7 @@ class Recipe:
     seed: int
     threads: int
     noise: ExampleNoise | None = None
+    coding: Coding = UNCODED
 
 
 class Workplace:
@@ -98,6 +101,7 @@ class Workplace:
             found["seed"],
             found["threads"],
             None if found["noise"] is None else ExampleNoise(**found["noise"]),
+            Coding(**found["coding"]),
         )
 
     @cached_property

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
-from fedlotr.formulas import CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
+from fedlotr.formulas import CODED, CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.wire_form import UNCODED, Coding
 
 WIDTH = 150
 """Columns of a table that is piped."""
@@ -90,7 +91,13 @@ def entries(rows: Sequence[Billed], against: Bill, link: Link) -> list[dict[str,
 
 
 def as_json(
-    name: str, model: Model, rows: Sequence[Billed], left_out: Mapping[str, str], against: Bill, link: Link
+    name: str,
+    model: Model,
+    rows: Sequence[Billed],
+    left_out: Mapping[str, str],
+    against: Bill,
+    link: Link,
+    coding: Coding = UNCODED,
 ) -> str:
     """One object: the model, the link, the rows, the table of formulas, and what is left out."""
     formulas: dict[str, Formula] = {str(factor): formula for factor, formula in FACTORS.items()}
@@ -109,10 +116,13 @@ def as_json(
                     "source": model.source,
                 },
                 "link": asdict(link),
+                "codec": coding.codec,
+                "broadcast_codec": coding.broadcast_codec,
                 "clients": against.clients,
                 "rounds": len(against.ups),
                 "rows": entries(rows, against, link),
                 "formulas": {key: {"numbers": f.text, "source": f.source} for key, f in formulas.items()},
+                "codecs": {kind: {"bytes": form.text, "source": form.source} for kind, form in CODED.items()},
                 "left_out": dict(left_out),
             },
             indent=1,
@@ -123,7 +133,13 @@ def as_json(
 
 
 def as_csv(
-    name: str, model: Model, rows: Sequence[Billed], left_out: Mapping[str, str], against: Bill, link: Link
+    name: str,
+    model: Model,
+    rows: Sequence[Billed],
+    left_out: Mapping[str, str],
+    against: Bill,
+    link: Link,
+    coding: Coding = UNCODED,
 ) -> str:
     """A line a row."""
     found = entries(rows, against, link)
@@ -135,7 +151,13 @@ def as_csv(
 
 
 def as_table(
-    name: str, model: Model, rows: Sequence[Billed], left_out: Mapping[str, str], against: Bill, link: Link
+    name: str,
+    model: Model,
+    rows: Sequence[Billed],
+    left_out: Mapping[str, str],
+    against: Bill,
+    link: Link,
+    coding: Coding = UNCODED,
 ) -> str:
     """For the eye, with the formulas and what they mean below."""
     clients, rounds = against.clients, len(against.ups)
@@ -173,6 +195,7 @@ def as_table(
         "Each adapted layer sends, in numbers of 4 bytes:",
         *(f"  {method:14} {in_words(METHODS[method])}   ({source(METHODS[method])})" for method in _methods(rows)),
     ]
+    lines[:0] = _coded(coding)
     lines += [
         f"{row.method} with {row.strategies[0]}: published as {row.published.text}; {row.published.note}"
         for row in rows
@@ -185,6 +208,21 @@ def as_table(
     ]
     lines += [f"left out: {method}, {reason}" for method, reason in left_out.items()]
     return "\n".join(line.rstrip() for line in [*capture.get().splitlines(), *lines]) + "\n"
+
+
+def _coded(coding: Coding) -> list[str]:
+    """What codecs make of the numbers; nothing where there is none."""
+    lines = []
+    for direction, words, form in (
+        ("up", coding.codec, coding.update),
+        ("down", coding.broadcast_codec, coding.broadcast),
+    ):
+        if form.coded:
+            text = f"{direction} as {words}: 4 bytes, and of each tensor of n numbers {CODED[form.kind].text}"
+            text += f", k = ⌈{form.density}·n⌉" if form.kind == "top-k" else ""
+            text += "; at most, before zstd" if form.zstd else ""
+            lines.append(text + ("; all numbers in the first round" if form.delta else ""))
+    return [*lines, "× FedIT, even at: against FedIT in float32."] if lines else []
 
 
 def _alike(strategies: Sequence[str]) -> str:

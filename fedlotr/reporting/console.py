@@ -265,6 +265,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
                 known("rate of the head {:g}", "head_lr") if head != 0 else None,
             ),
         ),
+        *_wire(config),
         (
             "engine",
             joined(
@@ -277,6 +278,15 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
         ),
     ]
     return rows
+
+
+def _wire(config: SimulationConfig) -> list[tuple[str, str]]:
+    """What is special about the way that messages travel, if anything is."""
+    coding = config.coding
+    parts = [f"{coding.codec} up, {coding.broadcast_codec} down"] if coding.at_work else []
+    parts += ["error feedback"] if coding.feedback else []
+    parts += [f"simulated on {config.link}"] if config.link is not None else []
+    return [("messages", ", ".join(parts))] if parts else []
 
 
 def _partition_table(partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table:
@@ -353,8 +363,23 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
             rows.append((title, _exact_bytes(traffic[key])))
     error = summary.get("aggregation_error_max")
     rows.append(("largest aggregation error", _undefined(summary) if error is None else f"{error:.1e}"))
+    if (coded := summary.get("codec")) is not None:
+        rows.append(("codec, up", coded["update"] + (" with feedback" if coded["error_feedback"] else "")))
+        rows.append(("codec, down", coded["broadcast"]))
+        rows += [
+            (title, f"{coded[key]:.1e}")
+            for title, key in (
+                ("transport error, median", "transport_error_median"),
+                ("broadcast error, median", "broadcast_error_median"),
+            )
+            if coded[key] is not None
+        ]
     rows.append(("failed clients", f"{failed:,}"))
     rows += [(f"  {kind}", _named(clients)) for kind, clients in (summary.get("failures") or {}).items()]
+    if (reckoned := summary.get("simulated")) is not None:
+        each, half = reckoned["seconds_per_round_median"], reckoned["median_client_seconds_median"]
+        rows.append((f"simulated: sending on {reckoned['link']}", f"{reckoned['seconds_total']:.3g} s"))
+        rows.append(("  a round; its median client", f"{each:.3g} s; {half:.3g} s"))
     if timing.get("seconds_total") is not None:
         rows.append(("seconds", f"{timing['seconds_total']:.1f}"))
     if timing.get("base_model_loads") is not None:

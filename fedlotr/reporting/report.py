@@ -223,12 +223,18 @@ def _bill(run: RunRecord) -> list[Section]:
 
 
 def _certificate(run: RunRecord) -> Section:
-    keys = ("aggregation_error", "transport_error")
+    keys = ["aggregation_error", "transport_error"]
+    keys += ["broadcast_error"] if any("broadcast_error" in row for row in run.rows) else []
     series = [Series(key.replace("_", " "), points(run.rows, key)) for key in keys]
     table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
     plot = line_plot(series, x="round", y="relative error", log=True)
     note = "" if plot else "No error is defined for this method and strategy: there is no common mean to compare with."
     text = "How far the published update is from the weighted mean of the clients' updates, measured in every round."
+    if (run.summary or {}).get("codec"):
+        text += (
+            " The transport error is what the updates' codec loses of that mean (with error feedback, what is made up "
+            "for counts too); the broadcast error, by how much what clients are sent differs from the model."
+        )
     return Section("Certificate", [Figure("certificate", "Errors over rounds", plot, table, note)], text)
 
 
