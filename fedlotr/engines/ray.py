@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message, UserConfig
@@ -127,12 +128,13 @@ class RayGrid(Engine):
         cohorts: CohortRule | None = None,
         workers: int,
         threads: int = 1,
+        spill: Path | None = None,
     ) -> None:
         """Start workers that import `client_app` ("module:attribute") and compute with so many `threads` each.
 
         Ray is started too, and stopped by `close`, unless it is running; then it must have a CPU for each worker.
         """
-        super().__init__(num_clients, cohorts)
+        super().__init__(num_clients, cohorts, spill)
         self.workers = workers
         self.threads = threads
         self._idle: list[Any] = []
