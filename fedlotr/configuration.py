@@ -273,6 +273,17 @@ class SimulationConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster"
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="run each block of the model again in backward instead of keeping what is inside it: less memory "
+        "for large models, about a third more work",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="join the Ray cluster there (HOST:PORT, or auto) instead of starting one on this machine; all its "
+        "machines must see --out and the model under the same paths",
+    )
 
     out: Annotated[Path, AfterValidator(expand)] | None = Field(
         default=None, description="folder of the run, new or empty (default: a new one in runs)"
@@ -481,7 +492,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 DEPENDENT = {
     "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr"},
-    "engine": {"workers", "threads"},
+    "engine": {"workers", "threads", "ray_address"},
     "baseline": {"strategy", "strategy_arg"},
 }
 """What a file says of another method or engine than the command line asks for is not meant for that one: a run's own

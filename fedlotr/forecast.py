@@ -29,7 +29,7 @@ from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.training.cohort import cut_cohorts
-from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
+from fedlotr.training.models import Tensors, TrainableModel, load_base
 from fedlotr.training.packing import PASS_TOKENS
 
 COPIES_OF_TRAINED = 4
@@ -245,8 +245,7 @@ def _activations(model: TrainableModel, width: int) -> int:
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
             through += sum(weight.shape)
-    logits = 4 * LOGITS * 2 if model.spec.kind == "causal-lm" else 0
-    return tokens * through * width * ACTIVATIONS + logits
+    return tokens * through * width * ACTIVATIONS + 4 * model.held_logits * 2
 
 
 def weights_on_disk(checked: Checked) -> str:

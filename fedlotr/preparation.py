@@ -219,6 +219,7 @@ def check(
             "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
             own.code if own else None,
             own.code_folder if own else "",
+            config.gradient_checkpointing,
         )
         skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
         targets: list[str] | None = []

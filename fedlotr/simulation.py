@@ -327,6 +327,7 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
             workers=config.workers,
             threads=config.threads,
             spill=workplace.folder,
+            address=config.ray_address,
         )
     try:
         yield grid

@@ -15,7 +15,7 @@ from flwr.app import Message, UserConfig
 
 from fedlotr.engines.base import CohortRule, Engine, Job, failure, log, thread_environment
 from fedlotr.engines.broadcast import Broadcast
-from fedlotr.errors import FedlotrError
+from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.private import CLIENT_CRASHED, CLIENT_RAISED
 
 # Ray reads these as it is imported; a user's own choice wins. The first keeps every port on the loopback interface ("1"
@@ -35,20 +35,25 @@ FALSE_STARTS = 3  # for each worker, in a row, until the fault is taken to be la
 DEATH = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 
 
-def start_ray(workers: int) -> bool:
-    """Start Ray on this machine with room for so many workers; False where it is running already."""
+def start_ray(workers: int, address: str | None = None) -> bool:
+    """Start Ray on this machine with room for so many workers, or join the cluster at an address.
+
+    False where this process is in one already. Raises InputError where no cluster answers.
+    """
     if ray.is_initialized():
         return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    start: dict[str, Any] = {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
+    start = {**start, "include_dashboard": False} if address is None else {"address": address}
     try:
         with _interrupts_held_back():
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            ray.init(**start, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        ray.shutdown()
+        if address is None:
+            raise
+        first = str(error).partition("\n")[0]
+        raise InputError(f"--ray-address {address}: no Ray cluster can be joined there ({first})") from error
     except BaseException:
         ray.shutdown()
         raise
@@ -129,10 +134,12 @@ class RayGrid(Engine):
         workers: int,
         threads: int = 1,
         spill: Path | None = None,
+        address: str | None = None,
     ) -> None:
         """Start workers that import `client_app` ("module:attribute") and compute with so many `threads` each.
 
-        Ray is started too, and stopped by `close`, unless it is running; then it must have a CPU for each worker.
+        Ray is started too, and stopped by `close`, unless this process is in it already or an `address` says which
+        cluster to join; then it must have a CPU for each worker, and is left by `close` as it was.
         """
         super().__init__(num_clients, cohorts, spill)
         self.workers = workers
@@ -141,7 +148,7 @@ class RayGrid(Engine):
         self._busy: dict[Any, tuple[Any, Job | None]] = {}  # by the reference of the result; no job: it is starting
         self.broadcast = Broadcast(ray.put)
         self._false_starts = 0
-        self._owns_ray = start_ray(workers)
+        self._owns_ray = start_ray(workers, address)
         try:
             if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
                 raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
