@@ -270,8 +270,10 @@ class SimulationConfig(BaseModel):
     cohort: Annotated[Literal["auto"] | int, BeforeValidator(read_cohort)] = Field(
         default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster"
+    dtype: Literal["auto", "float32", "bfloat16", "saved"] = Field(
+        "auto",
+        description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster; saved: "
+        "as in the model's files, whose pages all workers of a machine then share",
     )
     gradient_checkpointing: bool = Field(
         default=False,

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from fedlotr import simulate
 from fedlotr.adapters.tuner import CoreConfig
 from fedlotr.training import token_losses
 from fedlotr.training.backward import backward, example_gradients
@@ -15,8 +17,10 @@ from fedlotr.training.checkpointing import run_again
 from fedlotr.training.evaluation import evaluate
 from fedlotr.training.examples import IGNORED
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, example_losses, load_base
+from fedlotr.training.precision import saved_dtype
 from fedlotr.training.results import Results
 from fedlotr.training.token_losses import predictions, sequence_losses
+from tests.support import read_run
 from tests.test_training import build, examples_for
 
 VOCABULARY, TOKENS = 11, 7
@@ -163,3 +167,42 @@ def test_blocks_that_run_again_hold_less_and_give_the_same_gradients(name: str, 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="a Linear has no blocks that could be run again"):
         run_again(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_weights_in_the_format_of_the_file_stay_in_the_file(stories: Path) -> None:
+    def mapped_from(address: int) -> str:
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            span, *_, name = line.split(maxsplit=5)
+            start, stop = (int(edge, 16) for edge in span.split("-"))
+            if start <= address < stop:
+                return Path(name).name
+        return ""
+
+    assert saved_dtype(stories) == "float32"
+    for dtype, kept in (("float32", True), ("bfloat16", False)):
+        base = load_base(ModelSpec(str(stories), "causal-lm", 0, False, 0, dtype))
+        weight = base.get_submodule("model.layers.0.mlp.up_proj").weight
+        assert isinstance(weight, torch.Tensor)
+        assert (mapped_from(weight.data_ptr()) == "model.safetensors") == kept
+
+
+def test_the_format_of_a_model_is_that_of_most_of_its_numbers(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    assert saved_dtype(tmp_path) == "bfloat16"
+    save_file({"a": torch.zeros(9, dtype=torch.float16), "b": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="saved as F16; a base is run in float32 or bfloat16"):
+        saved_dtype(tmp_path)
+
+
+def test_a_run_with_both_ends_with_equal_bytes(stories: Path, animals: Path, tmp_path: Path) -> None:
+    words = f"--model {stories} --data {animals} --clients 2 --rounds 1 --local-steps 1 --method lora-xs".split()
+    words += ["--rank", "4", "--engine", "local", "--threads", "1", "--public-examples", "20", "--quiet"]
+    trained = []
+    lean = ["--dtype", "saved", "--gradient-checkpointing"]
+    for name, further in (("plain", ["--dtype", "float32"]), ("lean", lean)):
+        assert simulate.main([*words, *further, "--out", str(tmp_path / name)]) == 0
+        summary, _ = read_run(tmp_path / name)
+        assert summary["timing"]["dtype"] == "float32", "the log of a run says which format it was"
+        trained.append(summary["trained_sha256"])
+    assert trained[0] == trained[1]

@@ -21,10 +21,14 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def run_again(model: nn.Module) -> None:
     """Let the blocks of a model run again in backward. Raises ValueError where it has none.
 
-    Transformers' own switch works in training mode alone, which would bring dropout with it.
+    Transformers' own switch works in training mode alone, which would bring dropout with it. The cache for
+    generation is turned off: a block that ran again would add its keys and values once more.
     """
     if not (chosen := blocks(model)):
         raise ValueError(f"a {type(model).__name__} has no blocks that could be run again: leave out checkpointing")
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # type: ignore[union-attr]
     for block in chosen:
         _run_again(block)
 
@@ -39,4 +43,4 @@ def _run_again(block: nn.Module) -> None:
         # Nothing here draws at random: there is no dropout.
         return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **inputs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
