@@ -28,8 +28,8 @@ from fedlotr.formulas import WIRE_BYTES
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.checkpointing import blocks
+from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import Tensors, TrainableModel, load_base
 from fedlotr.training.packing import PASS_TOKENS
 
@@ -243,7 +243,7 @@ def _activations(model: TrainableModel, width: int) -> int:
     tokens = model.pass_tokens(PASS_TOKENS)
     through = _widths_in(model.module)
     if model.spec.checkpointed:  # each block's input, and what is inside the one that runs again
-        inside = [_widths_in(block) for block in blocks(model.module)]
+        inside = [_widths_in(part) for part in blocks(model.module)]
         through += max(inside) - sum(inside) + len(inside) * int(getattr(model.module.config, "hidden_size", 0))
     return tokens * through * width * ACTIVATIONS + 4 * model.held_logits * 2
 
