@@ -1,7 +1,7 @@
 """What a round costs beside the clients' work: an echo client with 100 kB updates, our engine and Flower's in turn.
 
-Also our whole round loop with few and with very many clients registered, and the driver's peak memory with few and
-with many sampled.
+Also our whole round loop with few and with very many clients registered, and the peak memory of driver and workers with
+few and with many sampled; `--only memory` does that part alone.
 """
 
 import tempfile
@@ -22,18 +22,27 @@ def main() -> None:
     options.add_argument("--many", type=int, default=5000)
     options.add_argument("--rounds", type=int, default=3, help="timed, after the first")
     options.add_argument("--no-flower", action="store_true")
+    options.add_argument("--only", choices=("speed", "registered", "memory"), help="one part of it")
     args = options.parse_args()
     rest = (args.bytes, args.workers, args.cohort)
-    sides: dict[str, tuple[object, ...]] = {
-        "ours": ("ours", args.clients, args.clients, *rest),
-        "ours, one by one": ("ours", args.clients, args.clients, args.bytes, args.workers, 1),
-        "round loop": ("loop", args.clients, args.clients, *rest),
-        "round loop, many asleep": ("loop", args.registered, args.clients, *rest),
-        "few sampled": ("loop", args.few, args.few, *rest),
-        "many sampled": ("loop", args.many, args.many, *rest),
+    parts: dict[str, dict[str, tuple[object, ...]]] = {
+        "speed": {
+            "ours": ("ours", args.clients, args.clients, *rest),
+            "ours, one by one": ("ours", args.clients, args.clients, args.bytes, args.workers, 1),
+            "flower": ("flower", args.clients, args.clients, *rest),
+        },
+        "registered": {
+            "round loop": ("loop", args.clients, args.clients, *rest),
+            "round loop, many asleep": ("loop", args.registered, args.clients, *rest),
+        },
+        "memory": {
+            "few sampled": ("loop", args.few, args.few, *rest),
+            "many sampled": ("loop", args.many, args.many, *rest),
+        },
     }
-    if not args.no_flower:
-        sides["flower"] = ("flower", args.clients, args.clients, *rest)
+    sides = {name: words for part in parts if args.only in (None, part) for name, words in parts[part].items()}
+    if args.no_flower:
+        sides.pop("flower", None)
     figures: dict[str, Any] = {"machine": machine(), "options": {k: str(v) for k, v in vars(args).items()}}
     with tempfile.TemporaryDirectory() as folder, contestants() as field:
         for name, words in sides.items():
@@ -47,24 +56,29 @@ def main() -> None:
             "seconds": median([done["seconds"] for done in rounds]),
             "driver_cpu_seconds": median([done["driver_cpu_seconds"] for done in rounds]),
             "driver_peak_megabytes": max(done["driver_peak_bytes"] for done in rounds) / 2**20,
+            "worker_peak_megabytes": max(done["worker_peak_bytes"] for done in rounds) / 2**20,
         }
         for name, rounds in seen.items()
     }
-    print(f"\n{'':26s} {'s/round':>8s} {'driver s':>9s} {'peak MB':>8s}")
+    print(f"\n{'':26s} {'s/round':>8s} {'driver s':>9s} {'peak MB':>8s} {'a worker':>9s}")
     for name, side in figures["sides"].items():
         print(
-            f"{name:26s} {side['seconds']:8.3f} {side['driver_cpu_seconds']:9.3f} {side['driver_peak_megabytes']:8.0f}"
+            f"{name:26s} {side['seconds']:8.3f} {side['driver_cpu_seconds']:9.3f} {side['driver_peak_megabytes']:8.0f} "
+            f"{side['worker_peak_megabytes']:9.0f}"
         )
-    found = figures["sides"]
-    figures["ratios"] = {
-        "many registered, seconds": found["round loop, many asleep"]["seconds"] / found["round loop"]["seconds"],
-        "many registered, megabytes more": found["round loop, many asleep"]["driver_peak_megabytes"]
-        - found["round loop"]["driver_peak_megabytes"],
-        "many sampled, megabytes more": found["many sampled"]["driver_peak_megabytes"]
-        - found["few sampled"]["driver_peak_megabytes"],
-    }
+    found, ratios = figures["sides"], {}
+    if "round loop" in found:
+        plain, asleep = found["round loop"], found["round loop, many asleep"]
+        ratios["many registered, seconds"] = asleep["seconds"] / plain["seconds"]
+        ratios["many registered, megabytes more"] = asleep["driver_peak_megabytes"] - plain["driver_peak_megabytes"]
+    if "few sampled" in found:
+        for who in ("driver", "worker"):
+            few, many = (found[name][f"{who}_peak_megabytes"] for name in ("few sampled", "many sampled"))
+            ratios[f"many sampled, megabytes more of a {who}"] = many - few
+            ratios[f"many sampled, peak of a {who} by that of few"] = many / few if few else float("nan")
     if "flower" in found:
-        figures["ratios"]["flower / ours"] = found["flower"]["seconds"] / found["ours"]["seconds"]
+        ratios["flower / ours"] = found["flower"]["seconds"] / found["ours"]["seconds"]
+    figures["ratios"] = ratios
     for name, ratio in figures["ratios"].items():
         print(f"{name}: {ratio:.2f}")
     write(args.json, figures)

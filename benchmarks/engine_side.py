@@ -1,9 +1,11 @@
 """Contestant of the engine benchmark. ours|loop|flower REGISTERED SAMPLED BYTES WORKERS COHORT."""
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import echo_client
@@ -26,6 +28,33 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def worker_peak_bytes() -> int:
+    """The most that any of our workers has held so far; 0 where the system does not tell."""
+    return max((_peak(folder) for folder in Path("/proc").glob("[0-9]*") if _is_our_worker(folder)), default=0)
+
+
+def _is_our_worker(folder: Path) -> bool:
+    try:
+        if not (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
+            return False
+        while folder.name not in ("0", "1", str(os.getpid())):  # up to the driver, or past it
+            folder = folder.parent / _status(folder, "PPid:")
+    except OSError:  # it has ended
+        return False
+    return folder.name == str(os.getpid())
+
+
+def _peak(folder: Path) -> int:
+    try:
+        return int(_status(folder, "VmHWM:")) * 1024
+    except OSError:
+        return 0
+
+
+def _status(folder: Path, key: str) -> str:
+    return (folder / "status").read_text(encoding="utf-8").partition(key)[2].split()[0]
+
+
 def whole_round(grid: Grid, nodes: Sequence[int]) -> None:
     """Broadcast and replies; Flower's reach us in any order."""
     content = RecordDict({"arrays": arrays(), "config": ConfigRecord({"server-round": 1})})
@@ -44,6 +73,7 @@ def rounds(one: Callable[[], None]) -> None:
             seconds=time.perf_counter() - began,
             driver_cpu_seconds=time.process_time() - busy,
             driver_peak_bytes=peak_bytes(),
+            worker_peak_bytes=worker_peak_bytes(),
         )
 
 

@@ -1,7 +1,11 @@
 """A cohort of 64 clients against the same clients one by one, on a GPU: a 22 M encoder, and a 1 B decoder.
 
 Both of random weights, made from their configurations; imports nothing but `fedlotr.adapters` and `fedlotr.training`.
-Where there is no GPU it says so; `--device cpu` with few clients and `--models encoder` shows that it runs.
+Where there is no GPU it says so and ends with 0, having measured nothing. `--device cpu --small` shows that it runs:
+both models tiny, four clients.
+
+The shares of the matmul rate say what limits: where one client alone has a small share and the cohort a large one, it
+was launching operations; where both have a large one, it is arithmetic, and no cohort can help.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from fedlotr.adapters import CoreConfig
-from fedlotr.training import cohort, ragged_pass
+from fedlotr.training import backward, ragged_pass
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
@@ -25,24 +29,29 @@ from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers,
 MODELS = ("encoder", "decoder")
 
 
-def build(name: str, folder: Path, dtype: str, device: str) -> TrainableModel:
+ENCODER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+"""MiniLM's: 22.7 M parameters."""
+DECODER = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+"""TinyLlama's: 1.1 B parameters."""
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def build(name: str, folder: Path, dtype: str, device: str, small: bool) -> TrainableModel:
     """The model on the device, with fed-sb's cores between random bases."""
     path = folder / name
     encoder = name == "encoder"
     if encoder:
-        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-        BertModel(config).save_pretrained(path)
+        BertModel(BertConfig(**(SMALL if small else ENCODER))).save_pretrained(path)
     else:
-        llama = LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=22,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            vocab_size=32000,
-            dtype=dtype,
-        )
-        LlamaForCausalLM(llama).to(getattr(torch, dtype)).save_pretrained(path)
+        config = LlamaConfig(**{**DECODER, **(SMALL if small else {})}, dtype=dtype)
+        LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(path)
     spec = ModelSpec(str(path), "classification" if encoder else "causal-lm", 4 if encoder else 0, encoder, 0, dtype)
     base = load_base(spec)
     core = CoreConfig(method="fed-sb", basis="random", r=16, target_modules=adaptable_layers(base, "all-linear"))
@@ -83,12 +92,15 @@ def main() -> None:
     options.add_argument("--length", type=int, default=64)
     options.add_argument("--pass-tokens", type=int, default=16384, help="tokens in one forward and backward")
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--small", action="store_true", help="tiny models, four clients, one repeat")
     options.add_argument("--json", type=Path, default=None)
     args = options.parse_args()
+    if args.small:
+        args.clients, args.steps, args.repeats = min(args.clients, 4), 1, 1
     if args.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here (torch.cuda.is_available() is False): nothing was measured")
         return
-    ragged_pass.PASS_TOKENS = cohort.PASS_TOKENS = args.pass_tokens
+    ragged_pass.PASS_TOKENS = backward.PASS_TOKENS = args.pass_tokens
     training = LocalTraining(steps=args.steps, batch_size=args.batch)
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     side = 8192 if args.device == "cuda" else 1024
@@ -97,7 +109,7 @@ def main() -> None:
     figures["matmul_gflops"] = 2 * side**3 / product / 1e9
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
-            model = build(name, Path(folder), "bfloat16", args.device)
+            model = build(name, Path(folder), "bfloat16", args.device, args.small)
             each = args.batch * args.steps
             examples, start = examples_for(model, args.clients * each, args.length), model.values()
             work = [np.arange(k * each, (k + 1) * each) for k in range(args.clients)]
@@ -119,13 +131,18 @@ def main() -> None:
                 if target in targets or target.removesuffix(".base_layer") in targets
                 if isinstance(getattr(layer, "weight", None), torch.Tensor)
             )
-            rate = 4 * parameters * int(examples.lengths.sum()) / float(np.median(together)) / 1e9
+            if model.output is not None:
+                parameters += model.output.weight.numel()
+            work_gflop = 4 * parameters * int(examples.lengths.sum()) / 1e9
+            times = {"cohort": float(np.median(together)), "one_by_one": float(np.median(alone))}
             figures[name] = {
-                "cohort_seconds": float(np.median(together)),
-                "one_by_one_seconds": float(np.median(alone)),
-                "ratio": float(np.median(alone) / np.median(together)),
-                "share_of_matmul": rate / figures["matmul_gflops"],
+                **{f"{how}_seconds": taken for how, taken in times.items()},
+                "ratio": times["one_by_one"] / times["cohort"],
+                **{f"{how}_share_of_matmul": work_gflop / t / figures["matmul_gflops"] for how, t in times.items()},
+                "real_tokens_per_second": int(examples.lengths.sum()) / times["cohort"],
             }
+            if args.device == "cuda":
+                figures[name]["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 2**30
             print(name, json.dumps(figures[name]))
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -294,8 +294,21 @@ class SimulationConfig(BaseModel):
     cohort: Annotated[Literal["auto"] | int, BeforeValidator(read_cohort)] = Field(
         default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster"
+    dtype: Literal["auto", "float32", "bfloat16", "saved"] = Field(
+        "auto",
+        description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster; saved: "
+        "as in the model's files, whose pages all workers of a machine then share",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="run each block of the model again in backward instead of keeping what is inside it: less memory "
+        "for large models, about a third more work",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="join the Ray cluster there (HOST:PORT, or auto) instead of starting one on this machine; all its "
+        "machines must see --out and the model under the same paths",
     )
 
     out: Annotated[Path, AfterValidator(expand)] | None = Field(
@@ -510,7 +523,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 DEPENDENT = {
     "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr", "error_feedback"},
-    "engine": {"workers", "threads", "error_feedback"},
+    "engine": {"workers", "threads", "ray_address", "error_feedback"},
     "baseline": {"strategy", "strategy_arg"},
     "strategy": {"error_feedback"},
     "codec": {"error_feedback"},

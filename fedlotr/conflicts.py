@@ -34,6 +34,13 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
         )
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
+    if config.ray_address is not None and config.engine != "ray":
+        yield ("ray_address", "engine"), f"the engine {config.engine!r} is not Ray's; choose ray, or leave it out"
+    if config.ray_address is not None and "://" in config.ray_address:
+        yield (
+            ("ray_address",),
+            "a run is started on a machine of the cluster: give HOST:PORT, as 'ray start' prints",
+        )
     if config.baseline is not None:
         for field in ("strategy", "strategy_arg"):
             if getattr(config, field):
@@ -142,6 +149,8 @@ def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ..
             yield ("privacy_engine", "optimizer_state"), "its optimizer begins anew in every round"
         if config.client_rank is not None:
             yield ("privacy_engine", "client_rank"), "it knows one rank"
+        if config.gradient_checkpointing:
+            yield ("privacy_engine", "gradient_checkpointing"), "its hooks would see every block run twice"
     if config.privacy == "none":
         for field in ("epsilon", "noise_multiplier", "delta", "clip_quantile", "noise_cohort", "reproducible_noise"):
             if getattr(config, field):

@@ -28,8 +28,9 @@ from fedlotr.formulas import WIRE_BYTES, coded_bytes
 from fedlotr.model_source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.training.checkpointing import blocks
 from fedlotr.training.cohort import cut_cohorts
-from fedlotr.training.models import LOGITS, Tensors, TrainableModel, load_base
+from fedlotr.training.models import Tensors, TrainableModel, load_base
 from fedlotr.training.packing import PASS_TOKENS
 from fedlotr.wire_form import UNCODED, WireForm
 
@@ -251,13 +252,21 @@ def _mean_lengths(checked: Checked, clients: Sequence[int]) -> dict[int, float]:
 def _activations(model: TrainableModel, width: int) -> int:
     """Bytes that one pass keeps for its backward."""
     tokens = model.pass_tokens(PASS_TOKENS)
-    through = 0
-    for module in model.module.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding):
-            through += sum(weight.shape)
-    logits = 4 * LOGITS * 2 if model.spec.kind == "causal-lm" else 0
-    return tokens * through * width * ACTIVATIONS + logits
+    through = _widths_in(model.module)
+    if model.spec.checkpointed:  # each block's input, and what is inside the one that runs again
+        inside = [_widths_in(part) for part in blocks(model.module)]
+        through += max(inside) - sum(inside) + len(inside) * int(getattr(model.module.config, "hidden_size", 0))
+    return tokens * through * width * ACTIVATIONS + 4 * model.held_logits * 2
+
+
+def _widths_in(module: torch.nn.Module) -> int:
+    """Of all matrices' inputs and outputs together."""
+    weights = [(part, getattr(part, "weight", None)) for part in module.modules()]
+    return sum(
+        sum(weight.shape)
+        for part, weight in weights
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(part, torch.nn.Embedding)
+    )
 
 
 def weights_on_disk(checked: Checked) -> str:

@@ -5,10 +5,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedlotr.configuration import SimulationConfig
 from fedlotr.errors import InputError
+from fedlotr.training.precision import saved_dtype
 from fedlotr.training.supported import check_folder
 
 DEMO_MODEL = "all-MiniLM-L6-v2"
@@ -126,6 +128,14 @@ def read_architecture(folder: Path, config: SimulationConfig) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise InputError(f"--model {config.model}: its config.json cannot be read: {first_line(error)}") from error
+
+
+def dtype_on_disk(folder: Path, config: SimulationConfig) -> str:
+    """The format of the model's files. Raises InputError where a base cannot be run in it, or they cannot be read."""
+    try:
+        return saved_dtype(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"--dtype saved: {config.model}: {error}") from error
 
 
 def check_length(architecture: Any, config: SimulationConfig) -> None:

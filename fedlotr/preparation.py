@@ -38,6 +38,7 @@ from fedlotr.model_source import (
     DEMO_HUB_ID,
     DEMO_MODEL,
     check_length,
+    dtype_on_disk,
     load_tokenizer,
     pad_id,
     read_architecture,
@@ -208,7 +209,11 @@ def check(
     if source is not None and task is not None and tokenizer is not None and labels is not None:
         # One row shows whether --max-length leaves room for any text.
         attempt(lambda: encode(task, source.train.select([0]), tokenizer, config.max_length), "max_length")
-    if folder is not None and tokenizer is not None:
+    if folder is not None and config.dtype == "saved":
+        saved_in = folder
+        if (dtype := attempt(lambda: dtype_on_disk(saved_in, config), "dtype", "model")) is not None:
+            config = config.model_copy(update={"dtype": dtype})
+    if folder is not None and tokenizer is not None and config.dtype != "saved":
         # Where the data do not tell what it is for, a model can still have too narrow layers.
         spec = ModelSpec(
             str(folder),
@@ -219,6 +224,7 @@ def check(
             "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
             own.code if own else None,
             own.code_folder if own else "",
+            config.gradient_checkpointing,
         )
         skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
         targets: list[str] | None = []

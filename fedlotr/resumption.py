@@ -12,7 +12,18 @@ from fedlotr.errors import InputError
 from fedlotr.own import is_own
 from fedlotr.run_directory import Checkpoint, RunDirectory
 
-MAY_CHANGE = {"workers", "quiet", "json_output", "out", "resume", "client_adapters", "tensorboard", "mlflow", "wandb"}
+MAY_CHANGE = {
+    "workers",
+    "ray_address",
+    "quiet",
+    "json_output",
+    "out",
+    "resume",
+    "client_adapters",
+    "tensorboard",
+    "mlflow",
+    "wandb",
+}
 """What changes nothing in the results."""
 
 

@@ -343,7 +343,12 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
     assert config.threads is not None
     if config.engine == "local":
         grid: Engine = LocalGrid(
-            CLIENT_APP, config.clients, run_config=run_config, cohorts=rule, threads=config.threads
+            CLIENT_APP,
+            config.clients,
+            run_config=run_config,
+            cohorts=rule,
+            threads=config.threads,
+            spill=workplace.folder,
         )
     else:
         from fedlotr.engines import RayGrid
@@ -356,6 +361,8 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
             cohorts=rule,
             workers=config.workers,
             threads=config.threads,
+            spill=workplace.folder,
+            address=config.ray_address,
         )
     try:
         yield grid

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
@@ -64,7 +65,7 @@ class HetLoRA(Strategy):
         if not 1 <= keeps < rank:
             return update
 
-        def tail(arrays: Arrays) -> float:
+        def tail(arrays: Mapping[str, npt.NDArray[np.float64]]) -> float:
             return sum(
                 float(np.linalg.norm(arrays[f["B"]][:, keeps:rank]) * np.linalg.norm(arrays[f["A"]][keeps:rank]))
                 for f in layers.values()
@@ -87,7 +88,7 @@ class HetLoRA(Strategy):
         vars(self).update(state)
 
 
-def _norm(arrays: Arrays, layers: Mapping[str, Mapping[str, str]]) -> float:
+def _norm(arrays: Mapping[str, npt.NDArray[np.float64]], layers: Mapping[str, Mapping[str, str]]) -> float:
     """||B A|| over all layers, from the triangular QR factors."""
     return float(
         np.sqrt(

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlotr.engines import CohortRule, LocalGrid, RayGrid, node_of, partition_of
-from fedlotr.engines.base import Engine
+from fedlotr.engines.base import Engine, Job
+from fedlotr.engines.broadcast import Broadcast, size
 from fedlotr.errors import FedlotrError, InputError
 
 CLIENTS = 12
@@ -161,24 +161,51 @@ def test_the_number_of_workers_changes_no_reply(ray_grid: RayGrid, workers: int)
         assert calls(grid) == dict.fromkeys(range(1, CLIENTS, 2), 2)
 
 
-def test_a_large_record_is_stored_once_for_all_jobs_and_again_after_a_death(
-    ray_grid: RayGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_arrays(messages: list[Message], numbers: int) -> list[Message]:
+    """The same messages around an array of so many numbers, an object of its own for each, all equal."""
+    for message in messages:
+        own = ArrayRecord({"core": Array(np.arange(numbers, dtype=np.float32))})
+        message.content = RecordDict({**message.content, "arrays": own})
+    return messages
+
+
+def last_numbers(replies: Sequence[Message]) -> list[float]:
+    return [float(reply.content.array_records["arrays"]["core"].numpy()[-1]) for reply in replies]
+
+
+def test_equal_arrays_go_to_each_worker_once_in_training_and_in_evaluation(ray_session: None) -> None:
+    numbers = 2**12
+    with a_ray_grid(2, cohorts=None) as grid:
+        grid.warm_up()
+        once = size(with_arrays(broadcast([0]), numbers)[0].content["arrays"])
+        sent = []
+        for kind in ("evaluate", "train", "train"):
+            replies = grid.send_and_receive(with_arrays(broadcast(range(CLIENTS), kind), numbers))
+            assert last_numbers(replies) == [numbers - 1 + partition for partition in range(CLIENTS)]
+            sent.append(grid.broadcast.sent_bytes)
+        assert sent[-1] in (once, 2 * once), "one worker may have been quick enough to do all"
+        replies = grid.send_and_receive(with_arrays(broadcast(range(CLIENTS)), numbers + 1))
+        assert last_numbers(replies) == [numbers + partition for partition in range(CLIENTS)]
+
+
+def test_what_is_stored_for_workers_is_what_messages_have_in_common() -> None:
     stored: list[object] = []
-    put = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))
-    for flag in ({}, {"die_once": 3, "flag": str(tmp_path / "flag")}):
-        messages = broadcast(range(CLIENTS), **flag)
-        large = ArrayRecord({"core": Array(np.arange(2**19, dtype=np.float32))})
-        for message in messages:
-            message.content = RecordDict({**message.content, "arrays": large})
-        stored.clear()
-        replies = ray_grid.send_and_receive(messages)
-        assert len(replies) == CLIENTS and not failed(replies) and len(stored) == 1
-        for reply in replies:
-            found = reply.content.array_records["arrays"]["core"].numpy()
-            assert found[-1] == 2**19 - 1 + partition_of(reply.metadata.src_node_id)
-        assert all(message.content["arrays"] is large for message in messages), "the senders' messages stay whole"
+    shared = Broadcast(lambda record: stored.append(record) or len(stored))  # type: ignore[func-returns-value]
+    large = with_arrays(broadcast(range(4)), 2**12)
+    large[3].content["arrays"] = ArrayRecord({"core": Array(np.ones(2**12, np.float32))})  # one client's alone
+    small = broadcast(range(4, 6))
+    jobs = [Job(tuple(large[:2])), Job(tuple(large[2:])), Job(tuple(small))]
+    shared.pushed(jobs)
+    parcels = [shared.parcel(job, "worker 1") for job in jobs]
+    assert len(stored) == 1 and [len(parcel.fresh) for parcel in parcels] == [1, 0, 0]
+    assert [len(parcel.places) for parcel in parcels] == [2, 1, 0]
+    assert [sorted(message.content) for message in parcels[1].job.messages] == [["config"], ["arrays", "config"]]
+    assert all("arrays" in message.content for message in large), "the senders' messages stay whole"
+    assert shared.parcel(jobs[1], "worker 2").references == [1] and len(stored) == 1
+    shared.forget("worker 2")
+    assert shared.parcel(jobs[1], "worker 2").references == [1], "another worker in its place has nothing yet"
+    shared.pushed(jobs[2:])
+    assert not shared.parcel(jobs[2], "worker 1").keep, "what nobody sends any more is dropped"
 
 
 def test_workers_compute_with_the_threads_asked_for(ray_session: None) -> None:
@@ -259,15 +286,18 @@ def test_a_job_whose_worker_is_killed_is_repeated(ray_grid: RayGrid, tmp_path: P
 
 
 def test_all_workers_killed_while_they_are_idle_are_all_replaced(ray_grid: RayGrid) -> None:
-    replies = ray_grid.send_and_receive(broadcast(range(CLIENTS)))
+    def wide() -> list[Message]:
+        return with_arrays(broadcast(range(CLIENTS)), 2**12)  # enough to be sent to each worker once
+
+    replies = ray_grid.send_and_receive(wide())
     ray_grid.warm_up()
     (first, *_), before = replies, ray_grid.restarts
     pids = {metric(first, "pid")}
     while len(pids) < ray_grid.workers:
-        pids |= {metric(reply, "pid") for reply in ray_grid.send_and_receive(broadcast(range(CLIENTS)))}
+        pids |= {metric(reply, "pid") for reply in ray_grid.send_and_receive(wide())}
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert contents(ray_grid.send_and_receive(broadcast(range(CLIENTS)))) == contents(replies)
+    assert contents(ray_grid.send_and_receive(wide())) == contents(replies)
     assert ray_grid.restarts == before + ray_grid.workers
 
 

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Self
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict, UserConfig
@@ -19,6 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedlotr.errors import InputError
+from fedlotr.flower.lazy import REPLY_BYTES, Spill
 from fedlotr.flower.private import CLIENT_RAISED, RUN_ID, Run, empty_run, identify_process, set_message_id
 
 log = logging.getLogger("fedlotr.engines")
@@ -195,15 +197,20 @@ class Engine(Grid):
     """The driver's half of a grid: messages in, jobs queued, replies out; a subclass gets the jobs done.
 
     Nodes are a plain range, and a client without a message costs nothing. `client_states` holds the `Context.state` of
-    those clients that have one, by partition id. `restarts` counts replaced workers.
+    those clients that have one, by partition id. `restarts` counts replaced workers. Of a push's replies, about
+    `reply_bytes` of arrays are held in memory; what is more is read from disk when it is asked for.
     """
 
     name: ClassVar[str]
     workers: int
     threads: int
+    reply_bytes = REPLY_BYTES
 
-    def __init__(self, num_clients: int, cohorts: CohortRule | None) -> None:
-        """A grid of `num_clients` nodes whose train messages are cut into `cohorts` (default: each client alone)."""
+    def __init__(self, num_clients: int, cohorts: CohortRule | None, spill: Path | None = None) -> None:
+        """A grid of `num_clients` nodes whose train messages are cut into `cohorts` (default: each client alone).
+
+        spill: where replies go that are too many for the memory; None: the system's temporary files.
+        """
         identify_process()
         self.num_clients = num_clients
         self.client_states: dict[int, RecordDict] = {}
@@ -214,6 +221,8 @@ class Engine(Grid):
         self._queue: deque[Job] = deque()
         self._expected: set[str] = set()  # ids of the messages that may still be answered
         self._replies: dict[str, Message] = {}
+        self._spill_folder = spill
+        self._spill = Spill(spill, self.reply_bytes)
 
     @abstractmethod
     def close(self) -> None:
@@ -266,6 +275,7 @@ class Engine(Grid):
             set_message_id(message, message_id)
         self._queue.extend(_cut(pushed, self._cohorts))
         self._expected.update(ids)
+        self._spill = Spill(self._spill_folder, self.reply_bytes)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -300,6 +310,7 @@ class Engine(Grid):
                 continue  # given up: as if it had never been sent
             self._expected.remove(message_id)
             set_message_id(outcome.reply, f"{message_id}-reply")
+            self._spill.keep(outcome.reply)
             self._replies[message_id] = outcome.reply
             if outcome.state:
                 self.client_states[partition] = outcome.state

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
@@ -22,9 +23,10 @@ class LocalGrid(Engine):
         run_config: UserConfig,
         cohorts: CohortRule | None = None,
         threads: int | None = None,
+        spill: Path | None = None,
     ) -> None:
         """`client_app` is "module:attribute" or the app itself; with `threads`, this process computes with so many."""
-        super().__init__(num_clients, cohorts)
+        super().__init__(num_clients, cohorts, spill)
         app = load_client_app(client_app) if isinstance(client_app, str) else client_app
         self._clients = Clients(app, num_clients, dict(run_config))
         if threads is not None:

@@ -1,7 +1,6 @@
 """RayGrid: clients in worker processes that load the app once, are replaced when they die, and end with the run."""
 
 import contextlib
-import copy
 import logging
 import os
 import signal
@@ -9,12 +8,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, RecordDict, UserConfig
+from flwr.app import Message, UserConfig
 
 from fedlotr.engines.base import CohortRule, Engine, Job, failure, log, thread_environment
-from fedlotr.errors import FedlotrError
+from fedlotr.engines.broadcast import Broadcast
+from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.private import CLIENT_CRASHED, CLIENT_RAISED
 
 # Ray reads these as it is imported; a user's own choice wins. The first keeps every port on the loopback interface ("1"
@@ -27,7 +28,6 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 OBJECT_STORE_BYTES = 256 * 2**20  # holds the jobs in flight and their replies; what is larger goes to disk
-LARGE_RECORD_BYTES = 2**20  # goes into the object store once, however many jobs have it
 POLL_SECONDS = 0.1
 COMPILED_PRODUCTS = "4096"  # that torch's CPU library keeps, one for each shape; it would keep 1,024
 DEATHS_OF_A_SUSPECT = 2  # a worker may die by chance; a job over which two died is to blame
@@ -35,20 +35,25 @@ FALSE_STARTS = 3  # for each worker, in a row, until the fault is taken to be la
 DEATH = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
 
 
-def start_ray(workers: int) -> bool:
-    """Start Ray on this machine with room for so many workers; False where it is running already."""
+def start_ray(workers: int, address: str | None = None) -> bool:
+    """Start Ray on this machine with room for so many workers, or join the cluster at an address.
+
+    False where this process is in one already. Raises InputError where no cluster answers.
+    """
     if ray.is_initialized():
         return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    start: dict[str, Any] = {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
+    start = {**start, "include_dashboard": False} if address is None else {"address": address}
     try:
         with _interrupts_held_back():
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            ray.init(**start, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        ray.shutdown()
+        if address is None:
+            raise
+        first = str(error).partition("\n")[0]
+        raise InputError(f"--ray-address {address}: no Ray cluster can be joined there ({first})") from error
     except BaseException:
         ray.shutdown()
         raise
@@ -96,11 +101,14 @@ def _worker_class(client_app: str, num_clients: int, run_config: dict[str, Any],
 
             identify_process()
             self.clients = Clients(load_client_app(client_app), num_clients, run_config)
+            self.held: dict[str, Any] = {}
             limit_threads(threads)  # torch, if the app loaded it, does not follow the environment in everything
 
-        def execute(self, job: Any, states: Any, places: Any, *records: Any) -> Any:
-            for (at, name), record in zip(places, records, strict=True):
-                job.messages[at].content[name] = record
+        def execute(self, job: Any, states: Any, places: Any, keep: Any, fresh: Any, *records: Any) -> Any:
+            self.held = {digest: record for digest, record in self.held.items() if digest in keep}
+            self.held.update(zip(fresh, records, strict=True))
+            for at, name, digest in places:
+                job.messages[at].content[name] = self.held[digest]
             return self.clients.execute(job, states)
 
     return Worker
@@ -125,19 +133,22 @@ class RayGrid(Engine):
         cohorts: CohortRule | None = None,
         workers: int,
         threads: int = 1,
+        spill: Path | None = None,
+        address: str | None = None,
     ) -> None:
         """Start workers that import `client_app` ("module:attribute") and compute with so many `threads` each.
 
-        Ray is started too, and stopped by `close`, unless it is running; then it must have a CPU for each worker.
+        Ray is started too, and stopped by `close`, unless this process is in it already or an `address` says which
+        cluster to join; then it must have a CPU for each worker, and is left by `close` as it was.
         """
-        super().__init__(num_clients, cohorts)
+        super().__init__(num_clients, cohorts, spill)
         self.workers = workers
         self.threads = threads
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, Job | None]] = {}  # by the reference of the result; no job: it is starting
-        self._stored: dict[int, tuple[ArrayRecord, Any]] = {}  # by identity: a large record, and where it is stored
+        self.broadcast = Broadcast(ray.put)
         self._false_starts = 0
-        self._owns_ray = start_ray(workers)
+        self._owns_ray = start_ray(workers, address)
         try:
             if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
                 raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
@@ -158,7 +169,7 @@ class RayGrid(Engine):
         """Drop what is queued, end the workers, and Ray if it was started here."""
         with _interrupts_held_back():
             self._queue.clear()
-            self._stored.clear()
+            self.broadcast.clear()
             actors = [*self._idle, *(actor for actor, _ in self._busy.values())]
             self._idle, self._busy = [], {}
             for actor in actors:
@@ -169,8 +180,8 @@ class RayGrid(Engine):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """As `Engine.push_messages`; idle workers have their jobs when it returns."""
-        self._stored.clear()  # those of an earlier push, which nobody sends again
         ids = super().push_messages(messages)
+        self.broadcast.pushed(self._queue)
         self._dispatch()
         return ids
 
@@ -181,24 +192,9 @@ class RayGrid(Engine):
     def _dispatch(self) -> None:
         while self._queue and self._idle:
             actor, job = self._idle.pop(), self._queue.popleft()
-            light, places, references = self._lightened(job)
-            self._busy[actor.execute.remote(light, self._states(job), places, *references)] = (actor, job)
-
-    def _lightened(self, job: Job) -> tuple[Job, list[tuple[int, str]], list[Any]]:
-        """A job without its large records, where each belongs, and references to them, which Ray resolves."""
-        messages, places, references = [], [], []
-        for at, message in enumerate(job.messages):
-            large = {name for name, record in message.content.items() if _size(record) >= LARGE_RECORD_BYTES}
-            light = copy.copy(message)
-            light.content = RecordDict({name: record for name, record in message.content.items() if name not in large})
-            messages.append(light)
-            for name in sorted(large):
-                record: Any = message.content[name]
-                if id(record) not in self._stored:
-                    self._stored[id(record)] = record, ray.put(record)  # the record too, so that its id stays its own
-                places.append((at, name))
-                references.append(self._stored[id(record)][1])
-        return replace(job, messages=tuple(messages)), places, references
+            parcel = self.broadcast.parcel(job, actor)
+            words = (parcel.job, self._states(job), parcel.places, parcel.keep, parcel.fresh, *parcel.references)
+            self._busy[actor.execute.remote(*words)] = (actor, job)
 
     def _advance(self) -> None:
         if not self._busy and not self._idle:
@@ -222,6 +218,7 @@ class RayGrid(Engine):
             cause = error.cause if isinstance(error, RayTaskError) else error
             if job is None:  # its reference stays, so that every pull says so: without the app there is nothing to do
                 raise FedlotrError(f"a worker cannot load the client app: {cause}") from error
+            self.broadcast.forget(actor)  # it may have raised before it had taken what it was handed
             self._split(job, f"{type(cause).__name__}: {cause}", CLIENT_RAISED)
         else:
             if job is None:
@@ -247,6 +244,7 @@ class RayGrid(Engine):
 
     def _replace(self, actor: Any, reason: str) -> None:
         _end(actor)
+        self.broadcast.forget(actor)
         self.restarts += 1
         log.warning("%s; restart %d", reason, self.restarts)
         self._start_worker()
@@ -265,10 +263,6 @@ class RayGrid(Engine):
             if job is not None and not self._is_expected(job):
                 del self._busy[reference]
                 self._replace(actor, f"{job} took too long")
-
-
-def _size(record: Any) -> int:
-    return sum(len(array.data) for array in record.values()) if isinstance(record, ArrayRecord) else 0
 
 
 def _end(actor: Any) -> None:

@@ -2,11 +2,12 @@
 
 Shares no code with the strategies. Every ΔW is kept as factors: a sum of products is the product of stacked factors,
 and the norm of `L R` is that of the product of their triangular QR factors, so no dense ΔW is formed, and unlike
-with Gram matrices nothing is squared, so differences far below the size of ΔW are still seen.
+with Gram matrices nothing is squared, so differences far below the size of ΔW are still seen. Where the stack would be
+wider than ΔW itself, as with many clients, that is formed after all, one product after the other.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Product(NamedTuple):
 class Weighted(NamedTuple):
     """One client's decoded tensors and its share p_i of the mean; the shares sum to one."""
 
-    arrays: Arrays
+    arrays: Mapping[str, Matrix]
     share: float
 
 
@@ -104,7 +105,8 @@ def codec_error(
     no ΔW is common to all clients, of the tensors themselves: a head's, or factors beside others that stay.
     """
     own = [
-        reply.arrays | {n: reply.arrays[n] + gone[n] for n in gone} for reply, gone in zip(replies, lost, strict=True)
+        {**reply.arrays, **{n: reply.arrays[n] + gone[n] for n in gone}}
+        for reply, gone in zip(replies, lost, strict=True)
     ]
     arrays = [start, *(reply.arrays for reply in replies), *own]
     shares, none = [reply.share for reply in replies], [0.0] * len(replies)
@@ -136,7 +138,7 @@ def _squared_norm(
 
 def _squared_norms(
     layer: Layer,
-    arrays: Sequence[Arrays],
+    arrays: Sequence[Mapping[str, Matrix]],
     combinations: Sequence[Sequence[float]],
     products: Sequence[Sequence[Product]],
     matrix: Matrix | None = None,
@@ -163,11 +165,16 @@ def _squared_norms(
             core = layer.core(sum((c * each[layer.trained["C"]] for c, each in terms if c), np.zeros(())))
             norms.append(_norm([layer.scale * (layer.B @ core)], [layer.A], added, matrix))
         return norms
-    lefts, rights = [], []
-    for each in arrays:
+
+    def product(each: Mapping[str, Matrix]) -> Product:
         b = layer.B if layer.B is not None else each[layer.trained["B"]]
-        lefts.append(layer.scale * (b @ layer.core(each[layer.trained["C"]]) if "C" in layer.trained else b))
-        rights.append(layer.A if layer.A is not None else each[layer.trained["A"]])
+        left = layer.scale * (b @ layer.core(each[layer.trained["C"]]) if "C" in layer.trained else b)
+        return Product(left, layer.A if layer.A is not None else each[layer.trained["A"]])
+
+    first = product(arrays[0])
+    if len(arrays) * len(first.right) > min(len(first.left), first.right.shape[1]):
+        return _norms_of_sums(map(product, arrays), combinations, products, matrix)
+    lefts, rights = zip(*map(product, arrays), strict=True)
     widths = [left.shape[1] for left in lefts]
     left, right = np.hstack(lefts), np.vstack(rights)
     if matrix is None:
@@ -182,6 +189,25 @@ def _squared_norms(
             norms.append(float(np.square((left * columns) @ right.T).sum()))
         return norms
     return [_norm([left * np.repeat(coefficients, widths)], [right], added, matrix) for coefficients, added in sums]
+
+
+def _norms_of_sums(
+    terms: Iterable[Product],
+    combinations: Sequence[Sequence[float]],
+    products: Sequence[Sequence[Product]],
+    matrix: Matrix | None,
+) -> list[float]:
+    """||Σ c_j L_j R_j + Σ L R + M||² for each combination of coefficients with its own products, as dense sums."""
+    sums: list[Matrix] = [np.zeros(()) if matrix is None else matrix.copy() for _ in combinations]
+    for at, term in enumerate(terms):
+        whole = term.left @ term.right
+        for row, coefficients in enumerate(combinations):
+            if coefficients[at]:
+                sums[row] = sums[row] + coefficients[at] * whole
+    for row, added in enumerate(products):
+        for term in added:
+            sums[row] = sums[row] + term.left @ term.right
+    return [float(np.square(each).sum()) for each in sums]
 
 
 def _norm(

@@ -27,6 +27,7 @@ from fedlotr.errors import FedlotrError
 from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.coding import RoundCoding, lost_by
+from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
@@ -221,9 +222,12 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
             f"{federation.max_failed}); {_some(failures)}"
         )
     with blaming(strategy, number, federation.method, "aggregate_train"):
-        # Some of Flower's strategies pop arrays out of the replies.
-        seen = [released(guard, expected, good)] if isinstance(guard, ClientGuard) else map(_copy, good)
-        aggregated, metrics = strategy.aggregate_train(number, list(seen))
+        seen = good
+        if isinstance(guard, ClientGuard):
+            seen = [released(guard, expected, good)]
+        elif type(strategy).aggregate_train is not Strategy.aggregate_train:
+            seen = list(map(_copy, good))  # some of Flower's strategies pop arrays out of the replies
+        aggregated, metrics = strategy.aggregate_train(number, seen)
         published = _published(aggregated, expected)
         start = to_arrays(state.arrays)
         added = additions(strategy, federation.layers, start)
@@ -372,7 +376,8 @@ def _certified(strategy: FlowerStrategy, published: Arrays) -> Arrays:
 def _weighted(good: Sequence[Message], start: Arrays) -> list[Weighted]:
     contents: list[Any] = [message.content for message in good]
     weights = [float(content["metrics"]["weight"]) for content in contents]
-    return [Weighted(start | to_arrays(c["arrays"]), w / sum(weights)) for c, w in zip(contents, weights, strict=True)]
+    total = sum(weights)
+    return [Weighted(Decoded(c["arrays"], start), w / total) for c, w in zip(contents, weights, strict=True)]
 
 
 def _codec_error(

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedlotr.flower.lazy import LazyArray, LazyRecord
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 PLAIN = (type(None), bool, int, float, str)
@@ -67,7 +69,9 @@ def pack(value: Any, arrays: Arrays, prefix: str) -> Any:
             return {"defaultdict": [[inner(key), inner(item)] for key, item in value.items()], "factory": factory}
     if kind is deque:
         return {"deque": [inner(item) for item in value], "maxlen": value.maxlen}
-    if kind is Array and value.stype == "numpy.ndarray":
+    if kind is LazyRecord:
+        return inner(value.plain())
+    if kind in (Array, LazyArray) and value.stype == "numpy.ndarray":
         return {"Array": inner(value.numpy())}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}

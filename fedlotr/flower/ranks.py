@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedlotr.flower.lazy import LazyArray, LazyRecord
 from fedlotr.flower.records import FACTOR
 from fedlotr.streams import generator
 
@@ -76,11 +77,19 @@ class Blocks:
         for reply in replies:
             content: Any = reply.content
             rank = self._ranks[nodes[reply.metadata.src_node_id]]
-            whole = {
-                name: Array(padded(array.numpy(), tuple(like[name].shape))) for name, array in content["arrays"].items()
-            }
+            whole = _padded_record(content["arrays"], like)
             client = ConfigRecord({**content["client"], "rank": rank})
-            reply.content = RecordDict({**content, "arrays": ArrayRecord(whole), "client": client})
+            reply.content = RecordDict({**content, "arrays": whole, "client": client})
+
+
+def _padded_record(record: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
+    """With zeros around its arrays, put there when one is read: padded, all clients' would fill the memory."""
+
+    def get(name: str) -> Array:
+        array, shape = record[name], tuple(like[name].shape)
+        return LazyArray(array.dtype, shape, array.stype, lambda: Array(padded(array.numpy(), shape)).data)
+
+    return LazyRecord(dict.fromkeys(record), get)
 
 
 def padded(value: Any, shape: tuple[int, ...]) -> Any:

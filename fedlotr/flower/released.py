@@ -5,6 +5,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
+from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.records import to_arrays, to_record
 from fedlotr.privacy.guard import ClientGuard
 
@@ -12,7 +13,7 @@ from fedlotr.privacy.guard import ClientGuard
 def released(guard: ClientGuard, start: ArrayRecord, good: Collection[Message]) -> Message:
     """One reply in place of all, also of none. start: the tensors that moved, as they were sent."""
     contents: list[Any] = [message.content for message in good]
-    mean = guard.mean(to_arrays(start), [to_arrays(content["arrays"]) for content in contents])
+    mean = guard.mean(to_arrays(start), [Decoded(content["arrays"]) for content in contents])
     content = RecordDict(
         {
             "arrays": to_record(mean),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
+from fedlotr.flower.lazy import LazyRecord
 from fedlotr.flower.private import CLIENT_CRASHED
 from fedlotr.flower.records import value
 
@@ -84,7 +85,7 @@ def _failure(
         named = name if name.isidentifier() else "error"
         return Failure("worker died" if reply.error.code == CLIENT_CRASHED else named, reason)
     content: Any = reply.content
-    kinds = {name: type(record) for name, record in content.items()}
+    kinds = {name: ArrayRecord if type(r) is LazyRecord else type(r) for name, r in content.items()}
     needed = RECORDS | dict.fromkeys(expected, ArrayRecord)
     if needed.items() - kinds.items() or any(kinds[name] is not ConfigRecord for name in kinds.keys() - needed.keys()):
         found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items()) or "none"

@@ -23,8 +23,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.certificate import Product
+from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.ranks import block, padded
-from fedlotr.flower.records import Arrays, to_arrays, to_record
+from fedlotr.flower.records import Arrays, to_record
 from fedlotr.flower.terms import CONTROL, CONTROL_VARIATES
 
 
@@ -32,15 +33,17 @@ from fedlotr.flower.terms import CONTROL, CONTROL_VARIATES
 class Update:
     """One client's reply: its trained tensors after local training (float64), and its weight p_i before division.
 
+    arrays: read-only, and in a run decoded from the reply whenever one is asked for, so that a strategy that goes
+    tensor by tensor needs no memory for all clients' tensors; `.copy()` what is to be changed.
     rank: of the leading block that it trained, where ranks differ; the rest of its factors is zero here. None: all.
     control: the change of its control variates, where the strategy has such (`Strategy.controls`).
     """
 
     client: int
-    arrays: Arrays
+    arrays: Mapping[str, npt.NDArray[np.float64]]
     weight: float
     rank: int | None = None
-    control: Arrays = field(default_factory=dict)
+    control: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def owned(update: Update, name: str) -> npt.NDArray[np.float64]:
@@ -129,8 +132,8 @@ class Strategy(FlowerStrategy):
             content: Any = reply.content
             weight, loss = float(content["metrics"]["weight"]), content["metrics"].get("loss")
             client = content["client"]
-            control = to_arrays(content[CONTROL]) if self.controls else {}
-            arrays = to_arrays(content["arrays"])
+            control = Decoded(content[CONTROL]) if self.controls else {}
+            arrays = Decoded(content["arrays"])
             updates.append(Update(int(client["client"]), arrays, weight, client.get("rank"), control))
             losses.append(loss)
         if not updates:

@@ -177,18 +177,19 @@ class ClientGuard(Guard):
         stream, promise, cohort = self._stream, self.ledger.promise, self.cohort
         assert stream is not None
         self._stream = None
-        moved = {
-            name: torch.from_numpy(np.array([update[name] - value for update in updates]).reshape(-1, *value.shape))
-            for name, value in start.items()
-        }
+        totals = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in start.items()}
+        whole = 0.0
+        for update in updates:  # one after the other: all of them would not fit the memory where a round has thousands
+            moved = {name: torch.from_numpy(np.asarray(update[name] - value))[None] for name, value in start.items()}
+            for name, row in clipped(moved, self.bound).items():
+                totals[name] += row[0]
+            whole += float(clip_factors(moved, self.bound) >= 1.0) - 0.5
         sigma = promise.sigma if self._adaptive is None else self._adaptive.sum_noise(cohort, promise.sigma)
         scale = sigma * self.bound * (1.0 if self._noise_cohort is None else cohort / self._noise_cohort)
         released = {}
-        for name, rows in sorted(clipped(moved, self.bound).items()):
-            total = rows.sum(0)
+        for name, total in sorted(totals.items()):
             released[name] = start[name] + ((total + scale * stream.normal(total)) / cohort).numpy()
         if self._adaptive is not None:
-            whole = float((clip_factors(moved, self.bound) >= 1.0).double().sub(0.5).sum())
             noise = self._adaptive.count_noise(cohort, promise.sigma) * float(stream.normal(torch.zeros(1)))
             self.bound = self._adaptive.moved(self.bound, (whole + noise) / cohort + 0.5)
         return released

@@ -48,17 +48,16 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
     """
     total = Scores()
     with torch.inference_mode():
-        for chosen, labels, logits in _passes(model, examples, rows):
-            losses = example_losses(logits, labels).double()
+        for chosen, labels, losses, predictions in _passes(model, examples, rows, found is not None):
+            losses = losses.double()
             if examples.causal:
                 targets = labels != IGNORED
                 losses *= targets.sum(1)
                 total += Scores(float(losses.sum()), int(targets.sum()))
                 if found is not None:
-                    right = (logits.argmax(-1) == labels) & targets
+                    right = (predictions == labels) & targets
                     found.put(chosen, losses=losses.cpu(), targets=targets.sum(1).cpu(), correct=right.sum(1).cpu())
             else:
-                predictions = logits.argmax(-1)
                 right = predictions == labels
                 total += Scores(float(losses.sum()), len(chosen), int(right.sum()))
                 if found is not None:
@@ -68,19 +67,23 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
 
 
 def _passes(
-    model: TrainableModel, examples: Examples, rows: Rows
-) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]]:
-    """Of each pass the places of its examples among `rows`, their labels and the logits."""
+    model: TrainableModel, examples: Examples, rows: Rows, tokens: bool
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each pass the places of its examples among `rows`, their labels, losses, and what the model predicts.
+
+    tokens: whether a language model's predictions are wanted too; else they are `labels`.
+    """
     if model.takes_ragged:
         for chosen, taken in ragged_batches(examples, rows, EVALUATION_TOKENS):
             ragged = taken.to(model.device)
             with packed(Spans([ragged.tokens])):
                 logits = model.ragged_logits(ragged)
-            yield chosen, ragged.labels, logits
+            yield chosen, ragged.labels, example_losses(logits, ragged.labels), logits.argmax(-1)
         return
     for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
         batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
-        yield chosen, batch.labels, model.logits(batch)
+        losses, predictions = model.scored(batch, predict=tokens or not examples.causal)
+        yield chosen, batch.labels, losses, batch.labels if predictions is None else predictions
 
 
 def shards(count: int, size: int) -> list[slice]:

@@ -20,9 +20,11 @@ from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.layer import TRAINABLE, CopiesLinear, FactoredLayer
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
+from fedlotr.training.checkpointing import run_again
 from fedlotr.training.examples import IGNORED, Batch
 from fedlotr.training.own_class import import_class
 from fedlotr.training.ragged import Ragged, attending
+from fedlotr.training.token_losses import CHUNK_LOGITS, last_hidden, plain_output, predictions, sequence_losses
 
 Kind = Literal["classification", "causal-lm"]
 Tensors = dict[str, torch.Tensor]
@@ -44,7 +46,7 @@ UNBATCHED = {
 relative positions), whose rows have no client: copies for a cohort cannot be told apart there."""
 
 LOGITS = 2**26
-"""Numbers in the logits of one pass of a language model: 256 MB in float32."""
+"""Numbers in the logits of one pass of a language model whose loss needs all of them: 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class ModelSpec:
     path: a local folder in the Hugging Face layout. labels: number of classes (0 for a language model).
     mean_pooled: a sentence encoder, read out by the mean of its token vectors. dtype: of the frozen base.
     code, code_folder: module:Class of a class that is not part of transformers, and the folder of that module.
+    checkpointed: whether its blocks run again in backward instead of keeping what is inside them.
     """
 
     path: str
@@ -64,6 +67,7 @@ class ModelSpec:
     dtype: str = "float32"
     code: str | None = None
     code_folder: str = ""
+    checkpointed: bool = False
 
 
 RAGGED = ("bert",)
@@ -100,7 +104,7 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     `pre_classifier` or BERT's pooler. Those are drawn, alike in every process.
     meta: on the meta device, without reading the weights.
     Raises OSError or ValueError as transformers does where the folder holds no such model, and ValueError where
-    weights other than the head's are missing.
+    weights other than the head's are missing, or where it is to be checkpointed and cannot be.
     """
     # A progress bar per load and a warning about the new head would bury the run's own lines.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -155,6 +159,8 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    if spec.checkpointed:
+        run_again(module)
     return module.eval().requires_grad_(False)
 
 
@@ -401,7 +407,9 @@ class TrainableModel:
     @cached_property
     def takes_ragged(self) -> bool:
         """Whether the model takes packed sequences."""
-        known = self.spec.code is None and getattr(self.module.config, "model_type", "") in RAGGED
+        # Run again in backward, attention would no longer be told of the packed sequences.
+        known = self.spec.code is None and not self.spec.checkpointed
+        known = known and getattr(self.module.config, "model_type", "") in RAGGED
         return known and isinstance(self.module, MeanPooledClassifier) and not self.matrices
 
     def ragged_logits(self, batch: Ragged) -> torch.Tensor:
@@ -414,17 +422,46 @@ class TrainableModel:
             logits: torch.Tensor = model.ragged(batch.averages, **inputs)
         return logits
 
+    @cached_property
+    def output(self) -> nn.Linear | None:
+        """The layer that makes a language model's logits, where its loss can do without having all of them at once.
+
+        To be asked for outside of `adapters.copies`: it is found by trying.
+        """
+        return plain_output(self.module) if self.spec.kind == "causal-lm" else None
+
+    @property
+    def held_logits(self) -> int:
+        """The most numbers in the logits of a language model that exist at a time."""
+        return 0 if self.spec.kind != "causal-lm" else LOGITS if self.output is None else CHUNK_LOGITS
+
     def pass_tokens(self, most: int) -> int:
         """At most so many padded tokens in one pass; fewer where a language model's logits would fill the memory."""
-        vocabulary = getattr(self.module.config, "vocab_size", 0) if self.spec.kind == "causal-lm" else 0
-        return min(most, max(LOGITS // int(vocabulary), 1)) if vocabulary else most
+        if self.spec.kind != "causal-lm" or self.output is not None:
+            return most
+        vocabulary = int(getattr(self.module.config, "vocab_size", 0))
+        return min(most, max(LOGITS // vocabulary, 1)) if vocabulary else most
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """(rows,) the loss of each example: cross-entropy of its class, or the mean over its target tokens.
 
         A sequence's loss does not depend on its batch, so that examples weigh the same in any batch and any client.
         """
-        return example_losses(self.logits(batch), batch.labels)
+        if self.output is None:
+            return example_losses(self.logits(batch), batch.labels)
+        return sequence_losses(self._hidden(batch), batch.labels, self.output)
+
+    def scored(self, batch: Batch, *, predict: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(`losses`, and where `predict` the likeliest class of each row, or token at each place with a target)."""
+        if self.output is None:
+            logits = self.logits(batch)
+            return example_losses(logits, batch.labels), logits.argmax(-1) if predict else None
+        hidden = self._hidden(batch)
+        likeliest = predictions(hidden, batch.labels, self.output) if predict else None
+        return sequence_losses(hidden, batch.labels, self.output), likeliest
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        return last_hidden(self.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)  # type: ignore[arg-type]
 
 
 def example_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,12 @@
 """Which number format the frozen base should have on this machine, by measurement."""
 
+import math
 import time
+from collections import Counter
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 WORTHWHILE = 1.5
 """bfloat16 has to be this many times faster: it costs the base digits, so a small gain is not worth it."""
@@ -18,6 +22,24 @@ def measured_dtype() -> str:
         return "bfloat16" if _seconds(torch.float32) >= WORTHWHILE * _seconds(torch.bfloat16) else "float32"
     finally:
         torch.set_num_threads(threads)
+
+
+FORMATS = {"F32": "float32", "BF16": "bfloat16"}
+"""What safetensors calls the formats that a base can be run in."""
+
+
+def saved_dtype(folder: Path) -> str:
+    """The format that most of a model's numbers are saved in. Raises ValueError where a base cannot be run in it."""
+    numbers: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (a file, not a dict)
+                part = file.get_slice(name)
+                numbers[part.get_dtype()] += math.prod(part.get_shape())
+    found = max(numbers, key=numbers.__getitem__, default="nothing")
+    if found not in FORMATS:
+        raise ValueError(f"its weights are saved as {found}; a base is run in float32 or bfloat16: choose one")
+    return FORMATS[found]
 
 
 def _seconds(dtype: torch.dtype) -> float:
