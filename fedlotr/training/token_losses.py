@@ -32,12 +32,12 @@ class TokenLosses(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else hidden
         for part in _chunks(len(hidden), len(weight)):
             target = targets[part].unsqueeze(1)
-            logits = F.linear(hidden[part], weight, bias).float()
-            norms = logits.logsumexp(1, keepdim=True)
-            losses[part] = (norms - logits.gather(1, target)).squeeze(1)
+            # Less the largest logit first, as torch has it: a logarithm that is not small would cost digits.
+            logs = F.linear(hidden[part], weight, bias).float().log_softmax(1)
+            chosen = logs.gather(1, target)
+            losses[part] = -chosen.squeeze(1)
             if wanted:  # softmax(logits) - one-hot(target)
-                slopes = logits.sub_(norms).exp_()
-                slopes.scatter_add_(1, target, torch.full_like(norms, -1))
+                slopes = logs.exp_().scatter_add_(1, target, torch.full_like(chosen, -1))
                 gradient[part] = slopes.to(weight.dtype) @ weight
         if wanted:
             ctx.save_for_backward(gradient)
