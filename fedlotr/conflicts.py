@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from fedlotr.configuration import SimulationConfig
 
 
+NO_CLIENT_STATE = (
+    "Flower does not show what its clients keep between rounds, so no checkpoint could hold it; choose ray or local"
+)
+"""What does not go with Flower's own engine."""
+
+
 def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """Options that are each fine but do not go together: the fields, and why."""
     method = METHODS[config.method]
@@ -30,7 +36,7 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
     if config.optimizer_state == "keep" and config.engine == "flower":
         yield (
             ("optimizer_state", "engine"),
-            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
+            NO_CLIENT_STATE,
         )
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
@@ -58,7 +64,7 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
     if method.personal and config.engine == "flower":
         yield (
             ("method", "engine"),
-            "Flower does not show what its clients keep between rounds, so no checkpoint could hold it",
+            NO_CLIENT_STATE,
         )
     if config.baseline is not None and (method.personal or config.client_eval):
         decisive = "method" if method.personal else "client_eval"
@@ -126,11 +132,10 @@ def _codec_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...]
             "a client knows the shapes of the run's tensors, and not those of its blocks; only --codec goes with ranks",
         )
     if config.engine == "flower":
-        hidden = "Flower does not show what its clients keep between rounds, so no checkpoint could hold it"
         if config.error_feedback:
-            yield ("error_feedback", "engine"), hidden
+            yield ("error_feedback", "engine"), NO_CLIENT_STATE
         if broadcast.delta:
-            yield ("broadcast_codec", "engine"), hidden
+            yield ("broadcast_codec", "engine"), NO_CLIENT_STATE
 
 
 def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]:

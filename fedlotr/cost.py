@@ -50,7 +50,7 @@ def _print(given: argparse.Namespace) -> None:
     # Here, not above: they load torch and transformers.
     from fedlotr.architectures import read_architecture
     from fedlotr.billing import bills, fedit
-    from fedlotr.reporting.bill import as_csv, as_json, as_table
+    from fedlotr.reporting.bill import Quote, as_csv, as_json, as_table
 
     kind: Any = None if given.task == "auto" else given.task
     architecture = read_architecture(given.model, kind, given.labels, given.targets)
@@ -59,7 +59,7 @@ def _print(given: argparse.Namespace) -> None:
     rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds, coding)
     against = fedit(architecture, ranks[1], given.clients, given.rounds)
     shown = as_json if given.json else as_csv if given.csv else as_table
-    print(shown(given.model, architecture, rows, left_out, against, link, coding), end="")
+    print(shown(Quote(given.model, architecture, rows, left_out, against, link, coding)), end="")
 
 
 def _parser() -> argparse.ArgumentParser:

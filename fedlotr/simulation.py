@@ -28,7 +28,6 @@ from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.plugins import load_strategy
-from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.own import PREFIX
 from fedlotr.preparation import Checked, check, prepare
@@ -42,13 +41,11 @@ from fedlotr.run_log import log_to
 from fedlotr.summary import facts
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.precision import measured_dtype
+from fedlotr.unmet import feedback, unmet_codec, unmet_controls, unmet_updates
 
 log = logging.getLogger("fedlotr")
 
 CLIENT_APP = "fedlotr.flower.client_app:app"
-NO_CLIENT_STATE = (
-    "Flower does not show what its clients keep between rounds, so no checkpoint could hold it; choose ray or local"
-)
 
 
 @dataclass(frozen=True)
@@ -213,7 +210,7 @@ def check_all(
                     name, config.strategy_arg, config.clients_per_round, config.seed, clients=config.clients
                 )
                 problems += [
-                    *_unmet(strategy, config),
+                    *unmet_updates(strategy, config),
                     *unmet_codec(strategy, config),
                     *unmet_controls(strategy, config),
                     *unmet_privacy(strategy, config),
@@ -231,71 +228,6 @@ def check_all(
         raise InputError(problems)
     known = checked.config.model_copy(update={"error_feedback": feedback(strategy, config)})
     return replace(checked, config=known), strategy
-
-
-def _unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """What a strategy needs of every update and the method's clients do not send, each in one line."""
-    if config.optimizer_state == "keep" and "ranks" in vars(strategy):
-        yield (
-            f"--optimizer-state keep with --strategy {config.strategy}: it changes clients' ranks, and what an "
-            "optimizer holds has the old one; choose reset or mean-v"
-        )
-    needed: frozenset[str] = getattr(strategy, "needs", frozenset())
-    row = METHODS[config.method]
-    if any(needed - set(turn) for turn in row.sent):
-        able = [name for name, other in METHODS.items() if all(needed <= set(turn) for turn in other.sent)]
-        sent = " in turn ".join(" and ".join(turn) for turn in row.sent) or "the head alone"
-        yield (
-            f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
-            f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"
-        )
-    elif row.has_core and isinstance(strategy, Strategy) and strategy.merges([1, 1]):
-        yield (
-            f"--strategy {config.strategy} with --method {config.method}: what it merges is B A, without the core "
-            "between them; choose --method lora"
-        )
-
-
-def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """Why clients cannot keep control variates as a strategy asks, each one line."""
-    if not getattr(strategy, "controls", False):
-        return
-    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    if METHODS[config.method].adapts and (config.core or METHODS[config.method].core) == "heads":
-        yield (
-            f"{name} with --core heads: the blocks' scales start again in every round, so there is no lasting gradient "
-            "that a control variate could stand for; choose --core full"
-        )
-    if config.client_rank is not None:
-        yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
-    if config.engine == "flower":
-        yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
-
-
-def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
-    """Whether clients make up for what a codec lost of their last update, where the configuration leaves it open.
-
-    It stays open where nothing is lost, as in the configurations of runs that are older than codecs.
-    """
-    if config.error_feedback is not None or not config.coding.update.lossy:
-        return config.error_feedback
-    return config.engine != "flower" and _factors_last(strategy)
-
-
-def _factors_last(strategy: FlowerStrategy) -> bool:
-    return not getattr(strategy, "restarts", False) and "ranks" not in vars(strategy)
-
-
-def unmet_codec(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """Why a codec does not go with a strategy, each one line."""
-    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    if config.error_feedback and not _factors_last(strategy):
-        yield (
-            f"--error-feedback with {name}: the factors of a round are not those of the next, so what was lost of them "
-            "cannot be made up for; choose --no-error-feedback"
-        )
-    if config.coding.broadcast.coded and "ranks" in vars(strategy):
-        yield f"--broadcast-codec {config.broadcast_codec} with {name}: it changes clients' ranks; only --codec goes"
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:
@@ -341,29 +273,19 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
     rule: CohortRule = cohorts
     run_config: Any = {WORK: str(workplace.folder)}
     assert config.threads is not None
+    common: dict[str, Any] = {
+        "run_config": run_config,
+        "cohorts": rule,
+        "threads": config.threads,
+        "spill": workplace.folder,
+    }
     if config.engine == "local":
-        grid: Engine = LocalGrid(
-            CLIENT_APP,
-            config.clients,
-            run_config=run_config,
-            cohorts=rule,
-            threads=config.threads,
-            spill=workplace.folder,
-        )
+        grid: Engine = LocalGrid(CLIENT_APP, config.clients, **common)
     else:
         from fedlotr.engines import RayGrid
 
         assert config.workers is not None
-        grid = RayGrid(
-            CLIENT_APP,
-            config.clients,
-            run_config=run_config,
-            cohorts=rule,
-            workers=config.workers,
-            threads=config.threads,
-            spill=workplace.folder,
-            address=config.ray_address,
-        )
+        grid = RayGrid(CLIENT_APP, config.clients, workers=config.workers, address=config.ray_address, **common)
     try:
         yield grid
     finally:

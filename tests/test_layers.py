@@ -37,7 +37,7 @@ FLOORS = (
             "promise",
             "resumption",
         ),
-        *("rounds", "run_directory", "run_log", "simulation", "skeleton", "summary", "warm_start"),
+        *("rounds", "run_directory", "run_log", "simulation", "skeleton", "summary", "unmet", "warm_start"),
     ),
     ("forecast", "grid_file", "testing"),
     ("grid_runs", "grid_tuning"),

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from rich import box
@@ -15,7 +15,7 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
 from fedlotr.formulas import CODED, CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.wire_form import UNCODED, Coding
+from fedlotr.wire_form import Coding
 
 WIDTH = 150
 """Columns of a table that is piped."""
@@ -57,10 +57,26 @@ class Model(Protocol):
     def source(self) -> str: ...  # noqa: D102
 
 
-def entries(rows: Sequence[Billed], against: Bill, link: Link) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Quote:
+    """What is shown: the model by name, its bills, those that are left out and why, and what they are held against.
+
+    against: the bill of FedIT, of as many clients and rounds. coding: of all rows.
+    """
+
+    name: str
+    model: Model
+    rows: Sequence[Billed]
+    left_out: Mapping[str, str]
+    against: Bill
+    link: Link
+    coding: Coding
+
+
+def entries(quote: Quote) -> list[dict[str, Any]]:
     """One flat row a bill. Numbers are exact; *_bytes are of one client unless they are called total."""
-    found = []
-    for row in rows:
+    found, against, link = [], quote.against, quote.link
+    for row in quote.rows:
         bill, method = row.bill, METHODS[row.method]
         seconds = link.seconds(bill.round_up, bill.round_down, bill.clients)
         adapted = f"Σ {in_words(method)}" if method.adapts else "0"
@@ -90,15 +106,7 @@ def entries(rows: Sequence[Billed], against: Bill, link: Link) -> list[dict[str,
     return found
 
 
-def as_json(
-    name: str,
-    model: Model,
-    rows: Sequence[Billed],
-    left_out: Mapping[str, str],
-    against: Bill,
-    link: Link,
-    coding: Coding = UNCODED,
-) -> str:
+def as_json(quote: Quote) -> str:
     """One object: the model, the link, the rows, the table of formulas, and what is left out."""
     formulas: dict[str, Formula] = {str(factor): formula for factor, formula in FACTORS.items()}
     formulas |= {f"core {core}": formula for core, formula in CORES.items()} | {"frozen pair": PAIR}
@@ -106,24 +114,24 @@ def as_json(
         json.dumps(
             {
                 "model": {
-                    "name": name,
-                    "kind": model.kind,
-                    "parameters": model.parameters,
-                    "adapted_layers": len(model.layers),
-                    "sum_d_in": sum(layer.d_in for layer in model.layers),
-                    "sum_d_out": sum(layer.d_out for layer in model.layers),
-                    "head": model.head,
-                    "source": model.source,
+                    "name": quote.name,
+                    "kind": quote.model.kind,
+                    "parameters": quote.model.parameters,
+                    "adapted_layers": len(quote.model.layers),
+                    "sum_d_in": sum(layer.d_in for layer in quote.model.layers),
+                    "sum_d_out": sum(layer.d_out for layer in quote.model.layers),
+                    "head": quote.model.head,
+                    "source": quote.model.source,
                 },
-                "link": asdict(link),
-                "codec": coding.codec,
-                "broadcast_codec": coding.broadcast_codec,
-                "clients": against.clients,
-                "rounds": len(against.ups),
-                "rows": entries(rows, against, link),
+                "link": asdict(quote.link),
+                "codec": quote.coding.codec,
+                "broadcast_codec": quote.coding.broadcast_codec,
+                "clients": quote.against.clients,
+                "rounds": len(quote.against.ups),
+                "rows": entries(quote),
                 "formulas": {key: {"numbers": f.text, "source": f.source} for key, f in formulas.items()},
                 "codecs": {kind: {"bytes": form.text, "source": form.source} for kind, form in CODED.items()},
-                "left_out": dict(left_out),
+                "left_out": dict(quote.left_out),
             },
             indent=1,
             ensure_ascii=False,
@@ -132,17 +140,9 @@ def as_json(
     )
 
 
-def as_csv(
-    name: str,
-    model: Model,
-    rows: Sequence[Billed],
-    left_out: Mapping[str, str],
-    against: Bill,
-    link: Link,
-    coding: Coding = UNCODED,
-) -> str:
+def as_csv(quote: Quote) -> str:
     """A line a row."""
-    found = entries(rows, against, link)
+    found = entries(quote)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(found[0]) if found else ["method"], lineterminator="\n")
     writer.writeheader()
@@ -150,27 +150,19 @@ def as_csv(
     return text.getvalue()
 
 
-def as_table(
-    name: str,
-    model: Model,
-    rows: Sequence[Billed],
-    left_out: Mapping[str, str],
-    against: Bill,
-    link: Link,
-    coding: Coding = UNCODED,
-) -> str:
+def as_table(quote: Quote) -> str:
     """For the eye, with the formulas and what they mean below."""
-    clients, rounds = against.clients, len(against.ups)
+    model, rows, clients, rounds = quote.model, quote.rows, quote.against.clients, len(quote.against.ups)
     table = Table(
-        title=f"{name}: {len(model.layers)} adapted layers, {model.parameters:,} parameters, head {model.head:,}\n"
-        f"{clients} clients, {rounds} rounds, link {link.name}",
+        title=f"{quote.name}: {len(model.layers)} adapted layers, {model.parameters:,} parameters, "
+        f"head {model.head:,}\n{clients} clients, {rounds} rounds, link {quote.link.name}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("method, strategies", ratio=1)
     for column in ("r", "trained", "up", "down", "one-off", "total", "× FedIT", "even at", "s a round", "published"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row, entry in zip(rows, entries(rows, against, link), strict=True):
+    for row, entry in zip(rows, entries(quote), strict=True):
         even, ratio, counted = entry["rounds_to_break_even"], entry["total_against_fedit"], row.published_numbers
         table.add_row(
             f"{row.method}, {_alike(row.strategies)}",
@@ -195,7 +187,7 @@ def as_table(
         "Each adapted layer sends, in numbers of 4 bytes:",
         *(f"  {method:14} {in_words(METHODS[method])}   ({source(METHODS[method])})" for method in _methods(rows)),
     ]
-    lines[:0] = _coded(coding)
+    lines[:0] = _coded(quote.coding)
     lines += [
         f"{row.method} with {row.strategies[0]}: published as {row.published.text}; {row.published.note}"
         for row in rows
@@ -206,7 +198,7 @@ def as_table(
         for row in rows
         if row.controls
     ]
-    lines += [f"left out: {method}, {reason}" for method, reason in left_out.items()]
+    lines += [f"left out: {method}, {reason}" for method, reason in quote.left_out.items()]
     return "\n".join(line.rstrip() for line in [*capture.get().splitlines(), *lines]) + "\n"
 
 
