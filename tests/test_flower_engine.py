@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,16 @@ def test_flwr_run_gives_the_tensors_of_the_local_engine(
     assert flowers["communication"] == ours["communication"]
     unpacked = list((Path(flower["FLWR_HOME"]) / "apps").rglob("*"))
     assert unpacked and not [path for path in unpacked if path.suffix == ".py"], "the bundle must hold no second copy"
+
+
+@pytest.mark.parametrize("component", ["serverapp", "clientapp"])
+def test_looking_for_an_app_imports_nothing_heavy(component: str) -> None:
+    """Flower looks for both in two threads, one without its lock: two imports of peft at once can break each other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    module = project["tool"]["flwr"]["app"]["components"][component].partition(":")[0]
+    look = f"import importlib.util, sys; assert importlib.util.find_spec({module!r}); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert not {"torch", "peft", "transformers", "flwr"} & set(found.stdout.split())
 
 
 def nodes(*registered: int) -> Any:

@@ -41,7 +41,10 @@ FLOORS = (
     ),
     ("forecast", "grid_file", "testing"),
     ("grid_runs", "grid_tuning"),
-    ("cli", "compare", "cost", "doctor", "grid", "listing", "report", "server_app", "simulate", "supervised"),
+    (
+        *("cli", "client_app", "compare", "cost", "doctor", "grid", "listing", "report"),
+        *("server_app", "simulate", "supervised"),
+    ),
 )
 """From the ground up. A module stands on the floor of the longest name here that it is, or that it lies within."""
 DOOR = (
