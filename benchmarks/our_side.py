@@ -16,9 +16,10 @@ from fedlotr.configuration import SimulationConfig
 from fedlotr.engines import RayGrid
 from fedlotr.federation import federation
 from fedlotr.flower.client_app import WORK
-from fedlotr.flower.loop import State, evaluate, run_round
+from fedlotr.flower.loop import State, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
+from fedlotr.flower.scoring import evaluate
 from fedlotr.preparation import check, prepare
 from fedlotr.simulation import CLIENT_APP, resolve
 from fedlotr.training.cohort import cut_cohorts

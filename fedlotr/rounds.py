@@ -20,11 +20,13 @@ from fedlotr.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.federation import federation
+from fedlotr.flower.blame import blaming
 from fedlotr.flower.carried import restored, saved
 from fedlotr.flower.coding import holdings
-from fedlotr.flower.loop import BudgetSpentError, Round, State, blaming, can_pay, evaluate, run_round
+from fedlotr.flower.loop import BudgetSpentError, Round, State, can_pay, run_round
 from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.records import to_record, to_tensors
+from fedlotr.flower.scoring import evaluate
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.handover import OwnBase, write_adapter
 from fedlotr.preparation import Prepared

@@ -20,9 +20,10 @@ from fedlotr.adapters.export import whole
 from fedlotr.communication import read_ledger
 from fedlotr.federation import federation
 from fedlotr.flower import Update, WithCarry
+from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.carried import carry_records, model_sha256, restored, saved
 from fedlotr.flower.client_app import Worker
-from fedlotr.flower.loop import StrategyError, sample_clients
+from fedlotr.flower.loop import sample_clients
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.workplace import Workplace

@@ -20,9 +20,10 @@ from fedlotr.engines import LocalGrid
 from fedlotr.errors import InputError
 from fedlotr.federation import federation as simulated_federation
 from fedlotr.flower import Strategy
+from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
 from fedlotr.flower.client_app import worker
-from fedlotr.flower.loop import Federation, State, StrategyError, TooManyFailuresError, run_round, sample_clients
+from fedlotr.flower.loop import Federation, State, TooManyFailuresError, run_round, sample_clients
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.state import load_strategy_state, save_strategy

@@ -14,9 +14,10 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedlotr.engines import LocalGrid
 from fedlotr.flower import Strategy
+from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.lazy import LazyRecord, Spill
-from fedlotr.flower.loop import Federation, Round, State, StrategyError, run_round
+from fedlotr.flower.loop import Federation, Round, State, run_round
 from fedlotr.flower.packing import pack, unpack
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.private import identify_process

@@ -6,17 +6,15 @@ strategy aggregate, certifies the result, casts it to the wire's numbers, and ha
 
 import copy
 import logging
-import math
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
@@ -24,7 +22,8 @@ from fedlotr.adapters.carry import Carry, in_words
 from fedlotr.communication.codecs import Tensors
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
-from fedlotr.flower.carried import add_carry, additions, carry_records, lost, merged
+from fedlotr.flower.blame import blaming
+from fedlotr.flower.carried import add_carry, additions, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.coding import RoundCoding, lost_by
 from fedlotr.flower.lazy import Decoded
@@ -32,29 +31,17 @@ from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.released import all_lost, released
-from fedlotr.flower.replies import METRICS, Failure, check_replies
+from fedlotr.flower.replies import METRICS, Failure, check_replies, first_line
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.flower.state import ClientStates
 from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.terms import CONTROL
 from fedlotr.privacy.guard import ClientGuard, Guard
 from fedlotr.streams import generator, stream_key
-from fedlotr.training.evaluation import Scores, shards, sum_scores
 from fedlotr.training.results import Results
 from fedlotr.wire_form import UNCODED, Coding
 
 log = logging.getLogger("fedlotr")
-
-EVALUATION_SHARD = 128
-"""Held-out examples in one evaluate message: small enough to keep several workers busy to the end."""
-
-
-INTERFACE = frozenset({"configure_train", "aggregate_train", "combine", "state", "load_state"})
-"""The methods of a strategy that a run calls, or that call each other."""
-
-
-class StrategyError(FedlotrError):
-    """A strategy raised, or gave back what cannot be a model; the message names it, the round and the method."""
 
 
 class BudgetSpentError(FedlotrError):
@@ -159,7 +146,7 @@ def _cohort(federation: Federation, server_round: int) -> list[int]:
     return guard.draw(server_round) if isinstance(guard, ClientGuard) else admitted
 
 
-def _nodes(grid: Grid) -> Sequence[int]:
+def nodes_by_client(grid: Grid) -> Sequence[int]:
     """Node ids by client: every engine of ours, and `FlowerGrid`, lists them in partition order."""
     return cast(Sequence[int], grid.get_node_ids())
 
@@ -172,7 +159,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     started = time.monotonic()
     number = state.round + 1
     clients, guard = _cohort(federation, number), federation.guard
-    nodes = _nodes(grid)
+    nodes = nodes_by_client(grid)
     view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
     # Flower's strategies draw from the global generator: seeded per round, a resumed run draws the same.
     random.seed(stream_key(federation.seed, "strategy", number))
@@ -276,52 +263,6 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     return Round(row, view.entries, failures, dict(said))
 
 
-def evaluate(
-    grid: Grid, federation: Federation, arrays: ArrayRecord, carry: Carry | None = None
-) -> dict[str, float | None]:
-    """Loss and accuracy, or loss and perplexity, and the federation's own metric, on the held-out examples.
-
-    The server's own work, spread over the engine's workers; it passes by the ledger. carry: what the model carries;
-    workers lack its newest version. Raises FedlotrError where a shard fails.
-    """
-    nodes = _nodes(grid)
-    carried = {} if carry is None else carry_records(carry, max(carry.version - 1, 0))
-    pieces = shards(federation.held_out, EVALUATION_SHARD)
-    asked = {} if federation.measure is None else {"rows": True}
-    messages = [
-        Message(
-            RecordDict(
-                {
-                    "arrays": arrays,
-                    "config": ConfigRecord({"start": piece.start, "stop": piece.stop, **asked}),
-                    **carried,
-                }
-            ),
-            nodes[at % federation.clients],
-            MessageType.EVALUATE,
-        )
-        for at, piece in enumerate(pieces)
-    ]
-    replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages)}
-    parts: list[Scores] = []
-    rows: list[dict[str, Any]] = []
-    for message in messages:
-        reply = replies[message.metadata.message_id]
-        if reply.has_error():
-            reason = reply.error.reason or "no reason was given"
-            log.error("evaluation failed: %s", reason)
-            raise FedlotrError(f"evaluation failed: {_first_line(reason)}")
-        content: Any = reply.content
-        found = content["metrics"]
-        parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
-        rows += [{name: array.numpy() for name, array in content["rows"].items()}] if asked else []
-    scores = sum_scores(parts)
-    further = {} if federation.measure is None else federation.measure(Results.joined(rows))
-    if federation.causal:
-        return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700)), **further}
-    return {"loss": scores.mean_loss, "accuracy": scores.accuracy, **further}
-
-
 def _ranks(strategy: FlowerStrategy, federation: Federation) -> Sequence[int] | None:
     """Of each client in this round; None where all have the run's."""
     fewer = strategy.ranks if isinstance(strategy, Strategy) else {}
@@ -354,16 +295,11 @@ def _add_basis(
     return newcomers
 
 
-def _first_line(reason: str) -> str:
-    """Without the traceback, which the log has."""
-    return reason.partition("\n")[0]
-
-
 def _some(failures: Mapping[int, Failure]) -> str:
     """The first of each kind, in one line."""
     first: dict[str, str] = {}
     for client, failure in failures.items():
-        first.setdefault(failure.kind, f"client {client}: {_first_line(failure.reason)}")
+        first.setdefault(failure.kind, f"client {client}: {first_line(failure.reason)}")
     return "; ".join(first.values()) or "no client was asked"
 
 
@@ -431,30 +367,3 @@ def _published(aggregated: ArrayRecord | None, before: ArrayRecord) -> ArrayReco
 def _cast(published: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
     """In the wire's dtypes and in the names' order."""
     return to_record({name: published[name].numpy().astype(like[name].dtype) for name in like})
-
-
-class blaming:  # noqa: N801 (reads as a statement)
-    """Turn an exception of the strategy into a StrategyError that says whose it is and where."""
-
-    def __init__(self, strategy: FlowerStrategy, server_round: int, method: str, stage: str) -> None:
-        self._strategy, self._stage = strategy, stage
-        self._round, self._method = server_round, method
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception):
-            stage = _raised_in(self._strategy, error) or self._stage
-            where = f"strategy {type(self._strategy).__name__}, {stage}, round {self._round}, method {self._method}"
-            raise StrategyError(f"{where}: {type(error).__name__}: {error}") from error
-
-
-def _raised_in(strategy: FlowerStrategy, error: Exception) -> str | None:
-    """The innermost method of a strategy's interface that an exception came out of, if it came through one."""
-    found = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        first = frame.f_code.co_varnames[:1]
-        if frame.f_code.co_name in INTERFACE and first and frame.f_locals.get(first[0]) is strategy:
-            found = frame.f_code.co_name
-    return found

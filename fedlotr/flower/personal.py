@@ -44,7 +44,7 @@ def evaluate_clients(
 ) -> dict[str, Any]:
     """Every client's own model on its own rows: mean, spread (standard deviation) and worst tenth over the clients.
 
-    held_back: each client's number of such rows; who has none is left out. carry: as for `loop.evaluate`.
+    held_back: each client's number of such rows; who has none is left out. carry: as for `scoring.evaluate`.
     Every client counts the same. The metric is accuracy, or perplexity (whose worst are the largest). Raises
     FedlotrError where a client fails.
     """

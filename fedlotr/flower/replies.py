@@ -133,3 +133,8 @@ def _tensors(arrays: ArrayRecord, expected: ArrayRecord) -> Failure | None:
         if not np.isfinite(decoded).all():
             return Failure("not finite", f"{name} has values that are not finite")
     return None
+
+
+def first_line(reason: str) -> str:
+    """Of what a client said went wrong: without the traceback, which the log has."""
+    return reason.partition("\n")[0]
