@@ -29,9 +29,10 @@ COLUMNS = ("row", "an update", "smaller by", "{metric}", "against FedIT", "until
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the grid. update: bytes. curve, spent: means over seeds after each round, of the metric and all bytes.
+    """One row of the grid. update: bytes. curve, spent: means over seeds, of the metric and all bytes.
 
-    finals: the metric after the last round, by seed. codec: of the update.
+    They are told after each round that was evaluated. finals: the metric after the last one, by seed. codec: of the
+    update.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Row:
 
 
 def read_row(folder: Path) -> Row:
-    """The finished runs of one row. Every round of them has to be evaluated."""
+    """The finished runs of one row."""
     runs: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for summary in sorted(folder.glob("seed-*/summary.json")):
         lines = (summary.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -60,13 +61,14 @@ def read_row(folder: Path) -> Row:
         runs[found["seed"]] = found, [json.loads(line) for line in lines]
     metric = metric_of(next(iter(runs.values()))[0])
     rounds = list(zip(*(rows for _, rows in runs.values()), strict=True))
-    crossed = [fmean(row["bytes_up"] + row["bytes_down"] for row in rows) for rows in rounds]
+    spent = accumulate(fmean(row["bytes_up"] + row["bytes_down"] for row in rows) for rows in rounds)
+    evaluated = [(rows, bytes_) for rows, bytes_ in zip(rounds, spent, strict=True) if rows[0].get(metric) is not None]
     return Row(
         name=folder.name,
         update=fmean(s["communication"]["upload_payload_bytes_per_client_round"] for s, _ in runs.values()),
         finals={seed: rows[-1][metric] for seed, (_, rows) in runs.items()},
-        curve=[fmean(row[metric] for row in rows) for rows in rounds],
-        spent=list(accumulate(crossed)),
+        curve=[fmean(row[metric] for row in rows) for rows, _ in evaluated],
+        spent=[bytes_ for _, bytes_ in evaluated],
         codec=(next(iter(runs.values()))[0]["codec"] or {"update": "float32"})["update"],
     )
 
