@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from side_by_side import answer, turns
 
+from fedlotr.brought import Brought
 from fedlotr.configuration import SimulationConfig
 from fedlotr.engines import RayGrid
 from fedlotr.federation import federation
@@ -40,7 +41,7 @@ def main(path: str, method: str, rank: int, workers: int, cohort: str, dtype: st
     if method == "lora":  # the same rate on both sides
         words |= {"lr": job["lr"], "head_lr": job["lr"]}
     config = resolve(SimulationConfig(**words))
-    checked = check(config, data={"train": rows, "test": job["test"]})
+    checked = check(config, brought=Brought(data={"train": rows, "test": job["test"]}))
     edges = np.cumsum([0, *map(len, parts)])
     checked = replace(
         checked,

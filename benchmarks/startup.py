@@ -25,8 +25,8 @@ STEPS = (
     ("fitting the head", "fedlotr.preparation", "fit_head"),
     ("making the bases", "fedlotr.preparation", "initialize_basis"),
     ("adapter and workplace", "fedlotr.preparation", "TrainableModel"),
-    ("evaluation", "fedlotr.simulation", "evaluate"),
-    ("round", "fedlotr.simulation", "run_round"),
+    ("evaluation", "fedlotr.rounds", "evaluate"),
+    ("round", "fedlotr.rounds", "run_round"),
     ("checkpoint", "fedlotr.run_directory", "RunDirectory.write_checkpoint"),
     ("ending Ray", "fedlotr.engines.ray", "RayGrid.close"),
 )
