@@ -80,7 +80,7 @@ def compare(args: Any, folder: Path, **shape: Any) -> dict[str, Any]:
     """One job, every contestant; medians and ratios."""
     path = folder / "job.json"
     job = write_job(path, args, **shape)
-    sides = {
+    sides: dict[str, tuple[Any, ...]] = {
         "flower+peft cached": ("peft_side.py", path, args.lora_rank, args.workers, "cached"),
         "flower+peft reloaded": ("peft_side.py", path, args.lora_rank, args.workers, "reloaded"),
         "fed-sb": ("our_side.py", path, "fed-sb", args.rank, args.workers, "auto", args.dtype),

@@ -29,9 +29,14 @@ from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers,
 MODELS = ("encoder", "decoder")
 
 
-ENCODER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+ENCODER: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 """MiniLM's: 22.7 M parameters."""
-DECODER = {
+DECODER: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,
@@ -40,7 +45,7 @@ DECODER = {
     "vocab_size": 32000,
 }
 """TinyLlama's: 1.1 B parameters."""
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
 def build(name: str, folder: Path, dtype: str, device: str, small: bool) -> TrainableModel:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from side_by_side import answer, turns
 
 from fedlotr.brought import Brought
@@ -22,7 +21,7 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.scoring import evaluate
 from fedlotr.preparation import check, prepare
-from fedlotr.simulation import CLIENT_APP, resolve
+from fedlotr.simulation import CLIENT_APP, limited_threads, resolve
 from fedlotr.training.cohort import cut_cohorts
 
 
@@ -48,8 +47,7 @@ def main(path: str, method: str, rank: int, workers: int, cohort: str, dtype: st
         parts=[np.arange(a, b) for a, b in itertools.pairwise(edges)],
         public=np.arange(edges[-1], len(rows)),
     )
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, limited_threads(1):
         prepared = prepare(checked, Path(folder).absolute())
         workplace = prepared.workplace
         size = None if config.cohort == "auto" else config.cohort

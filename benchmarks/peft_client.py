@@ -33,7 +33,8 @@ class Classifier(nn.Module):
         """Logits."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        logits: torch.Tensor = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        return logits
 
 
 def build(job: dict[str, Any], rank: int) -> PeftModel:

@@ -127,7 +127,7 @@ def run_simulation(
                 dump_yaml(config, directory.path / "config.yaml")
             finished = 0 if checkpoint is None else checkpoint.round
             display.begin(directory.path, finished)
-            stack.enter_context(_threads(config.threads))
+            stack.enter_context(limited_threads(config.threads))
             grid = stack.enter_context((engine or _engine)(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
             guard = guard_of(checked, directory.path)
@@ -294,7 +294,7 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
     """Compute in this process with so many threads: the server's own share of the work has a worker's bits too.
 
     numpy's products of small matrices get one: beside other work its threads wait for each other, and a decomposition

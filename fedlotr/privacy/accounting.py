@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
-from dp_accounting import pld, rdp
-from scipy.optimize import brentq
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+# The accountants are imported where they are asked: a run without privacy does not wait for them.
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class Releases:
     steps: int
 
 
-def _event(part: Releases) -> dp_accounting.DpEvent:
+def _event(part: Releases) -> "DpEvent":
+    import dp_accounting
+
     gaussian = dp_accounting.GaussianDpEvent(part.sigma)
     one = gaussian if part.rate >= 1.0 else dp_accounting.PoissonSampledDpEvent(part.rate, gaussian)
     return dp_accounting.SelfComposedDpEvent(one, part.steps)
@@ -34,9 +38,12 @@ def _event(part: Releases) -> dp_accounting.DpEvent:
 @lru_cache(maxsize=4096)
 def epsilon(spent: Releases, delta: float) -> float:
     """By PLD, at its default interval of 1e-4: pessimistic by construction. By RDP where so little noise has no PLD."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
     if not spent.steps:
         return 0.0
-    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     try:
         return float(accountant.compose(_event(spent)).get_epsilon(delta))
     except ValueError:  # its grid would have too many points: an epsilon in the hundreds, whichever way
@@ -46,9 +53,12 @@ def epsilon(spent: Releases, delta: float) -> float:
 @lru_cache(maxsize=4096)
 def epsilon_by_rdp(spent: Releases, delta: float) -> float:
     """An upper bound of another kind, and a quick one."""
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
     if not spent.steps:
         return 0.0
-    accountant = rdp.RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     absl = logging.getLogger("absl")
     before, absl.level = absl.level, logging.ERROR  # it leaves out orders whose series do not converge, and says each
     try:
@@ -93,6 +103,8 @@ def _dearest(planned: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def _calibrated(target: float, delta: float, rate: float, steps: int) -> float:
+    from scipy.optimize import brentq
+
     def over(log_sigma: float, spent: Callable[[Releases, float], float] = epsilon) -> float:
         return math.log(spent(Releases(math.exp(log_sigma), rate, steps), delta) / target)
 
