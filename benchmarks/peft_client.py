@@ -104,7 +104,7 @@ def train(message: Message, context: Context) -> Message:
     for batch in loader:
         loss = nn.functional.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         total += float(loss.detach()) * len(batch["labels"])
     metrics = MetricRecord({"num-examples": len(data), "loss": total / len(data)})

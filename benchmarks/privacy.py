@@ -91,12 +91,13 @@ def by_ghost_clipping(
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # torch's, on token ids
         optimizer = torch.optim.AdamW(parameters.values(), lr=training.lr)
         losses = model.losses(examples.batch(rows, model.spec.pad_id))
-        losses.sum().backward(retain_graph=True)
+        torch.autograd.backward(losses.sum(), retain_graph=True)
         factors = wrapped[0].get_clipping_coef()
         optimizer.zero_grad()
         wrapped[0].disable_hooks()
-        torch.dot(factors, losses).backward()
+        torch.autograd.backward(torch.dot(factors, losses))
         for parameter in parameters.values():
+            assert parameter.grad is not None
             parameter.grad += noise.sigma * noise.bound * torch.randn(parameter.shape, generator=generator)
             parameter.grad /= len(rows)
         optimizer.step()

@@ -3,6 +3,7 @@
 The command is run in a process of its own, its steps timed from outside the code, by wrapping functions.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -74,7 +75,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--clients", type=int, default=50)
-    options.add_argument("--options", nargs="*", default=[], help="more words for fedlotr.simulate")
+    options.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="last: more words for fedlotr.simulate"
+    )
     args = options.parse_args()
     runs: list[dict[str, Any]] = []
     for repeat in range(args.repeats + 1):  # the first warms the files

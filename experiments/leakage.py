@@ -81,7 +81,7 @@ def attacked(model: TrainableModel, setting: Setting, texts: Sequence[list[int]]
         work = ClientWork(np.arange(len(pieces)), np.random.default_rng(number))
         training = LocalTraining(
             optimizer=setting.optimizer, lr=0.3 if setting.optimizer == "sgd" else 1e-3, batch_size=1
-        )  # type: ignore[arg-type]
+        )
         hidden = None
         if setting.sigma is not None:
             hidden = DPSGD(ExampleNoise(setting.sigma, 0.1), [NoiseStream()])

@@ -8,6 +8,7 @@ without noise has the same size for every method and rank. Writes noise.md and n
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def published(model: TrainableModel, method: Method, updates: Sequence[dict[str,
 
 def size(matrices: Matrices) -> float:
     """Frobenius, over all of them."""
-    return sum(float(matrix.square().sum()) for matrix in matrices) ** 0.5
+    return math.sqrt(sum(float(matrix.square().sum()) for matrix in matrices))
 
 
 def in_closed_form(
@@ -107,7 +108,7 @@ def in_closed_form(
         scaling = layer.scaling["default"]
         total += expected_noise(factors, method.trained, tau, scaling, over, exact=method.products)
     model.assign(start)
-    return total**0.5
+    return math.sqrt(total)
 
 
 def row(*cells: str) -> str:

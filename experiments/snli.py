@@ -66,10 +66,11 @@ def main() -> None:
     start = fmean(run["initial"]["accuracy"] for run in everything)
     lines.append(f"| before the first round | | | {' | '.join(f'{start:.3f}' for _ in epsilons)} | |")
     axes.axhline(start, color="#57606a", linewidth=1, linestyle=":", label="before the first round")
-    for (name, scores), shade in zip(PUBLISHED.items(), ("#24292f", "#8c959f", "#c0c7ce"), strict=True):
-        axes.plot(list(scores), list(scores.values()), "x--", color=shade, linewidth=1, label=f"{name}, as published")
-        at = [SPENT[epsilon] for epsilon in scores]
-        axes.plot(at, list(scores.values()), "+", color=shade, label=f"{name}, by its δ at 1/n")
+    for (name, published), shade in zip(PUBLISHED.items(), ("#24292f", "#8c959f", "#c0c7ce"), strict=True):
+        accuracies = list(published.values())
+        axes.plot(list(published), accuracies, "x--", color=shade, linewidth=1, label=f"{name}, as published")
+        spent = [SPENT[claimed] for claimed in published]
+        axes.plot(spent, accuracies, "+", color=shade, label=f"{name}, by its δ at 1/n")
     axes.set_xlabel("ε of a client's example, whole run")
     axes.set_ylabel("accuracy")
     axes.set_xticks(epsilons)
