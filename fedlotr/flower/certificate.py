@@ -8,6 +8,7 @@ wider than ΔW itself, as with many clients, that is formed after all, one produ
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -197,13 +198,20 @@ def _norms_of_sums(
     products: Sequence[Sequence[Product]],
     matrix: Matrix | None,
 ) -> list[float]:
-    """||Σ c_j L_j R_j + Σ L R + M||² for each combination of coefficients with its own products, as dense sums."""
+    """||Σ c_j L_j R_j + Σ L R + M||² for each combination of coefficients with its own products, as dense sums.
+
+    So many terms at once that their stacked factors are about as large as the matrix.
+    """
     sums: list[Matrix] = [np.zeros(()) if matrix is None else matrix.copy() for _ in combinations]
-    for at, term in enumerate(terms):
-        whole = term.left @ term.right
-        for row, coefficients in enumerate(combinations):
-            if coefficients[at]:
-                sums[row] = sums[row] + coefficients[at] * whole
+    each_term = zip(terms, *combinations, strict=True)
+    for first in each_term:
+        most = min(len(first[0].left), first[0].right.shape[1]) // len(first[0].right)
+        taken = [first, *islice(each_term, max(most, 1) - 1)]
+        stack, *coefficients = zip(*taken, strict=True)
+        left, right = np.hstack([term.left for term in stack]), np.vstack([term.right for term in stack])
+        widths = [len(term.right) for term in stack]
+        for row, each in enumerate(coefficients):
+            sums[row] = sums[row] + (left * np.repeat(each, widths)) @ right
     for row, added in enumerate(products):
         for term in added:
             sums[row] = sums[row] + term.left @ term.right
