@@ -24,6 +24,7 @@ from fedlotr.reporting.console import readable_bytes
 
 matplotlib.use("svg")
 REFERENCE = "fedit"
+TILT: dict[bool, dict[str, Any]] = {False: {"rotation": 40}, True: {"rotation": -40, "verticalalignment": "top"}}
 COLUMNS = ("row", "an update", "smaller by", "{metric}", "against FedIT", "until {goal:.3f}", "until {near:.3f}")
 
 
@@ -113,9 +114,11 @@ def draw(rows: Sequence[Row], metric: str, within: float, out: Path) -> None:
         of = sorted((row for row in rows if row.codec == codec), key=lambda row: row.update)
         spreads = [stdev(row.finals.values()) if len(row.finals) > 1 else 0.0 for row in of]
         axes.errorbar([r.update for r in of], [r.curve[-1] for r in of], spreads, fmt="o", capsize=2, label=codec)
-        for row in of:
-            name = row.name.removesuffix(f"-{codec}")
-            axes.annotate(name, (row.update, row.curve[-1]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        for row, before in zip(of, [None, *of], strict=False):
+            again = before is not None and before.update == row.update  # two on one place: one name up, one down
+            name = row.name.partition("_codec-")[0].removesuffix(f"-{codec}").replace("_rank-", "-")
+            at = (row.update, row.curve[-1])
+            axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=7, **TILT[again])
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable_bytes(value)))
     axes.set_xlabel("payload of an update")
