@@ -1,6 +1,8 @@
 """The house stands as it is drawn: imports only point downward, and Flower's private names stay in one module."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +103,9 @@ def test_imports_only_point_downward(module: str) -> None:
         )
         if within(name, *DOOR) and not within(module, *DOOR):
             assert floor(module) >= floor("fedlotr.reporting"), f"{module} need not know how runs are configured"
+
+
+def test_a_run_without_privacy_does_not_wait_for_the_accountants() -> None:
+    look = "import fedlotr.simulation, sys; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert not {"dp_accounting", "opacus"} & set(found.stdout.split())

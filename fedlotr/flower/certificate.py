@@ -3,7 +3,7 @@
 Shares no code with the strategies. Every ΔW is kept as factors: a sum of products is the product of stacked factors,
 and the norm of `L R` is that of the product of their triangular QR factors, so no dense ΔW is formed, and unlike
 with Gram matrices nothing is squared, so differences far below the size of ΔW are still seen. Where the stack would be
-wider than ΔW itself, as with many clients, that is formed after all, one product after the other.
+wider than ΔW itself, as with many clients, that is formed after all, from as many products at once as fit beside it.
 """
 
 import math
