@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter
 from fedlotr.reporting.console import readable_bytes
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "fedlotr"  # the same figures, the same file
 REFERENCE = "fedit"
 TILT: dict[bool, dict[str, Any]] = {False: {"rotation": 40}, True: {"rotation": -40, "verticalalignment": "top"}}
 COLUMNS = ("row", "an update", "smaller by", "{metric}", "against FedIT", "until {goal:.3f}", "until {near:.3f}")

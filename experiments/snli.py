@@ -18,6 +18,7 @@ from matplotlib import pyplot
 from fedlotr.reporting.console import readable_bytes
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "fedlotr"  # the same figures, the same file
 PUBLISHED = {
     "Fed-SB r=64": {1: 0.738, 3: 0.749},
     "FFA-LoRA r=32": {1: 0.701, 3: 0.715},
