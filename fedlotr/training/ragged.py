@@ -35,66 +35,61 @@ SAME_WIDTH = 8
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences that attention pads to each other. start: of their padded tokens among those of all groups."""
+    """Sequences that attention pads to each other, as rows of (tokens, heads): one head of one token each.
+
+    start: of their padded rows among those of all groups. shape: (count · heads, width). gather: the row at each place
+    of (count, heads, width). padding: the places that hold none. mask: (count · heads, 1, width) zero, and minus
+    infinity where there is padding; None where there is none.
+    """
 
     start: int
-    count: int
-    width: int
+    shape: tuple[int, int]
+    gather: torch.Tensor
+    padding: torch.Tensor
     mask: torch.Tensor | None
-    """(count, width) zero, and minus infinity where there is padding; None where there is none."""
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Its part (count · heads, width, size) of all groups' padded rows."""
+        return rows[self.start : self.start + len(self.gather)].view(*self.shape, -1)
+
+    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same of (tokens · heads, size); padding holds some row or other."""
+        return rows.index_select(0, self.gather).view(*self.shape, -1)
 
 
 class Attendance:
     """Which tokens may attend to which, and where each is put for that."""
 
     def __init__(self, lengths: Rows) -> None:
-        starts = np.cumsum(lengths) - lengths
-        self.tokens = int(lengths.sum())
+        self._lengths = lengths
         self.device = torch.device("cpu")
         """Where the model computes; set before its first layer asks."""
-        self.groups: list[_Group] = []
-        taken: list[Rows] = []  # by group: the token at each padded place, -1 for padding
-        at = 0
-        for chosen in pack(lengths, int(lengths.size * lengths.max()), GROUP_OVERHEAD):
-            width = -(-int(lengths[chosen[0]]) // SAME_WIDTH) * SAME_WIDTH
-            place = np.arange(width)
-            padding = place >= lengths[chosen, None]
-            taken.append(np.where(padding, -1, starts[chosen, None] + place))
-            mask = torch.zeros(padding.shape).masked_fill_(torch.from_numpy(padding), -torch.inf)
-            self.groups.append(_Group(at, len(chosen), width, mask if padding.any() else None))
-            at += taken[-1].size
-        self._taken = taken
-        self._masks: dict[int, list[torch.Tensor | None]] = {}
-        self._indices: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._groups: dict[int, tuple[list[_Group], torch.Tensor]] = {}
 
-    def indices(self, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(gather, padding, scatter) over rows of one head of one token.
-
-        gather: the row of (tokens, heads) at each place of the groups' (count, heads, width), end to end. padding: the
-        places that hold none. scatter: the place of each row.
-        """
-        if heads not in self._indices:
-            head = np.arange(heads)[None, :, None]
-            rows = np.concatenate(
-                [np.where(t < 0, -1, t * heads + head).ravel() for t in (g[:, None] for g in self._taken)]
-            )
-            padding = np.flatnonzero(rows < 0)
-            scatter = np.empty(self.tokens * heads, np.int64)
-            real = np.flatnonzero(rows >= 0)
-            scatter[rows[real]] = real
-            rows[padding] = 0
-            gather, nowhere, back = (torch.from_numpy(places).to(self.device) for places in (rows, padding, scatter))
-            self._indices[heads] = gather, nowhere, back
-        return self._indices[heads]
-
-    def masks(self, heads: int) -> list[torch.Tensor | None]:
-        """By group (count · heads, 1, width), or None."""
-        if heads not in self._masks:
-            self._masks[heads] = [
-                None if g.mask is None else g.mask.to(self.device).repeat_interleave(heads, 0).unsqueeze(1)
-                for g in self.groups
-            ]
-        return self._masks[heads]
+    def groups(self, heads: int) -> tuple[list[_Group], torch.Tensor]:
+        """The groups, and the place of each row of (tokens, heads) among their padded rows, which lie end to end."""
+        if heads not in self._groups:
+            lengths = self._lengths
+            starts = np.cumsum(lengths) - lengths
+            head = np.arange(heads)[:, None]
+            groups: list[_Group] = []
+            scatter = np.empty(int(lengths.sum()) * heads, np.int64)
+            at = 0
+            for chosen in pack(lengths, int(lengths.size * lengths.max()), GROUP_OVERHEAD):
+                width = -(-int(lengths[chosen[0]]) // SAME_WIDTH) * SAME_WIDTH
+                place = np.arange(width)
+                empty = place >= lengths[chosen, None]
+                rows = ((starts[chosen, None] + place)[:, None] * heads + head).ravel()
+                nowhere = np.broadcast_to(empty[:, None], (len(chosen), heads, width)).ravel()
+                scatter[rows[~nowhere]] = at + np.flatnonzero(~nowhere)
+                rows[nowhere] = 0
+                mask = torch.zeros(empty.shape).masked_fill_(torch.from_numpy(empty), -torch.inf).to(self.device)
+                gather, padding = (torch.from_numpy(x).to(self.device) for x in (rows, np.flatnonzero(nowhere)))
+                masked = mask.repeat_interleave(heads, 0).unsqueeze(1) if empty.any() else None
+                groups.append(_Group(at, (len(chosen) * heads, width), gather, padding, masked))
+                at += rows.size
+            self._groups[heads] = groups, torch.from_numpy(scatter).to(self.device)
+        return self._groups[heads]
 
 
 @dataclass(frozen=True)
@@ -184,53 +179,51 @@ def attending(model: Any, attendance: Attendance) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ) V within sequences. Of the products' operands, the padded copies are kept for backward."""
+    """softmax(scale · Q Kᵀ) V within sequences; Q, K and V are padded group by group, so that a processor's cache still
+    holds them when they are multiplied. Of the products' operands, the padded copies are kept for backward."""
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, attendance: Attendance
     ) -> torch.Tensor:
         heads, size = q.shape[1], q.shape[3]
-        gather, _, scatter = attendance.indices(heads)
-        q, k, v = (x.transpose(1, 2).reshape(-1, size).index_select(0, gather) for x in (q, k, v))
-        out = torch.empty_like(q)
-        kept = []
-        for group, mask in zip(attendance.groups, attendance.masks(heads), strict=True):
-            qs, ks, vs, outs = (_part(x, group, heads) for x in (q, k, v, out))
+        groups, scatter = attendance.groups(heads)
+        q, k, v = (x.transpose(1, 2).reshape(-1, size) for x in (q, k, v))
+        out = q.new_empty(sum(len(group.gather) for group in groups), size)
+        kept: list[torch.Tensor] = []
+        for group in groups:
+            qs, ks, vs = (group.gathered(x) for x in (q, k, v))
             # Products in the base's dtype, the rest in float32: on CPUs torch's softmax is slow in bfloat16.
             scores = torch.bmm(qs, ks.transpose(1, 2)).float().mul_(scale)
-            if mask is not None:
-                scores += mask
-            kept.append(torch.softmax(scores, -1).to(q.dtype))
-            torch.bmm(kept[-1], vs, out=outs)
-        ctx.save_for_backward(q, k, v, *kept)
+            if group.mask is not None:
+                scores += group.mask
+            p = torch.softmax(scores, -1).to(q.dtype)
+            torch.bmm(p, vs, out=group.of(out))
+            kept += qs, ks, vs, p
+        ctx.save_for_backward(*kept)
         ctx.scale, ctx.attendance, ctx.heads = scale, attendance, heads
         return out.index_select(0, scatter).view(1, -1, heads, size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        q, k, v, *kept = ctx.saved_tensors
-        heads, attendance = ctx.heads, ctx.attendance
-        size = q.shape[-1]
-        gather, padding, scatter = attendance.indices(heads)
-        d_out = gradients[0].reshape(-1, size).index_select(0, gather).index_fill_(0, padding, 0)
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for group, p in zip(attendance.groups, kept, strict=True):
-            qs, ks, vs, d_outs, dqs, dks, dvs = (_part(x, group, heads) for x in (q, k, v, d_out, dq, dk, dv))
-            torch.bmm(p.transpose(1, 2), d_outs, out=dvs)
+        kept = iter(ctx.saved_tensors)
+        heads = ctx.heads
+        groups, scatter = ctx.attendance.groups(heads)
+        size = gradients[0].shape[-1]
+        d_out = gradients[0].reshape(-1, size)
+        padded = (sum(len(group.gather) for group in groups), size)
+        dq, dk, dv = (d_out.new_empty(padded) for _ in range(3))
+        for group, qs, ks, vs, p in zip(groups, kept, kept, kept, kept, strict=True):
+            d_outs = group.gathered(d_out)
+            if group.mask is not None:
+                d_outs.view(-1, size).index_fill_(0, group.padding, 0)
+            torch.bmm(p.transpose(1, 2), d_outs, out=group.of(dv))
             dp = torch.bmm(d_outs, vs.transpose(1, 2)).float()
-            ds = torch._softmax_backward_data(dp, p.float(), -1, dp.dtype).mul_(ctx.scale).to(q.dtype)
-            torch.bmm(ds, ks, out=dqs)
-            torch.bmm(ds.transpose(1, 2), qs, out=dks)
+            ds = torch._softmax_backward_data(dp, p.float(), -1, dp.dtype).mul_(ctx.scale).to(p.dtype)
+            torch.bmm(ds, ks, out=group.of(dq))
+            torch.bmm(ds.transpose(1, 2), qs, out=group.of(dk))
         back = (x.index_select(0, scatter).view(1, -1, heads, size).transpose(1, 2) for x in (dq, dk, dv))
         return *back, None, None
-
-
-def _part(x: torch.Tensor, group: _Group, heads: int) -> torch.Tensor:
-    """A group's (count · heads, width, size) of all groups' padded rows."""
-    rows = group.count * heads * group.width
-    start = group.start * heads
-    return x[start : start + rows].view(group.count * heads, group.width, -1)
 
 
 def attention(
