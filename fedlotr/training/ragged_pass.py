@@ -10,8 +10,11 @@ from fedlotr.adapters.layer import copies
 from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import TrainableModel, example_losses
-from fedlotr.training.packing import PASS_TOKENS, Rows, runs
+from fedlotr.training.packing import Rows, runs
 from fedlotr.training.ragged import Ragged
+
+PASS_TOKENS = 3072
+"""Tokens in one pass: half as many again as in an average step of a cohort, so that most steps are one pass."""
 
 
 def ragged_backward(
