@@ -216,17 +216,6 @@ def test_workers_compute_with_the_threads_asked_for(ray_session: None) -> None:
     assert pools and set(pools.values()) == {min(2, os.cpu_count() or 1)}
 
 
-def test_workers_may_use_huge_pages_and_this_process_is_left_as_it_was(ray_session: None) -> None:
-    import ray
-
-    from fedlotr.engines.ray import HUGE_PAGES
-
-    name, value = HUGE_PAGES
-    seen = ray.remote(lambda: os.environ.get(name)).remote()
-    assert ray.get(seen) == os.environ.get(name, value)
-    assert name not in os.environ or os.environ[name] != value
-
-
 def test_a_sleeping_client_costs_nothing() -> None:
     tracemalloc.start()
     grid = local(clients=1_000_000)

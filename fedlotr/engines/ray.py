@@ -29,7 +29,6 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTa
 
 OBJECT_STORE_BYTES = 256 * 2**20  # holds the jobs in flight and their replies; what is larger goes to disk
 POLL_SECONDS = 0.1
-HUGE_PAGES = ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # the C library reads this as a process starts
 COMPILED_PRODUCTS = "4096"  # that torch's CPU library keeps, one for each shape; it would keep 1,024
 DEATHS_OF_A_SUSPECT = 2  # a worker may die by chance; a job over which two died is to blame
 FALSE_STARTS = 3  # for each worker, in a row, until the fault is taken to be lasting
@@ -47,7 +46,7 @@ def start_ray(workers: int, address: str | None = None) -> bool:
     start: dict[str, Any] = {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
     start = {**start, "include_dashboard": False} if address is None else {"address": address}
     try:
-        with _interrupts_held_back(), _huge_pages():
+        with _interrupts_held_back():
             ray.init(**start, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         ray.shutdown()
@@ -61,24 +60,6 @@ def start_ray(workers: int, address: str | None = None) -> bool:
     # Ray prints the death of a worker to stdout, and has no public switch; ours is a line in the log.
     ray._private.worker._worker_logs_enabled = False
     return True
-
-
-@contextlib.contextmanager
-def _huge_pages() -> Iterator[None]:
-    """Processes started in the block, and their children, hold activations in huge pages where the kernel lets them.
-
-    A twentieth of training time on a virtual machine, where each small page is looked up twice. Tunables
-    of the user's own win.
-    """
-    name, value = HUGE_PAGES
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 @contextlib.contextmanager
