@@ -4,6 +4,7 @@ The names below are loaded when they are first used, so that `from fedlotr impor
 Flower nor Ray.
 """
 
+import logging
 import os
 from importlib import import_module
 from importlib.metadata import version
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
+# PEFT imports bitsandbytes where it is installed, which warns of lacking a kernel that is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis

@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.cores import CORES, Core
 from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
+from fedlotr.adapters.quantised import dequantised, is_quantised
 
 FACTORS = ("A", "C", "B")
 """In the order in which they meet the input."""
@@ -349,7 +349,6 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     """The frozen weight as (d_out, d_in), dequantised, in float32 or wider."""
     if isinstance(layer, BaseTunerLayer):
         return weight_of(layer.get_base_layer())
-    weight: torch.Tensor = dequantize_module_weight(layer)
-    weight = weight.detach()
+    weight = dequantised(layer) if is_quantised(layer) else cast(torch.Tensor, layer.weight).detach()
     weight = weight.T if isinstance(layer, Conv1D) else weight
     return weight if weight.dtype == torch.float64 else weight.float()

@@ -8,6 +8,7 @@ import enum
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from fedlotr.adapters.cores import CORES as CORE_FUNCTIONS
 from fedlotr.adapters.cores import HEADS, mixed_matrices
 from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of, widths
 from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES, Method
+from fedlotr.adapters.quantised import is_quantised
 from fedlotr.errors import nearest
 
 GRADIENT_MEMORY = 2 * 1024**3
@@ -332,9 +334,9 @@ def _mean_gradients(
     loss: Callable[[nn.Module, Any], torch.Tensor],
 ) -> tuple[torch.Tensor, ...]:
     model.requires_grad_(False)
-    weights = [cast(torch.Tensor, layer.weight).requires_grad_(True) for _, layer in layers]
     total: tuple[torch.Tensor, ...] | None = None
-    with torch.enable_grad():
+    with torch.enable_grad(), ExitStack() as stack:
+        weights = [stack.enter_context(_differentiable(layer)) for _, layer in layers]
         for batch in batches:
             # A layer that the loss does not depend on has a gradient of zero, which the caller refuses by name.
             part = torch.autograd.grad(loss(model, batch), weights, allow_unused=True, materialize_grads=True)
@@ -348,9 +350,27 @@ def _mean_gradients(
     return total
 
 
+@contextmanager
+def _differentiable(layer: nn.Module) -> Iterator[torch.Tensor]:
+    """A layer's weight, or where that is stored in few bits a matrix of zeros beside it, whose gradient is the same."""
+    weight = cast(torch.Tensor, layer.weight)
+    if not is_quantised(layer):
+        yield weight.requires_grad_(True)
+        return
+    d_in, d_out = widths(layer)
+    beside = torch.zeros(d_out, d_in, device=weight.device, requires_grad=True)
+    hook = layer.register_forward_hook(
+        lambda _, inputs, y: y + nn.functional.linear(inputs[0].to(beside.dtype), beside).to(y.dtype)
+    )
+    try:
+        yield beside
+    finally:
+        hook.remove()
+
+
 def _bytes(layer: nn.Module) -> int:
     d_in, d_out = widths(layer)
-    return 4 * d_in * d_out
+    return 4 * d_in * d_out * (2 if is_quantised(layer) else 1)
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:

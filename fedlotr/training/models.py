@@ -1,29 +1,33 @@
 """A frozen base with the few tensors that clients train: loading it, finding its layers, naming what moves."""
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
-from fedlotr.adapters.layer import TRAINABLE, CopiesLinear, FactoredLayer
+from fedlotr.adapters.layer import TRAINABLE, CopiesLinear, FactoredLayer, widths
+from fedlotr.adapters.quantised import is_quantised, multiply_plainly, quantise
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.streams import stream_key
 from fedlotr.training.checkpointing import run_again
 from fedlotr.training.examples import IGNORED, Batch
 from fedlotr.training.own_class import import_class
 from fedlotr.training.ragged import Ragged, attending
+from fedlotr.training.supported import form_of_weights
 from fedlotr.training.token_losses import CHUNK_LOGITS, last_hidden, plain_output, predictions, sequence_losses
 
 Kind = Literal["classification", "causal-lm"]
@@ -57,6 +61,7 @@ class ModelSpec:
     mean_pooled: a sentence encoder, read out by the mean of its token vectors. dtype: of the frozen base.
     code, code_folder: module:Class of a class that is not part of transformers, and the folder of that module.
     checkpointed: whether its blocks run again in backward instead of keeping what is inside them.
+    quantize: 8bit or 4bit, the form that the weights of the linear layers are kept in; none: in `dtype`.
     """
 
     path: str
@@ -68,6 +73,7 @@ class ModelSpec:
     code: str | None = None
     code_folder: str = ""
     checkpointed: bool = False
+    quantize: str = "none"
 
 
 RAGGED = ("bert",)
@@ -111,14 +117,20 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
     options: dict[str, Any] = {"device_map": "meta"} if meta else {}
+    dtype, quantised = getattr(torch, spec.dtype), spec.quantize != "none" and not meta
     loader: Any = AutoModel if mean_pooled else AutoModelForCausalLM
     if spec.kind == "classification" and not mean_pooled:
         loader = AutoModelForSequenceClassification
         options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
+    saved_form = form_of_weights(Path(spec.path))
     if spec.code is not None:
         loader = import_class(spec.code, spec.code_folder)
+    if spec.code is not None or (meta and saved_form != "none"):
+        config = (AutoConfig if spec.code is None else loader.config_class).from_pretrained(
+            spec.path, local_files_only=True
+        )
+        vars(config).pop("quantization_config", None)  # nothing can be dequantised on the meta device
         # Put in here: what a configuration of one's own does not know would be handed to the class.
-        config = loader.config_class.from_pretrained(spec.path, local_files_only=True)
         for name in tuple(options.keys() & {"num_labels", "pad_token_id"}):
             setattr(config, name, options.pop(name))
         options["config"] = config
@@ -127,7 +139,8 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         load = partial(
             loader.from_pretrained,
             spec.path,
-            dtype=getattr(torch, spec.dtype),
+            # As saved, weights are not read before they are quantised, each layer's by itself.
+            dtype="auto" if quantised else dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -141,7 +154,8 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
             if PLAIN_ATTENTION not in str(error):
                 raise
             model, found = load(attn_implementation=PLAIN_ATTENTION)  # Gemma 2, DeBERTa: they have no other
-        missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        mismatched = {key for key, saved, _ in found["mismatched_keys"] if saved_form != "4bit" or saved[-1] != 1}
+        missing = {*found["missing_keys"], *mismatched}
         if mean_pooled:
             with torch.device("meta" if meta else "cpu"):
                 model = MeanPooledClassifier(model, spec.labels)
@@ -154,14 +168,39 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
             f"its files lack {', '.join(lacking[:3])}, or hold it in another size; it would be random and is not part "
             "of the adapter: take a model that was saved whole"
         )
+    if quantised:
+        quantise_layers(model, spec.quantize, dtype, heads)
     module = with_head(model, heads)
     for layer in list(head_layers(module).values())[-1:]:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    for quantised_layer in filter(is_quantised, module.modules()):
+        multiply_plainly(quantised_layer, dtype)  # also those of a model that was saved so
     if spec.checkpointed:
         run_again(module)
     return module.eval().requires_grad_(False)
+
+
+def quantise_layers(model: nn.Module, form: str, dtype: torch.dtype, heads: Collection[str]) -> None:
+    """Keep the weights of a model's linear layers in few bits, but the head's and the output embedding's, in place.
+
+    All others are brought to `dtype`.
+    """
+    for name in linear_layers(model):
+        if name not in heads:
+            model.set_submodule(name, quantise(model.get_submodule(name), form, dtype))
+    for module in model.modules():
+        if not is_quantised(module):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in a model's parameters, whatever they are stored in."""
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    quantised = [layer for layer in model.modules() if is_quantised(layer)]
+    return numbers + sum(math.prod(widths(layer)) - cast(torch.Tensor, layer.weight).numel() for layer in quantised)
 
 
 def head_names(model: nn.Module, missing: Collection[str] = ()) -> list[str]:
@@ -212,16 +251,11 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
     Never adapted: the head, the output embedding, under mean pooling the pooler, which is not used, and `UNBATCHED`.
     Raises ValueError where nothing matches, with some names that would.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
     unbatched = unbatched_layers(model, targets)
     linear = [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and not isinstance(module, CopiesLinear)
-        and module is not output
-        and name not in unbatched
-        and not (isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."))
+        for name in linear_layers(model)
+        if name not in unbatched and not (isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."))
     ]
     chosen = linear if targets == "all-linear" else [name for name in linear if re.fullmatch(targets, name)]
     if not chosen and unbatched:
@@ -234,6 +268,16 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
             f"no linear layer's name is matched by {targets!r}; names are like {', '.join(linear[:3]) or '(none)'}"
         )
     return chosen
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers but the head and the output embedding."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, CopiesLinear) and module is not output
+    ]
 
 
 def unbatched_layers(model: nn.Module, targets: str) -> list[str]:

@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
+from fedlotr.adapters.quantised import QUANTISED
+
 CLASSES = {
     "classification": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classifier"),
     "causal-lm": (MODEL_FOR_CAUSAL_LM_MAPPING, "language model"),
@@ -81,8 +83,11 @@ def is_sentence_encoder(folder: Path) -> bool:
     return on == {"mean"}
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ValueError, with the reason and the way out, for a model of a kind that cannot be used for any task."""
+def check_folder(folder: Path, quantize: str = "none") -> None:
+    """Raises ValueError, with the reason and the way out, for a model of a kind that cannot be used for any task.
+
+    quantize: the form that its layers are to be brought into, if any.
+    """
     config = read_config(folder)
     model_type = str(config.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
@@ -104,7 +109,18 @@ def check_folder(folder: Path) -> None:
         if package is None or importlib.util.find_spec(package) is None:
             need = f"needs the package {package}" if package else "cannot be adapted here"
             raise ValueError(f"its weights are quantised ({method}), which {need}; take the unquantised model")
+        if quantize != "none":
+            raise ValueError(
+                f"its weights were saved quantised ({method}) and stay so; leave out --quantize {quantize}, or take "
+                "the unquantised model"
+            )
     is_sentence_encoder(folder)
+
+
+def form_of_weights(folder: Path) -> str:
+    """4bit or 8bit where a model was saved quantised by bitsandbytes, else none."""
+    quantised = read_config(folder).get("quantization_config") or {}
+    return next((form for form in QUANTISED if quantised.get(f"load_in_{form}")), "none")
 
 
 def check_kind(folder: Path, kind: str) -> None:
