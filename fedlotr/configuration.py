@@ -299,6 +299,11 @@ class SimulationConfig(BaseModel):
         description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster; saved: "
         "as in the model's files, whose pages all workers of a machine then share",
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        default="none",
+        description="keep the frozen linear layers, but not head and embeddings, in 8 or 4 bits (NF4) by bitsandbytes "
+        "(pip install 'fedlotr[quantized]'), and compute in --dtype: less memory, more time",
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="run each block of the model again in backward instead of keeping what is inside it: less memory "

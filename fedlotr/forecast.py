@@ -30,8 +30,9 @@ from fedlotr.preparation import Checked
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.training.checkpointing import blocks
 from fedlotr.training.cohort import cut_cohorts
-from fedlotr.training.models import Tensors, TrainableModel, load_base
+from fedlotr.training.models import Tensors, TrainableModel, count_parameters, linear_layers, load_base
 from fedlotr.training.packing import PASS_TOKENS
+from fedlotr.training.supported import form_of_weights
 from fedlotr.wire_form import UNCODED, WireForm
 
 COPIES_OF_TRAINED = 4
@@ -40,6 +41,8 @@ ACTIVATIONS = 3
 """Numbers kept for the backward by a layer and what follows it (attention, norms, copies), for each of its inputs and
 outputs and each token of a pass. A rough upper figure: with it the default run is foretold 1.7 GB a process, and its
 workers were seen to take 1.4 GB."""
+BYTES_OF_QUANTISED = {"8bit": 1.01, "4bit": 0.52}
+"""Of one number, with its share of the scales of rows and blocks."""
 MOST_ROUNDS = 2000
 """Rounds whose samples are drawn to count the clients that ever take part."""
 MOST_ROWS = 20_000
@@ -115,10 +118,11 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         round(lengths[client] * min(len(checked.parts[client]), checked.training.batch_size)) for client in rounds[0]
     ]
     cohorts = cut_cohorts(steps, None if config.cohort == "auto" else config.cohort)
-    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    parameters = count_parameters(model.module)
     width = 2 if config.dtype == "bfloat16" else WIRE_BYTES
     largest = max(piece.stop - piece.start for piece in cohorts)
-    weights = width * parameters
+    form = config.quantize if config.quantize != "none" else form_of_weights(Path(checked.spec.path))
+    weights = width * parameters + _stored_in_fewer(model.module, form, width)
     if config.baseline is not None:  # nothing is sent
         up, down, one_off, participants = 0, 0, 0, 0
     return Forecast(
@@ -144,6 +148,14 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         + 3 * basis_bytes
         + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
     )
+
+
+def _stored_in_fewer(module: torch.nn.Module, form: str, width: int) -> int:
+    """Bytes that quantised linear layers take beyond those of plain ones: below zero. width: of a plain number."""
+    if form == "none":
+        return 0
+    matrices = [widths(module.get_submodule(name)) for name in linear_layers(module)]
+    return round(sum(d_in * d_out for d_in, d_out in matrices) * (BYTES_OF_QUANTISED[form] - width))
 
 
 def architecture(checked: Checked) -> TrainableModel:

@@ -25,7 +25,7 @@ def supported_folder(config: SimulationConfig, *, fetch: bool) -> Path | None:
     folder = resolve_model(config.model, fetch=fetch)
     if folder is not None:
         try:
-            check_folder(folder)
+            check_folder(folder, config.quantize)
         except (ValueError, OSError) as error:
             raise InputError(f"--model {config.model}: {error}") from error
     return folder

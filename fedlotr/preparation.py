@@ -225,6 +225,7 @@ def check(
             own.code if own else None,
             own.code_folder if own else "",
             config.gradient_checkpointing,
+            config.quantize,
         )
         skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
         targets: list[str] | None = []

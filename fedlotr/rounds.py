@@ -43,6 +43,16 @@ SHARED_ALONE = (
     "It holds what the clients share; the factors that stay with each of them are here as before any training. "
     "`--client-adapters` writes one of every client."
 )
+BESIDE_QUANTISED = (
+    "It was trained and scored beside a base with its linear layers in {form}; beside the base as it is loaded above, "
+    "scores differ a little. To have that one, give its `from_pretrained` also\n"
+    "`quantization_config=transformers.BitsAndBytesConfig({how})`."
+)
+HOW_QUANTISED = {
+    "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+    "bnb_4bit_compute_dtype=torch.float32",
+    "8bit": "load_in_8bit=True",
+}
 
 
 class Rounds:
@@ -75,11 +85,12 @@ class Rounds:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
         state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
         log.info(
-            "engine %s, %d workers of %s threads, %s; strategy %s",
+            "engine %s, %d workers of %s threads, %s%s; strategy %s",
             self.config.engine,
             self.grid.workers,
             self.config.threads,
             self.config.dtype,
+            "" if self.config.quantize == "none" else f" with linear layers in {self.config.quantize}",
             type(strategy).__name__,
         )
         self.directory.open_round_folders()
@@ -196,11 +207,14 @@ class Rounds:
         )
         model.carry(state.carry)
         model.assign(shared)
-        write(self.directory.adapter, note=SHARED_ALONE if model.personal else "")
+        form = config.quantize
+        beside = "" if form == "none" else BESIDE_QUANTISED.format(form=form, how=HOW_QUANTISED[form])
+        write(self.directory.adapter, note="\n".join(filter(None, [SHARED_ALONE if model.personal else "", beside])))
         if config.client_adapters:
             for client in range(config.clients):
                 model.assign(shared | personal(self.grid.client_states.get(client, {})))
-                write(self.directory.adapter_of(client), note=f"It is that of client {client}, whose factors differ.")
+                own = f"It is that of client {client}, whose factors differ."
+                write(self.directory.adapter_of(client), note="\n".join(filter(None, [own, beside])))
 
     def _own_base(self) -> OwnBase | None:
         own = self.prepared.checked.own_model

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.quantised import check_quantiser
 from fedlotr.baselines import strategy_of
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.callbacks import Audience, Callbacks
@@ -179,6 +180,13 @@ def problems_at_the_door(
     if config.engine == "flower" and not brings_engine:
         problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
     problems += missing_packages(config.loggers)
+    if config.quantize != "none":
+        try:
+            check_quantiser(config.quantize)
+        except ValueError as error:
+            problems.append(
+                f"--quantize {config.quantize}: {error}; install it (pip install 'fedlotr[quantized]'), or leave it out"
+            )
     return problems
 
 

@@ -26,7 +26,7 @@ from fedlotr.flower.carried import model_sha256
 from fedlotr.flower.loop import State
 from fedlotr.formulas import Layer
 from fedlotr.preparation import Prepared
-from fedlotr.training.models import adaptable_layers
+from fedlotr.training.models import adaptable_layers, count_parameters
 
 PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
 """Whose versions a result may depend on."""
@@ -46,7 +46,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     found: dict[str, Any] = {
         "versions": versions(),
         "data_sha256": checked.source.sha256,
-        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+        "parameters": count_parameters(model.module),
         "trained_adapter": sum(sizes.values()) - head,
         "trained_head": head,
         "train_examples": sum(map(len, checked.parts)),
@@ -81,7 +81,7 @@ def _bill(prepared: Prepared, heads: tuple[int, ...]) -> list[dict[str, Any]]:
     shapes = {name: widths(module.get_submodule(name)) for name in names}
     layers = tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items())
     kind = prepared.checked.task.kind
-    architecture = Architecture(kind, layers, heads, sum(p.numel() for p in module.parameters()), "this run")
+    architecture = Architecture(kind, layers, heads, count_parameters(module), "this run")
     try:
         ranks = config.rank, config.rank
         rows, _ = bills(architecture, list(METHODS), ranks, config.clients_per_round, config.rounds, config.coding)
@@ -163,6 +163,7 @@ def summarise(
             "threads": config.threads,
             "cohort": config.cohort,
             "dtype": config.dtype,
+            "quantize": config.quantize,
         },
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),

@@ -274,6 +274,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
                 known("threads {}", "threads"),
                 known("cohort {}", "cohort"),
                 config.dtype,
+                f"linear layers in {config.quantize}" if config.quantize != "none" else None,
             ),
         ),
     ]
