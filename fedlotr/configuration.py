@@ -283,7 +283,8 @@ class SimulationConfig(BaseModel):
         default=None,
         ge=1,
         le=MAX_PROCESSES,
-        description="worker processes of the engine ray (default: one a core; more than that share the cores)",
+        description="worker processes of the engine ray (default: one a core, more than that share the cores; on GPUs "
+        "--workers-per-gpu for each)",
     )
     threads: int | None = Field(
         default=None,
@@ -293,6 +294,17 @@ class SimulationConfig(BaseModel):
     )
     cohort: Annotated[Literal["auto"] | int, BeforeValidator(read_cohort)] = Field(
         default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="where the frozen model lies and computes; cuda: on GPUs of NVIDIA; auto: cuda where torch sees "
+        "one, else cpu",
+    )
+    workers_per_gpu: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="workers that share a GPU, each with a copy of the frozen model there (default: 1)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "saved"] = Field(
         "auto",
@@ -528,7 +540,8 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 DEPENDENT = {
     "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr", "error_feedback"},
-    "engine": {"workers", "threads", "ray_address", "error_feedback"},
+    "engine": {"workers", "workers_per_gpu", "threads", "ray_address", "error_feedback"},
+    "device": {"workers", "workers_per_gpu"},
     "baseline": {"strategy", "strategy_arg"},
     "strategy": {"error_feedback"},
     "codec": {"error_feedback"},

@@ -40,6 +40,14 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
         )
     if config.workers is not None and config.engine == "local":
         yield ("workers", "engine"), "the engine 'local' works in this process; workers belong to 'ray'"
+    if config.device == "cuda" and config.engine == "flower":
+        yield ("device", "engine"), "Flower hands out the GPUs of its own engine, and none here; choose ray or local"
+    if config.device == "cuda" and config.privacy_engine == "opacus":
+        yield ("device", "privacy_engine"), "its noise is drawn on the CPU; choose cohort, or --device cpu"
+    if config.workers_per_gpu is not None and config.engine != "ray":
+        yield ("workers_per_gpu", "engine"), f"the engine {config.engine!r} starts no workers; they belong to 'ray'"
+    elif config.workers_per_gpu is not None and config.device == "cpu":
+        yield ("workers_per_gpu", "device"), "there is no GPU to share"
     if config.ray_address is not None and config.engine != "ray":
         yield ("ray_address", "engine"), f"the engine {config.engine!r} is not Ray's; choose ray, or leave it out"
     if config.ray_address is not None and "://" in config.ray_address:

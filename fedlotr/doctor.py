@@ -59,7 +59,7 @@ def _report(words: Sequence[str]) -> int:
     except ConfigurationError as error:
         problems, config, wrong = list(error.problems), error.config, error.wrong
     # Where a hub that cannot be reached is looked for in vain, the reason is at hand.
-    findings = [*_hardware(), *_software(config), *_network(), *_disk(config)]
+    findings = [*_hardware(config), *_software(config), *_network(), *_disk(config)]
     checked, more = _check(config, wrong)
     problems += [problem for problem in more if problem not in problems]
     needs = None
@@ -109,9 +109,10 @@ def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[s
         return None, [] if wrong else [f"{type(error).__name__}: {error}"]
 
 
-def _hardware() -> Iterator[Finding]:
+def _hardware(config: SimulationConfig) -> Iterator[Finding]:
     import torch
 
+    from fedlotr.devices import device_of, gpus
     from fedlotr.training.precision import measured_dtype
 
     cores, memory = machine.cores(), machine.memory()
@@ -131,13 +132,15 @@ def _hardware() -> Iterator[Finding]:
         if size is not None
     ]
     yield Finding("memory", "ok", ", ".join(parts) or "this system does not tell")
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        name = f"{gpu.name}, {readable_bytes(gpu.total_memory)}"
+    device = device_of(config) if gpus() else "cpu"
+    if gpus():
+        first = torch.cuda.get_device_properties(0)
+        name = f"{gpus()} of {first.name}, {readable_bytes(first.total_memory)}"
     else:
         name = "Apple's (mps)" if torch.backends.mps.is_available() else ""
-    yield Finding("GPU", "ok", f"{name}: not used, runs compute on the CPU" if name else "none; none is needed")
-    fast = measured_dtype() == "bfloat16"
+    used = "the run computes there" if device == "cuda" else "not used, the run computes on the CPU"
+    yield Finding("GPU", "ok", f"{name}: {used}" if name else "none; none is needed")
+    fast = measured_dtype(device) == "bfloat16"
     yield Finding(
         "bfloat16",
         "ok",
@@ -249,6 +252,8 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
     )
     yield _processes(config, needs)
     yield _room(needs)
+    if config.device == "cuda":
+        yield _room_on_gpu(config, needs)
     free = machine.free_bytes(standing_folder(config.out or machine.RUNS))
     if free is not None and free < needs.work_bytes:
         yield Finding(
@@ -296,6 +301,20 @@ def _room(needs: Any) -> Finding:
             "fewer --workers, a smaller --cohort, --dtype bfloat16, or a smaller model",
         )
     return Finding("memory needed", "ok", text)
+
+
+def _room_on_gpu(config: SimulationConfig, needs: Any) -> Finding:
+    """Whether the first GPU has room for its workers and the server, which prepares the run there."""
+    import torch
+
+    have = torch.cuda.get_device_properties(0).total_memory
+    there = 2 if config.engine == "local" else 1 + min(config.workers or 1, config.workers_per_gpu or 1)
+    wanted = there * needs.device_bytes
+    text = f"roughly {readable_bytes(wanted)} for {there} models on the first one"
+    if wanted > have:
+        advice = "fewer --workers-per-gpu, a smaller --cohort, or --quantize 4bit"
+        return Finding("GPU memory", "warning", f"{text}, more than its {readable_bytes(have)}", advice)
+    return Finding("GPU memory", "ok", text)
 
 
 def _print(findings: Sequence[Finding], problems: Sequence[str]) -> None:

@@ -54,7 +54,8 @@ class Forecast:
     """Of a run. Bytes on the wire are the payload, numbers times their width, as in summary.json.
 
     participants: clients that take part at least once. one_off_bytes: what each of them receives once.
-    cohorts: of the first round. *_a_round: means. process_bytes: memory of one process, a rough upper figure.
+    cohorts: of the first round. *_a_round: means. process_bytes: memory of one process, a rough upper figure;
+    device_bytes: the part of it that the model and its training take, which on a GPU is that one's memory.
     work_bytes: of the files in the run directory while it goes on.
     """
 
@@ -72,6 +73,7 @@ class Forecast:
     processes: int
     weights_bytes: int
     process_bytes: int
+    device_bytes: int
     work_bytes: int
 
 
@@ -123,6 +125,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     largest = max(piece.stop - piece.start for piece in cohorts)
     form = config.quantize if config.quantize != "none" else form_of_weights(Path(checked.spec.path))
     weights = width * parameters + _stored_in_fewer(model.module, form, width)
+    computing = weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width)
     if config.baseline is not None:  # nothing is sent
         up, down, one_off, participants = 0, 0, 0, 0
     return Forecast(
@@ -139,7 +142,8 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         cohorts=len(cohorts),
         processes=1 if config.engine == "local" else 1 + (config.workers or 1),
         weights_bytes=weights,
-        process_bytes=baseline + weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width),
+        process_bytes=baseline + (0 if config.device == "cuda" else computing),
+        device_bytes=computing,
         # Two checkpoints with a strategy's state as large again, the adapter as plain LoRA, the bases, the tokens; the
         # carried term in two checkpoints, in two versions on the clients' disks, and in the adapter. What codecs have
         # every client keep is in two checkpoints.

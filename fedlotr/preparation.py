@@ -226,6 +226,7 @@ def check(
             own.code_folder if own else "",
             config.gradient_checkpointing,
             config.quantize,
+            "cpu" if config.device == "auto" else config.device,
         )
         skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
         targets: list[str] | None = []
@@ -341,7 +342,10 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
             batches = [public[chosen] for chosen in pack(shown.lengths[public])]
             try:
                 core = initialize_basis(
-                    base, batches, lambda _, rows: bare.losses(shown.batch(rows, checked.spec.pad_id)).sum(), core
+                    base,
+                    batches,
+                    lambda _, rows: bare.losses(shown.batch(rows, checked.spec.pad_id).to(bare.device)).sum(),
+                    core,
                 )
             except ValueError as error:
                 raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error

@@ -85,10 +85,11 @@ class Rounds:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
         state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
         log.info(
-            "engine %s, %d workers of %s threads, %s%s; strategy %s",
+            "engine %s, %d workers of %s threads on %s, %s%s; strategy %s",
             self.config.engine,
             self.grid.workers,
             self.config.threads,
+            self.config.device,
             self.config.dtype,
             "" if self.config.quantize == "none" else f" with linear layers in {self.config.quantize}",
             type(strategy).__name__,

@@ -1,7 +1,6 @@
 """One run from its configuration to its directory: check, prepare, the rounds, the summary, the adapter."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,6 +22,7 @@ from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
+from fedlotr.devices import cores, device_of, device_problems, repeatable, workers_of
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -129,6 +129,7 @@ def run_simulation(
             finished = 0 if checkpoint is None else checkpoint.round
             display.begin(directory.path, finished)
             stack.enter_context(limited_threads(config.threads))
+            stack.enter_context(repeatable(config.device))
             grid = stack.enter_context((engine or _engine)(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
             guard = guard_of(checked, directory.path)
@@ -179,10 +180,10 @@ def problems_at_the_door(
     problems = preflight_paths(config, brought)
     if config.engine == "flower" and not brings_engine:
         problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
-    problems += missing_packages(config.loggers)
-    if config.quantize != "none":
+    problems += [*missing_packages(config.loggers), *device_problems(config)]
+    if config.quantize != "none" and not problems:
         try:
-            check_quantiser(config.quantize)
+            check_quantiser(config.quantize, device_of(config))
         except ValueError as error:
             problems.append(
                 f"--quantize {config.quantize}: {error}; install it (pip install 'fedlotr[quantized]'), or leave it out"
@@ -241,10 +242,9 @@ def check_all(
 def resolve(config: SimulationConfig) -> SimulationConfig:
     """Put in what the method and this machine decide where the configuration leaves it open.
 
-    A run that is continued keeps the number format and the threads that were measured and counted for it.
+    A run that is continued keeps the device, the number format and the threads that were found for it.
     """
     row = METHODS[config.method]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = saved_configuration(config.out) if config.resume and config.out is not None else None
     resolved: dict[str, Any] = {"strategy": None if config.baseline else config.strategy or row.strategy}
     resolved["lr"] = config.lr if config.lr is not None else row.lr
@@ -259,12 +259,17 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
         if config.basis is None and row.basis == "update" and config.privacy != "none" and config.public_data is None:
             resolved["basis"] = PRIVATE_BASIS
+    if config.device == "auto" and before is not None:
+        config = config.model_copy(update={"device": before.device})
+        if problems := list(device_problems(config)):
+            raise InputError(problems)
+    device = resolved["device"] = device_of(config)
     if config.engine == "ray":
-        resolved["workers"] = config.workers or cores
+        resolved["workers"] = workers_of(config, device)
     if config.dtype == "auto":
-        resolved["dtype"] = before.dtype if before is not None else measured_dtype()
+        resolved["dtype"] = before.dtype if before is not None else measured_dtype(device)
     if config.threads is None:
-        counted = cores if config.engine == "local" else 1
+        counted = cores() if config.engine == "local" else 1
         resolved["threads"] = before.threads if before is not None else counted
     return config.model_copy(update=resolved)
 
@@ -293,7 +298,9 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
         from fedlotr.engines import RayGrid
 
         assert config.workers is not None
-        grid = RayGrid(CLIENT_APP, config.clients, workers=config.workers, address=config.ray_address, **common)
+        share = (config.workers_per_gpu or 1) if config.device == "cuda" else None
+        common |= {"workers": config.workers, "workers_per_gpu": share, "address": config.ray_address}
+        grid = RayGrid(CLIENT_APP, config.clients, **common)
     try:
         yield grid
     finally:

@@ -61,7 +61,7 @@ def _check_own(skeleton: nn.Module, spec: ModelSpec) -> None:
 def try_out(model: TrainableModel, examples: Examples) -> None:
     """Raises InputError where a class of the caller's own does not give the logits that a loss can be made of."""
     rows = np.argsort(examples.lengths, kind="stable")[[0, -1]]
-    batch = examples.batch(rows, model.spec.pad_id)
+    batch = examples.batch(rows, model.spec.pad_id).to(model.device)
     shape = (2, model.spec.labels) if model.spec.kind == "classification" else (*batch.input_ids.shape, None)
     try:
         with torch.inference_mode():

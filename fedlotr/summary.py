@@ -162,6 +162,7 @@ def summarise(
             "worker_restarts": grid.restarts,
             "threads": config.threads,
             "cohort": config.cohort,
+            "device": config.device,
             "dtype": config.dtype,
             "quantize": config.quantize,
         },

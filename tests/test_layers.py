@@ -31,6 +31,7 @@ FLOORS = (
             "billing",
             "brought",
             "callbacks",
+            "devices",
             "federation",
             "handover",
             "model_source",

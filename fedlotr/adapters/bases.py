@@ -1,4 +1,4 @@
-"""Where the frozen factors come from: plain functions of a `Request`, in float64 on one thread.
+"""Where the frozen factors come from: plain functions of a `Request`, in float64 on one thread of the CPU.
 
 A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`, `nystrom` and `ldu`. Several
 matrices mean a tie: one pair for all of them. On one thread, because float32 decompositions differ between one and

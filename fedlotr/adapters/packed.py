@@ -30,7 +30,7 @@ class Spans:
     def places(self, like: torch.Tensor) -> torch.Tensor:
         """(tokens, copies, 1), one where a token is the copy's, else zero."""
         if self._places is None:
-            owner = torch.repeat_interleave(torch.tensor(self.counts))
+            owner = torch.repeat_interleave(torch.tensor(self.counts), output_size=self.edges[-1][1])
             self._places = torch.nn.functional.one_hot(owner, len(self.counts)).unsqueeze(2).to(like)
         return self._places
 

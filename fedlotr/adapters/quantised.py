@@ -65,8 +65,8 @@ def multiply_plainly(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     return layer
 
 
-def quantise(layer: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
-    """A frozen `nn.Linear` or `Conv1D` with its weight in few bits, where it lies, as an `nn.Linear`.
+def quantise(layer: nn.Module, form: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
+    """A frozen `nn.Linear` or `Conv1D`, on the CPU, with its weight in few bits on a device, as an `nn.Linear`.
 
     form: of `QUANTISED`. dtype: to compute in, that of its bias too.
     """
@@ -85,13 +85,13 @@ def quantise(layer: nn.Module, form: str, dtype: torch.dtype) -> nn.Module:
         made.weight = stored.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     bias = cast(torch.Tensor | None, layer.bias)
     made.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return multiply_plainly(made.to(weight.device), dtype)  # moving is what quantises
+    return multiply_plainly(made.to(device), dtype)  # moving is what quantises
 
 
 def check_quantiser(form: str, device: str = "cpu") -> None:
     """Raises ValueError where bitsandbytes is missing, or cannot store and multiply a small layer here."""
     try:
-        layer = quantise(nn.Linear(64, 64, device=device), form, torch.float32)
+        layer = quantise(nn.Linear(64, 64), form, torch.float32, device)
         with torch.no_grad():
             layer(torch.ones(1, 64, device=device))
     except ModuleNotFoundError as error:

@@ -136,7 +136,10 @@ def carrying(model: nn.Module, layers: Mapping[str, Factors]) -> Iterator[None]:
     """Let the layers of a bare model, whose weights are not touched, compute `W x + U V x`."""
 
     def hook(pair: Factors) -> Any:
-        return lambda _, inputs, y: y + low_rank(inputs[0], pair.A, pair.B).to(y.dtype)
+        def add(_: nn.Module, inputs: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+            return y + low_rank(inputs[0], pair.A.to(y.device), pair.B.to(y.device)).to(y.dtype)
+
+        return add
 
     handles = [model.get_submodule(name).register_forward_hook(hook(pair)) for name, pair in layers.items()]
     try:

@@ -245,7 +245,7 @@ def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Fac
     if config.basis == "update":
         raise ValueError(f"initialize_basis made no basis for {tag}; call it again for the present target_modules")
     d_in, d_out = widths(layers[0])
-    request = Request(tag, d_in, d_out, config.r, config.seed, lambda: (weight_of(layer) for layer in layers))
+    request = Request(tag, d_in, d_out, config.r, config.seed, lambda: (weight_of(layer).cpu() for layer in layers))
     return basis_makers.MAKERS[str(config.basis)](request)
 
 
@@ -324,7 +324,7 @@ def _first_steps(
                     "fit the head first (a head of zeros passes no gradient on), or take another basis"
                 )
             step = -torch.sign(gradient)
-            yield step.T if isinstance(layer, Conv1D) else step
+            yield (step.T if isinstance(layer, Conv1D) else step).cpu()
 
 
 def _mean_gradients(

@@ -132,6 +132,7 @@ class RayGrid(Engine):
         run_config: UserConfig,
         cohorts: CohortRule | None = None,
         workers: int,
+        workers_per_gpu: int | None = None,
         threads: int = 1,
         spill: Path | None = None,
         address: str | None = None,
@@ -140,6 +141,7 @@ class RayGrid(Engine):
 
         Ray is started too, and stopped by `close`, unless this process is in it already or an `address` says which
         cluster to join; then it must have a CPU for each worker, and is left by `close` as it was.
+        workers_per_gpu: how many share one GPU, the only one that each of them sees; None: they need none.
         """
         super().__init__(num_clients, cohorts, spill)
         self.workers = workers
@@ -150,10 +152,18 @@ class RayGrid(Engine):
         self._false_starts = 0
         self._owns_ray = start_ray(workers, address)
         try:
-            if (cpus := ray.cluster_resources().get("CPU", 0)) < workers:  # type: ignore[no-untyped-call]
+            found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            if (cpus := found.get("CPU", 0)) < workers:
                 raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
+            if workers_per_gpu is not None and (gpus := found.get("GPU", 0)) * workers_per_gpu < workers:
+                raise FedlotrError(
+                    f"Ray runs with {gpus:g} GPUs and {workers} workers share one by {workers_per_gpu}: lower "
+                    "--workers, or raise --workers-per-gpu"
+                )
             worker = _worker_class(client_app, num_clients, dict(run_config), threads)
-            self._actor_class: Any = ray.remote(num_cpus=1, max_restarts=0)(worker)
+            # Ray counts in ten-thousandths; rounded up, the last worker of a GPU would not fit.
+            share = 0 if workers_per_gpu is None else 10_000 // workers_per_gpu / 10_000
+            self._actor_class: Any = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0)(worker)
             for _ in range(workers):
                 self._start_worker()
         except BaseException:

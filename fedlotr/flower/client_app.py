@@ -57,6 +57,8 @@ class Worker:
         self.workplace = workplace
         keep_freed_memory()
         torch.set_num_threads(workplace.recipe.threads)  # Flower's engine would give its own number
+        if workplace.recipe.model.device != "cpu":  # equal bits each time, as far as torch has algorithms for it
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.model = workplace.build_model()
         self.bases_sha256 = bases_sha256(self.model.module)
         self.carry_sha256 = ""

@@ -273,6 +273,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
                 known("workers {}", "workers"),
                 known("threads {}", "threads"),
                 known("cohort {}", "cohort"),
+                config.device if config.device != "cpu" else None,
                 config.dtype,
                 f"linear layers in {config.quantize}" if config.quantize != "none" else None,
             ),

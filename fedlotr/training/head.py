@@ -32,14 +32,15 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
     hook = root.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
     try:
         with torch.no_grad():
-            for _, ragged in ragged_batches(examples, rows, EVALUATION_TOKENS) if model.takes_ragged else ():
+            for _, taken in ragged_batches(examples, rows, EVALUATION_TOKENS) if model.takes_ragged else ():
+                ragged = taken.to(model.device)
                 with packed(Spans([ragged.tokens])):
                     model.ragged_logits(ragged)
                 nowhere = torch.zeros_like(ragged.labels)  # a pooled encoder is read out once a row
                 features.append((seen["features"].float(), nowhere, ragged.labels))
                 labels.append(ragged.labels)
             for chosen in () if model.takes_ragged else pack(examples.lengths[rows], EVALUATION_TOKENS):
-                batch = examples.batch(rows[chosen], model.spec.pad_id)
+                batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
                 model.logits(batch)
                 features.append((seen["features"].float(), batch.attention_mask.sum(1) - 1, batch.labels))
                 labels.append(batch.labels)
@@ -58,7 +59,7 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
         for hidden, last, target in features:
             logits = root(hidden)
             if logits.dim() == 3:  # one row of logits a token: decoders are read out at the last one
-                logits = logits[torch.arange(len(last)), last]
+                logits = logits[torch.arange(len(last), device=last.device), last]
             loss = loss + example_losses(logits, target).sum() / count
         loss.backward()  # type: ignore[no-untyped-call]
         return loss

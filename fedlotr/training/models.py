@@ -62,6 +62,7 @@ class ModelSpec:
     code, code_folder: module:Class of a class that is not part of transformers, and the folder of that module.
     checkpointed: whether its blocks run again in backward instead of keeping what is inside them.
     quantize: 8bit or 4bit, the form that the weights of the linear layers are kept in; none: in `dtype`.
+    device: cpu, or cuda: the first GPU that a process sees.
     """
 
     path: str
@@ -74,6 +75,7 @@ class ModelSpec:
     code_folder: str = ""
     checkpointed: bool = False
     quantize: str = "none"
+    device: str = "cpu"
 
 
 RAGGED = ("bert",)
@@ -169,7 +171,7 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
             "of the adapter: take a model that was saved whole"
         )
     if quantised:
-        quantise_layers(model, spec.quantize, dtype, heads)
+        quantise_layers(model, spec.quantize, dtype, heads, spec.device)
     module = with_head(model, heads)
     for layer in list(head_layers(module).values())[-1:]:
         nn.init.zeros_(layer.weight)
@@ -179,17 +181,20 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         multiply_plainly(quantised_layer, dtype)  # also those of a model that was saved so
     if spec.checkpointed:
         run_again(module)
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    return module if meta else module.to(spec.device)
 
 
-def quantise_layers(model: nn.Module, form: str, dtype: torch.dtype, heads: Collection[str]) -> None:
+def quantise_layers(
+    model: nn.Module, form: str, dtype: torch.dtype, heads: Collection[str], device: str = "cpu"
+) -> None:
     """Keep the weights of a model's linear layers in few bits, but the head's and the output embedding's, in place.
 
-    All others are brought to `dtype`.
+    They go to the device one by one. All others are brought to `dtype`.
     """
     for name in linear_layers(model):
         if name not in heads:
-            model.set_submodule(name, quantise(model.get_submodule(name), form, dtype))
+            model.set_submodule(name, quantise(model.get_submodule(name), form, dtype, device))
     for module in model.modules():
         if not is_quantised(module):
             for parameter in module.parameters(recurse=False):
@@ -309,7 +314,7 @@ class TrainableModel:
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
-        self._first = {name: self.parameter(name).detach().clone() for name in self.personal}
+        self._first = {name: self.parameter(name).detach().clone().cpu() for name in self.personal}
         self.carry(Carry.start(carry or {}))
 
     @cached_property
@@ -415,7 +420,7 @@ class TrainableModel:
         sent = set(self.published)
         own = {name: values.get(name, first) for name, first in self._first.items()}
         return {
-            name: values[name] if name in sent else own[name] if name in own else torch.ones_like(self.parameter(name))
+            name: values[name] if name in sent else own[name] if name in own else torch.ones(self.parameter(name).shape)
             for name in self.trained
         }
 

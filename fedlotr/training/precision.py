@@ -11,15 +11,20 @@ from safetensors import safe_open
 WORTHWHILE = 1.5
 """bfloat16 has to be this many times faster: it costs the base digits, so a small gain is not worth it."""
 SIZE = 512
+GPU_SIZE = 4096  # of a smaller product a GPU's time is that of its launch
 REPEATS = 8
 
 
-def measured_dtype() -> str:
-    """`bfloat16` where products in it are `WORTHWHILE` times as fast as in float32 on one thread, else `float32`."""
+def measured_dtype(device: str = "cpu") -> str:
+    """`bfloat16` where products in it are `WORTHWHILE` times as fast as in float32, on one thread, else `float32`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return "bfloat16" if _seconds(torch.float32) >= WORTHWHILE * _seconds(torch.bfloat16) else "float32"
+        return (
+            "bfloat16"
+            if _seconds(torch.float32, device) >= WORTHWHILE * _seconds(torch.bfloat16, device)
+            else "float32"
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -42,12 +47,15 @@ def saved_dtype(folder: Path) -> str:
     return FORMATS[found]
 
 
-def _seconds(dtype: torch.dtype) -> float:
+def _seconds(dtype: torch.dtype, device: str) -> float:
     """The shortest of several products: the others were interrupted, or warmed up."""
-    left = torch.ones(SIZE, SIZE, dtype=dtype)
+    size = SIZE if device == "cpu" else GPU_SIZE
+    left = torch.ones(size, size, dtype=dtype, device=device)
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         torch.mm(left, left)
+        if device != "cpu":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times)
