@@ -2,7 +2,9 @@
 
 Both of random weights, made from their configurations; imports nothing but `fedlotr.adapters` and `fedlotr.training`.
 Where there is no GPU it says so and ends with 0, having measured nothing. `--device cpu --small` shows that it runs:
-both models tiny, four clients.
+both models tiny, four clients. `--quantize none 8bit 4bit` measures the base in each form in turn.
+
+`same_bits`: whether the same cohort, trained twice, ends with equal bits.
 
 The shares of the matmul rate say what limits: where one client alone has a small share and the cohort a large one, it
 was launching operations; where both have a large one, it is arithmetic, and no cohort can help.
@@ -10,9 +12,12 @@ was launching operations; where both have a large one, it is arithmetic, and no 
 
 import argparse
 import json
+import math
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
+from itertools import product as product_of
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,15 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.adapters.layer import widths
 from fedlotr.training import backward, ragged_pass
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.precision import repeatable
 
 MODELS = ("encoder", "decoder")
+FORMS = ("none", "8bit", "4bit")
 
 
 ENCODER: dict[str, Any] = {
@@ -48,21 +56,21 @@ DECODER: dict[str, Any] = {
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
-def build(name: str, folder: Path, dtype: str, device: str, small: bool) -> TrainableModel:
-    """The model on the device, with fed-sb's cores between random bases."""
+def build(name: str, folder: Path, dtype: str, device: str, small: bool, form: str) -> TrainableModel:
+    """The model on the device, its linear layers quantised or not, with fed-sb's cores between random bases."""
     path = folder / name
     encoder = name == "encoder"
-    if encoder:
+    if path.exists():
+        pass
+    elif encoder:
         BertModel(BertConfig(**(SMALL if small else ENCODER))).save_pretrained(path)
     else:
         config = LlamaConfig(**{**DECODER, **(SMALL if small else {})}, dtype=dtype)
         LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(path)
     spec = ModelSpec(str(path), "classification" if encoder else "causal-lm", 4 if encoder else 0, encoder, 0, dtype)
-    base = load_base(spec)
+    base = load_base(replace(spec, quantize=form, device=device))
     core = CoreConfig(method="fed-sb", basis="random", r=16, target_modules=adaptable_layers(base, "all-linear"))
-    model = TrainableModel(base, spec, core)
-    model.module.to(device)
-    return model
+    return TrainableModel(base, spec, core)
 
 
 def examples_for(model: TrainableModel, count: int, length: int) -> Examples:
@@ -97,6 +105,7 @@ def main() -> None:
     options.add_argument("--length", type=int, default=64)
     options.add_argument("--pass-tokens", type=int, default=16384, help="tokens in one forward and backward")
     options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--quantize", nargs="+", choices=FORMS, default=["none"], help="forms of the frozen layers")
     options.add_argument("--small", action="store_true", help="tiny models, four clients, one repeat")
     options.add_argument("--json", type=Path, default=None)
     args = options.parse_args()
@@ -112,35 +121,41 @@ def main() -> None:
     square = torch.ones(side, side, dtype=torch.bfloat16, device=args.device)
     product = min(seconds(args.device, lambda: square @ square) for _ in range(5))
     figures["matmul_gflops"] = 2 * side**3 / product / 1e9
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            model = build(name, Path(folder), "bfloat16", args.device, args.small)
+    with tempfile.TemporaryDirectory() as folder, repeatable(args.device):  # as a run computes
+        for name, form in product_of(args.models, args.quantize):
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            model = build(name, Path(folder), "bfloat16", args.device, args.small, form)
             each = args.batch * args.steps
             examples, start = examples_for(model, args.clients * each, args.length), model.values()
             work = [np.arange(k * each, (k + 1) * each) for k in range(args.clients)]
 
-            def run(cohorts: list[Any], model: Any = model, start: Any = start, examples: Any = examples) -> None:
+            def run(cohorts: list[Any], model: Any = model, start: Any = start, examples: Any = examples) -> list[Any]:
+                found = []
                 for rows in cohorts:
                     clients = [ClientWork(own, np.random.default_rng(0)) for own in rows]
-                    train_cohort(model, start, examples, clients, training)
+                    found += [one.tensors for one in train_cohort(model, start, examples, clients, training)]
+                return found
 
-            run([work[:1]])
+            first, second = run([work[:2]]), run([work[:2]])
+            same = all(torch.equal(a[n], b[n]) for a, b in zip(first, second, strict=True) for n in a)
             together, alone = [], []
             for _ in range(args.repeats):
                 together.append(seconds(args.device, partial(run, [work])))
                 alone.append(seconds(args.device, partial(run, [[rows] for rows in work])))
             targets = set(adaptable_layers(model.module, "all-linear"))
             parameters = sum(
-                layer.weight.numel()
+                math.prod(widths(layer))
                 for target, layer in model.module.named_modules()
-                if target in targets or target.removesuffix(".base_layer") in targets
-                if isinstance(getattr(layer, "weight", None), torch.Tensor)
+                if target in targets and isinstance(layer, torch.nn.Linear)
             )
             if model.output is not None:
                 parameters += model.output.weight.numel()
             work_gflop = 4 * parameters * int(examples.lengths.sum()) / 1e9
             times = {"cohort": float(np.median(together)), "one_by_one": float(np.median(alone))}
+            name = name if form == "none" else f"{name} {form}"
             figures[name] = {
+                "same_bits": same,
                 **{f"{how}_seconds": taken for how, taken in times.items()},
                 "ratio": times["one_by_one"] / times["cohort"],
                 **{f"{how}_share_of_matmul": work_gflop / t / figures["matmul_gflops"] for how, t in times.items()},

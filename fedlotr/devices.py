@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -50,15 +49,3 @@ def device_problems(config: SimulationConfig) -> Iterator[str]:
             f"--workers {config.workers}: {there} GPU{'s' if there > 1 else ''} with {each} "
             f"worker{'s' if each > 1 else ''} each have room for {there * each}; lower it, or raise --workers-per-gpu"
         )
-
-
-@contextmanager
-def repeatable(device: str) -> Iterator[None]:
-    """On a GPU let torch take the algorithms that give the same bits each time, as far as it has them."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device != "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

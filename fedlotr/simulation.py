@@ -22,7 +22,7 @@ from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
-from fedlotr.devices import cores, device_of, device_problems, repeatable, workers_of
+from fedlotr.devices import cores, device_of, device_problems, workers_of
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -41,7 +41,7 @@ from fedlotr.run_directory import RunDirectory
 from fedlotr.run_log import log_to
 from fedlotr.summary import facts
 from fedlotr.training.cohort import cut_cohorts
-from fedlotr.training.precision import measured_dtype
+from fedlotr.training.precision import measured_dtype, repeatable
 from fedlotr.unmet import feedback, unmet_codec, unmet_controls, unmet_updates
 
 log = logging.getLogger("fedlotr")

@@ -1,8 +1,10 @@
-"""Which number format the frozen base should have on this machine, by measurement."""
+"""Which number format the frozen base should have on this machine, by measurement; and equal bits from a GPU."""
 
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,3 +61,15 @@ def _seconds(dtype: torch.dtype, device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times)
+
+
+@contextmanager
+def repeatable(device: str) -> Iterator[None]:
+    """On a GPU let torch take the algorithms that give the same bits each time, as far as it has them."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device != "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
