@@ -22,7 +22,7 @@ from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
-from fedlotr.devices import cores, device_of, device_problems, workers_of
+from fedlotr.devices import cores, device_of, device_problems, gpus, workers_of
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -181,9 +181,9 @@ def problems_at_the_door(
     if config.engine == "flower" and not brings_engine:
         problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
     problems += [*missing_packages(config.loggers), *device_problems(config)]
-    if config.quantize != "none" and not problems:
+    if config.quantize != "none":
         try:
-            check_quantiser(config.quantize, device_of(config))
+            check_quantiser(config.quantize, device_of(config) if gpus() else "cpu")
         except ValueError as error:
             problems.append(
                 f"--quantize {config.quantize}: {error}; install it (pip install 'fedlotr[quantized]'), or leave it out"
