@@ -314,7 +314,7 @@ class TrainableModel:
                 warnings.simplefilter("ignore", FutureWarning)
                 get_peft_model(base, core)  # wraps the layers of `base` in place
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
-        self._first = {name: self.parameter(name).detach().clone().cpu() for name in self.personal}
+        self._first = {name: self.parameter(name).detach().clone() for name in self.personal}
         self.carry(Carry.start(carry or {}))
 
     @cached_property
@@ -418,7 +418,7 @@ class TrainableModel:
     def start(self, values: Mapping[str, torch.Tensor]) -> Tensors:
         """The trained tensors at the start of a round: the published ones, the client's own, and scales of one."""
         sent = set(self.published)
-        own = {name: values.get(name, first) for name, first in self._first.items()}
+        own = {name: values.get(name, first).cpu() for name, first in self._first.items()}
         return {
             name: values[name] if name in sent else own[name] if name in own else torch.ones(self.parameter(name).shape)
             for name in self.trained
