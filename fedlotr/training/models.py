@@ -125,6 +125,8 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         loader = AutoModelForSequenceClassification
         options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
     saved_form = form_of_weights(Path(spec.path))
+    if saved_form != "none" and not meta:
+        options["device_map"] = {"": spec.device}  # else they would go to a GPU wherever there is one
     if spec.code is not None:
         loader = import_class(spec.code, spec.code_folder)
     if spec.code is not None or (meta and saved_form != "none"):
