@@ -296,9 +296,9 @@ class SimulationConfig(BaseModel):
         default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto",
-        description="where the frozen model lies and computes; cuda: on GPUs of NVIDIA; auto: cuda where torch sees "
-        "one, else cpu",
+        default="cpu",  # not auto, as long as no run has met a GPU
+        description="where the frozen model lies and computes; cuda: on GPUs of NVIDIA, on which this has not been "
+        "run yet; auto: cuda where torch sees one, else cpu",
     )
     workers_per_gpu: int | None = Field(
         default=None,

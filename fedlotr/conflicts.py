@@ -47,7 +47,7 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
     if config.workers_per_gpu is not None and config.engine != "ray":
         yield ("workers_per_gpu", "engine"), f"the engine {config.engine!r} starts no workers; they belong to 'ray'"
     elif config.workers_per_gpu is not None and config.device == "cpu":
-        yield ("workers_per_gpu", "device"), "there is no GPU to share"
+        yield ("workers_per_gpu", "device"), "the run computes on the CPU; give --device cuda, or leave it out"
     if config.ray_address is not None and config.engine != "ray":
         yield ("ray_address", "engine"), f"the engine {config.engine!r} is not Ray's; choose ray, or leave it out"
     if config.ray_address is not None and "://" in config.ray_address:

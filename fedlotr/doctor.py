@@ -138,7 +138,7 @@ def _hardware(config: SimulationConfig) -> Iterator[Finding]:
         name = f"{gpus()} of {first.name}, {readable_bytes(first.total_memory)}"
     else:
         name = "Apple's (mps)" if torch.backends.mps.is_available() else ""
-    used = "the run computes there" if device == "cuda" else "not used, the run computes on the CPU"
+    used = "the run computes there" if device == "cuda" else "not used, the run computes on the CPU (--device cuda)"
     yield Finding("GPU", "ok", f"{name}: {used}" if name else "none; none is needed")
     fast = measured_dtype(device) == "bfloat16"
     yield Finding(

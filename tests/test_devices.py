@@ -82,19 +82,22 @@ def test_workers_share_gpus_evenly_and_each_sees_its_own(tmp_path: Path) -> None
 
 
 def test_a_run_takes_the_gpus_that_are_there(two_gpus: None) -> None:
-    taken = resolve(SimulationConfig())
+    assert resolve(SimulationConfig()).device == "cpu", "as long as no run has met a GPU"
+    taken = resolve(SimulationConfig(device="auto"))
     assert (taken.device, taken.workers, taken.dtype, taken.threads) == ("cuda", 2, "bfloat16", 1)
-    assert resolve(SimulationConfig(workers_per_gpu=3)).workers == 6
-    assert resolve(SimulationConfig(workers_per_gpu=3, workers=4)).workers == 4
+    assert resolve(SimulationConfig(device="auto", workers_per_gpu=3)).workers == 6
+    assert resolve(SimulationConfig(device="cuda", workers_per_gpu=3, workers=4)).workers == 4
     cpu = resolve(SimulationConfig(device="cpu"))
     assert (cpu.device, cpu.workers) == ("cpu", devices.cores())
     private = {"privacy": "example", "epsilon": 8.0, "privacy_engine": "opacus"}
     for of_the_cpu in ({"engine": "flower"}, private):
-        assert resolve(SimulationConfig.model_validate(of_the_cpu)).device == "cpu"
+        assert resolve(SimulationConfig.model_validate({"device": "auto", **of_the_cpu})).device == "cpu"
 
 
 def test_more_workers_than_gpus_have_room_for_are_refused(two_gpus: None) -> None:
-    (problem,) = problems_at_the_door(SimulationConfig(workers=7, workers_per_gpu=3), brought=["data", "model"])
+    (problem,) = problems_at_the_door(
+        SimulationConfig(device="cuda", workers=7, workers_per_gpu=3), brought=["data", "model"]
+    )
     assert problem == ("--workers 7: 2 GPUs with 3 workers each have room for 6; lower it, or raise --workers-per-gpu")
 
 
@@ -107,7 +110,7 @@ def test_more_workers_than_gpus_have_room_for_are_refused(two_gpus: None) -> Non
             "its noise is drawn on the CPU; choose cohort, or --device cpu",
         ),
         ("--workers-per-gpu 2 --engine local", "the engine 'local' starts no workers"),
-        ("--workers-per-gpu 2 --device cpu", "there is no GPU to share"),
+        ("--workers-per-gpu 2", "the run computes on the CPU; give --device cuda"),
         ("--device gpu", "--device gpu: not a choice, did you mean 'cpu'?"),
     ],
 )
@@ -123,7 +126,7 @@ def test_without_a_gpu_asking_for_one_is_refused_at_once(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, text in (
         ("--device cuda", f"error: --device cuda: torch {torch.__version__} sees no GPU here; give --device cpu"),
-        ("--workers-per-gpu 2", "error: --workers-per-gpu 2: this run computes on the CPU; leave it out"),
+        ("--device auto --workers-per-gpu 2", "error: --workers-per-gpu 2: this run computes on the CPU; leave it out"),
     ):
         assert simulate.main(words.split()) == 2
         assert text in capsys.readouterr().err
@@ -148,7 +151,7 @@ def test_a_run_says_where_it_computed_and_goes_on_there_alone(
     assert simulate.main(again) == 0
     config.write_text(text.replace("device: cpu\n", "device: cuda\n"), encoding="utf-8")
     capsys.readouterr()
-    assert simulate.main(again) == 2
+    assert simulate.main([*again, "--device", "auto"]) == 2
     assert "--device cuda: torch" in capsys.readouterr().err
 
 
@@ -163,10 +166,11 @@ def test_doctor_says_what_the_gpus_are_for_and_whether_they_have_room(
         doctor.main([*words, *further])
         return {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
 
-    assert found()["GPU"]["text"] == "2 of a GPU, 1 GB: the run computes there"
-    assert found()["GPU memory"]["status"] == "ok"
-    assert "for 4 models on the first one" in found("--workers-per-gpu", "3")["GPU memory"]["text"]
-    assert found("--workers-per-gpu", "40")["GPU memory"]["status"] == "warning"
-    on_cpu = found("--device", "cpu")
-    assert on_cpu["GPU"]["text"] == "2 of a GPU, 1 GB: not used, the run computes on the CPU"
+    on_gpus = found("--device", "auto")
+    assert on_gpus["GPU"]["text"] == "2 of a GPU, 1 GB: the run computes there"
+    assert on_gpus["GPU memory"]["status"] == "ok"
+    assert "for 4 models on the first one" in found("--device", "cuda", "--workers-per-gpu", "3")["GPU memory"]["text"]
+    assert found("--device", "cuda", "--workers-per-gpu", "40")["GPU memory"]["status"] == "warning"
+    on_cpu = found()
+    assert on_cpu["GPU"]["text"] == "2 of a GPU, 1 GB: not used, the run computes on the CPU (--device cuda)"
     assert "GPU memory" not in on_cpu
