@@ -1,11 +1,11 @@
 """Which device a run computes on, and how its workers share the GPUs of this machine."""
 
-import os
 from collections.abc import Iterator
 
 import torch
 
 from fedlotr.configuration import SimulationConfig
+from fedlotr.processes import workers_of
 
 
 def gpus() -> int:
@@ -20,18 +20,11 @@ def device_of(config: SimulationConfig) -> str:
     return "cuda" if gpus() and config.engine != "flower" and config.privacy_engine != "opacus" else "cpu"
 
 
-def workers_of(config: SimulationConfig, device: str) -> int:
+def workers_on(config: SimulationConfig, device: str) -> int:
     """The workers of the engine ray: so many as were asked for, or one a core, or on each GPU its share."""
-    if config.workers is not None:
-        return config.workers
-    if device == "cuda":
+    if config.workers is None and device == "cuda":
         return max(1, gpus() * (config.workers_per_gpu or 1))
-    return cores()
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers_of(config)
 
 
 def device_problems(config: SimulationConfig) -> Iterator[str]:

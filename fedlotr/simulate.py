@@ -4,12 +4,17 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedlotr.configuration import ConfigurationError, load, options
+from fedlotr.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.errors import FedlotrError, InputError
+from fedlotr.processes import CLIENT_APP, threads_of, workers_of
 from fedlotr.reporting.console import Console
+
+if TYPE_CHECKING:
+    from fedlotr.engines.head_start import HeadStart
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
@@ -29,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         _refuse(error)
         return _refuse_further(error)
-    with Console(quiet=config.quiet) as console:
+    with Console(quiet=config.quiet) as console, early_workers(config) as head_start:
         try:
             # Here, not above: it loads torch and Flower, and mistakes and --help should not wait for them.
             from fedlotr.simulation import run_simulation
 
-            result = run_simulation(config, console=console)
+            result = run_simulation(config, console=console, head_start=head_start)
         except InputError as error:
             console.close()
             return _refuse(error)
@@ -49,6 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.json_output:
         print(json.dumps(result.summary))
     return DONE
+
+
+def early_workers(config: SimulationConfig) -> "AbstractContextManager[HeadStart | None]":
+    """Let workers start while this process loads a run's libraries and checks, if it has not loaded them already.
+
+    Not in a cluster, whose workers others may want; nor for a run that goes on, whose files say how many threads;
+    nor on GPUs, which torch would have to count.
+    """
+    elsewhere = config.engine != "ray" or config.ray_address or config.device != "cpu"
+    if elsewhere or config.resume or "fedlotr.simulation" in sys.modules:
+        return nullcontext()
+    from fedlotr.engines.head_start import HeadStart
+
+    return HeadStart(CLIENT_APP, workers_of(config), threads_of(config))
 
 
 def _refuse(error: InputError) -> int:

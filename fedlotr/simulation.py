@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -22,7 +23,7 @@ from fedlotr.callbacks import Audience, Callbacks
 from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
-from fedlotr.devices import cores, device_of, device_problems, gpus, workers_of
+from fedlotr.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -32,6 +33,7 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.own import PREFIX
 from fedlotr.preparation import Checked, check, prepare
+from fedlotr.processes import CLIENT_APP, threads_of
 from fedlotr.promise import EXAMPLE_BOUND, PRIVATE_BASIS, check_delta, example_noise, guard_of, unmet_privacy
 from fedlotr.reporting.console import Console
 from fedlotr.reporting.loggers import missing_packages, open_loggers
@@ -44,9 +46,10 @@ from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.precision import measured_dtype, repeatable
 from fedlotr.unmet import feedback, unmet_codec, unmet_controls, unmet_updates
 
-log = logging.getLogger("fedlotr")
+if TYPE_CHECKING:
+    from fedlotr.engines.head_start import HeadStart
 
-CLIENT_APP = "fedlotr.flower.client_app:app"
+log = logging.getLogger("fedlotr")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def run_simulation(
     console: Console | None = None,
     engine: EngineMaker | None = None,
     start: str | None = None,
+    head_start: "HeadStart | None" = None,
     data: OwnData | None = None,
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
     task: OwnTask | None = None,
@@ -99,6 +103,7 @@ def run_simulation(
     task: what is learnt from the rows and how it is measured, instead of what `config.task` names.
     callbacks: one or more, told of every client, evaluation and round; one that raises ends the run (CallbackError).
     engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
+    head_start: workers that are starting already, for an engine of ours.
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
     cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt.
@@ -130,7 +135,8 @@ def run_simulation(
             display.begin(directory.path, finished)
             stack.enter_context(limited_threads(config.threads))
             stack.enter_context(repeatable(config.device))
-            grid = stack.enter_context((engine or _engine)(config, directory.work))
+            make = engine or partial(_engine, head_start=head_start)
+            grid = stack.enter_context(make(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
             guard = guard_of(checked, directory.path)
             prepared = prepare(
@@ -265,17 +271,16 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
             raise InputError(problems)
     device = resolved["device"] = device_of(config)
     if config.engine == "ray":
-        resolved["workers"] = workers_of(config, device)
+        resolved["workers"] = workers_on(config, device)
     if config.dtype == "auto":
         resolved["dtype"] = before.dtype if before is not None else measured_dtype(device)
     if config.threads is None:
-        counted = cores() if config.engine == "local" else 1
-        resolved["threads"] = before.threads if before is not None else counted
+        resolved["threads"] = before.threads if before is not None else threads_of(config)
     return config.model_copy(update=resolved)
 
 
 @contextmanager
-def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
+def _engine(config: SimulationConfig, work: Path, head_start: "HeadStart | None" = None) -> Iterator[Engine]:
     """Start the engine, whose workers load their libraries while the server prepares; close it whatever happens."""
     workplace = Workplace(work.absolute())
     size = None if config.cohort == "auto" else config.cohort
@@ -300,7 +305,7 @@ def _engine(config: SimulationConfig, work: Path) -> Iterator[Engine]:
         assert config.workers is not None
         share = (config.workers_per_gpu or 1) if config.device == "cuda" else None
         common |= {"workers": config.workers, "workers_per_gpu": share, "address": config.ray_address}
-        grid = RayGrid(CLIENT_APP, config.clients, **common)
+        grid = RayGrid(CLIENT_APP, config.clients, head_start=head_start, **common)
     try:
         yield grid
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlotr import SimulationConfig, devices, doctor, simulate
+from fedlotr import SimulationConfig, doctor, processes, simulate
 from fedlotr.configuration import load
 from fedlotr.errors import InputError
 from fedlotr.simulation import problems_at_the_door, resolve
@@ -88,7 +88,7 @@ def test_a_run_takes_the_gpus_that_are_there(two_gpus: None) -> None:
     assert resolve(SimulationConfig(device="auto", workers_per_gpu=3)).workers == 6
     assert resolve(SimulationConfig(device="cuda", workers_per_gpu=3, workers=4)).workers == 4
     cpu = resolve(SimulationConfig(device="cpu"))
-    assert (cpu.device, cpu.workers) == ("cpu", devices.cores())
+    assert (cpu.device, cpu.workers) == ("cpu", processes.workers_of(SimulationConfig()))
     private = {"privacy": "example", "epsilon": 8.0, "privacy_engine": "opacus"}
     for of_the_cpu in ({"engine": "flower"}, private):
         assert resolve(SimulationConfig.model_validate({"device": "auto", **of_the_cpu})).device == "cpu"

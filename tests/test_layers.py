@@ -37,6 +37,7 @@ FLOORS = (
             "model_source",
             "own_model",
             "preparation",
+            "processes",
             "promise",
             "resumption",
         ),

@@ -244,7 +244,7 @@ def test_two_thousand_mutated_configurations_end_in_clear_errors_and_change_noth
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     door = ModuleType("fedlotr.simulation")  # what lies behind it takes seconds, and is the next test's affair
-    door.run_simulation = lambda config, *, console: SimpleNamespace(summary={})  # type: ignore[attr-defined]
+    door.run_simulation = lambda config, **_: SimpleNamespace(summary={})  # type: ignore[attr-defined]
     door.check_all = lambda config, wrong: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fedlotr.simulation", door)
     text, words = valid(place)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array
 
-from fedlotr.flower.records import value
+from fedlotr.flower.reading import value
 
 ARRAYS = [
     np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message, UserConfig
 
@@ -23,6 +23,9 @@ from fedlotr.flower.private import CLIENT_CRASHED, CLIENT_RAISED
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+if TYPE_CHECKING:
+    from fedlotr.engines.head_start import HeadStart
 
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
@@ -46,7 +49,7 @@ def start_ray(workers: int, address: str | None = None) -> bool:
     start: dict[str, Any] = {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
     start = {**start, "include_dashboard": False} if address is None else {"address": address}
     try:
-        with _interrupts_held_back():
+        with interrupts_held_back():
             ray.init(**start, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         ray.shutdown()
@@ -63,7 +66,7 @@ def start_ray(workers: int, address: str | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def interrupts_held_back() -> Iterator[None]:
     """Ctrl-C takes effect at the end of the block: a Ray interrupted as it starts or stops leaves processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread, and only there can their handler be changed
@@ -83,10 +86,11 @@ def _interrupts_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _worker_class(client_app: str, num_clients: int, run_config: dict[str, Any], threads: int) -> type:
+def worker_class(client_app: str, threads: int, workers_per_gpu: int | None = None) -> Any:
     """The actor. Ray sends a local class by value, with all it refers to, to a process that cannot import fedlotr yet.
 
     So it must not refer to what is ours. And `start` takes no arguments: to read some, Ray would load numpy too early.
+    `employ` follows it, when there is a run to work for.
     """
     path = [entry or os.getcwd() for entry in sys.path]
     environment = {**thread_environment(threads), "ONEDNN_PRIMITIVE_CACHE_CAPACITY": COMPILED_PRODUCTS}
@@ -96,13 +100,18 @@ def _worker_class(client_app: str, num_clients: int, run_config: dict[str, Any],
             os.environ.update(environment)  # before anything that computes is loaded
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the driver ends the workers
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
-            from fedlotr.engines.base import Clients, limit_threads, load_client_app
+            from fedlotr.engines.base import limit_threads, load_client_app
             from fedlotr.flower.private import identify_process
 
             identify_process()
-            self.clients = Clients(load_client_app(client_app), num_clients, run_config)
+            self.app = load_client_app(client_app)
             self.held: dict[str, Any] = {}
             limit_threads(threads)  # torch, if the app loaded it, does not follow the environment in everything
+
+        def employ(self, num_clients: int, run_config: Any) -> None:
+            from fedlotr.engines.base import Clients
+
+            self.clients = Clients(self.app, num_clients, run_config)
 
         def execute(self, job: Any, states: Any, places: Any, keep: Any, fresh: Any, *records: Any) -> Any:
             self.held = {digest: record for digest, record in self.held.items() if digest in keep}
@@ -111,7 +120,15 @@ def _worker_class(client_app: str, num_clients: int, run_config: dict[str, Any],
                 job.messages[at].content[name] = self.held[digest]
             return self.clients.execute(job, states)
 
-    return Worker
+    # Ray counts in ten-thousandths; rounded up, the last worker of a GPU would not fit.
+    share = 0 if workers_per_gpu is None else 10_000 // workers_per_gpu / 10_000
+    return ray.remote(num_cpus=1, num_gpus=share, max_restarts=0)(Worker)
+
+
+def start_worker(actor_class: Any) -> tuple[Any, Any]:
+    """A new actor, and the reference that tells that it has loaded the app."""
+    actor = actor_class.remote()
+    return actor, actor.start.remote()
 
 
 class RayGrid(Engine):
@@ -136,12 +153,14 @@ class RayGrid(Engine):
         threads: int = 1,
         spill: Path | None = None,
         address: str | None = None,
+        head_start: "HeadStart | None" = None,
     ) -> None:
         """Start workers that import `client_app` ("module:attribute") and compute with so many `threads` each.
 
         Ray is started too, and stopped by `close`, unless this process is in it already or an `address` says which
         cluster to join; then it must have a CPU for each worker, and is left by `close` as it was.
         workers_per_gpu: how many share one GPU, the only one that each of them sees; None: they need none.
+        head_start: Ray and workers of the same app and threads, which need no GPU and are starting already.
         """
         super().__init__(num_clients, cohorts, spill)
         self.workers = workers
@@ -150,7 +169,8 @@ class RayGrid(Engine):
         self._busy: dict[Any, tuple[Any, Job | None]] = {}  # by the reference of the result; no job: it is starting
         self.broadcast = Broadcast(ray.put)
         self._false_starts = 0
-        self._owns_ray = start_ray(workers, address)
+        begun = [] if head_start is None else head_start.hand_over()
+        self._owns_ray = bool(begun) or start_ray(workers, address)
         try:
             found = ray.cluster_resources()  # type: ignore[no-untyped-call]
             if (cpus := found.get("CPU", 0)) < workers:
@@ -160,12 +180,10 @@ class RayGrid(Engine):
                     f"Ray runs with {gpus:g} GPUs and {workers} workers share one by {workers_per_gpu}: lower "
                     "--workers, or raise --workers-per-gpu"
                 )
-            worker = _worker_class(client_app, num_clients, dict(run_config), threads)
-            # Ray counts in ten-thousandths; rounded up, the last worker of a GPU would not fit.
-            share = 0 if workers_per_gpu is None else 10_000 // workers_per_gpu / 10_000
-            self._actor_class: Any = ray.remote(num_cpus=1, num_gpus=share, max_restarts=0)(worker)
-            for _ in range(workers):
-                self._start_worker()
+            self._actor_class = worker_class(client_app, threads, workers_per_gpu)
+            self._employment = (num_clients, dict(run_config))
+            for at in range(workers):
+                self._employ(*(begun[at] if at < len(begun) else start_worker(self._actor_class)))
         except BaseException:
             self.close()
             raise
@@ -177,13 +195,13 @@ class RayGrid(Engine):
 
     def close(self) -> None:
         """Drop what is queued, end the workers, and Ray if it was started here."""
-        with _interrupts_held_back():
+        with interrupts_held_back():
             self._queue.clear()
             self.broadcast.clear()
             actors = [*self._idle, *(actor for actor, _ in self._busy.values())]
             self._idle, self._busy = [], {}
             for actor in actors:
-                _end(actor)
+                end_worker(actor)
             if self._owns_ray:
                 self._owns_ray = False
                 ray.shutdown()
@@ -195,9 +213,9 @@ class RayGrid(Engine):
         self._dispatch()
         return ids
 
-    def _start_worker(self) -> None:
-        actor = self._actor_class.remote()
-        self._busy[actor.start.remote()] = (actor, None)
+    def _employ(self, actor: Any, started: Any) -> None:
+        actor.employ.remote(*self._employment)  # an actor does one thing after the other, as they were asked of it
+        self._busy[started] = (actor, None)
 
     def _dispatch(self) -> None:
         while self._queue and self._idle:
@@ -253,11 +271,11 @@ class RayGrid(Engine):
             self._split(job, f"its worker died {DEATHS_OF_A_SUSPECT} times: {last_words}", CLIENT_CRASHED)
 
     def _replace(self, actor: Any, reason: str) -> None:
-        _end(actor)
+        end_worker(actor)
         self.broadcast.forget(actor)
         self.restarts += 1
         log.warning("%s; restart %d", reason, self.restarts)
-        self._start_worker()
+        self._employ(*start_worker(self._actor_class))
 
     def _split(self, job: Job, reason: str, code: int) -> None:
         """Find the culprit: the clients of a failed cohort are tried one by one; a single client has failed."""
@@ -275,6 +293,7 @@ class RayGrid(Engine):
                 self._replace(actor, f"{job} took too long")
 
 
-def _end(actor: Any) -> None:
+def end_worker(actor: Any) -> None:
+    """End an actor, whatever it does."""
     with contextlib.suppress(Exception):  # it may be dead already, or Ray gone
         ray.kill(actor)

@@ -1,7 +1,22 @@
-"""Federated learning over Flower's interfaces: the ClientApp, the round loop, and the base of server strategies."""
+"""Federated learning over Flower's interfaces: the ClientApp, the round loop, and the base of server strategies.
 
-from fedlotr.flower.certificate import Product
-from fedlotr.flower.records import Arrays, by_layer, to_arrays
-from fedlotr.flower.strategy import Strategy, Update, WithCarry, owned, weighted_mean
+The names below are loaded when they are first used: the engines need modules of this folder, and not torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlotr.flower.certificate import Product
+    from fedlotr.flower.records import Arrays, by_layer, to_arrays
+    from fedlotr.flower.strategy import Strategy, Update, WithCarry, owned, weighted_mean
 
 __all__ = ["Arrays", "Product", "Strategy", "Update", "WithCarry", "by_layer", "owned", "to_arrays", "weighted_mean"]
+
+_HOMES = {"Product": "certificate", "Arrays": "records", "by_layer": "records", "to_arrays": "records"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'strategy')}"), name)

@@ -16,7 +16,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedlotr.communication.codecs import CodecError, Tensors, added, decode, encode, shapes_of, witness
 from fedlotr.flower.ranks import padded
-from fedlotr.flower.records import Arrays, to_arrays, to_record, value
+from fedlotr.flower.reading import value
+from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure
 from fedlotr.flower.state import ClientStates
 from fedlotr.streams import generator

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, Message
 
-from fedlotr.flower.records import value
+from fedlotr.flower.reading import value
 
 REPLY_BYTES = 16 * 2**20
 """Of a push's replies, arrays of about so many bytes stay in memory; those of the replies after them go to disk."""

@@ -1,46 +1,20 @@
 """Tensors to Flower's records and back: one named array per trained tensor."""
 
 import hashlib
-import io
-import math
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
-_NPY_1_0 = b"\x93NUMPY\x01\x00"
+from fedlotr.flower.reading import value
 
 Arrays = dict[str, npt.NDArray[np.float64]]
 FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.core_(?P<factor>[A-Z])")
 """How the trained tensors of an adapted layer are called."""
 Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-def value(array: Array) -> npt.NDArray[Any]:
-    """What an array holds, as `array.numpy()` gives it, but read-only, and much sooner where many are alike.
-
-    Flower's format is NumPy's file format, whose header numpy parses as Python source, for every array anew.
-    """
-    data = array.data
-    if array.stype != "numpy.ndarray" or data[:8] != _NPY_1_0:
-        return array.numpy()
-    start = 10 + int.from_bytes(data[8:10], "little")
-    dtype, shape, fortran = _header(data[8:start])
-    if dtype.hasobject:
-        return array.numpy()  # which refuses it
-    found = np.frombuffer(data, dtype, math.prod(shape), start)
-    return found.reshape(shape, order="F" if fortran else "C")
-
-
-@lru_cache(maxsize=4096)
-def _header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
-    return dtype, shape, fortran
 
 
 def to_record(tensors: Mapping[str, torch.Tensor | npt.NDArray[np.generic]]) -> ArrayRecord:

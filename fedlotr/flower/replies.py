@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedlotr.flower.lazy import LazyRecord
 from fedlotr.flower.private import CLIENT_CRASHED
-from fedlotr.flower.records import value
+from fedlotr.flower.reading import value
 
 RECORDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "client": ConfigRecord}
 """What a reply consists of, ConfigRecords of other names apart."""

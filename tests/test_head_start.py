@@ -1,0 +1,83 @@
+"""Workers start while the command loads and checks: sooner than a run, and gone where there is none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedlotr import simulate
+from fedlotr.configuration import load
+from tests.support import Simulate
+
+
+def ray_processes(folder: Path) -> list[int]:
+    """Those that a command in a folder has left: Ray's own and its workers have the folder of whoever started them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_it_waits_for_neither_torch_nor_transformers() -> None:
+    look = "import fedlotr.simulate, fedlotr.engines.head_start, sys; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "peft", "datasets"} & set(found.stdout.split())
+
+
+@pytest.mark.parametrize("other", [{}, {"engine": "local"}, {"ray_address": "here:1"}, {"resume": True}], ids=str)
+def test_it_is_only_for_new_runs_on_a_ray_of_their_own(
+    other: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[object, ...]] = []
+    monkeypatch.setattr("fedlotr.engines.head_start.HeadStart", lambda *given: begun.append(given))
+    monkeypatch.delitem(sys.modules, "fedlotr.simulation", raising=False)
+    simulate.early_workers(load(["--workers=3"]).model_copy(update=other))
+    assert begun == ([] if other else [("fedlotr.flower.client_app:app", 3, 1)])
+
+
+@pytest.mark.slow
+def test_a_run_whose_check_fails_says_so_and_leaves_no_process(simulate: Simulate, tmp_path: Path) -> None:
+    done = simulate("--rank=100000", "--workers=1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: --rank 100000: above the width" in done.stderr.splitlines()[-1]
+    assert ray_processes(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.5, 4.0])
+def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedlotr.simulate", "--workers=1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == simulate.INTERRUPTED, err
+    assert err.splitlines()[-1] == "interrupted before the first round was finished"
+    assert ray_processes(tmp_path) == []
+
+
+def test_a_run_uses_the_workers_that_were_there(
+    simulate: Simulate, animals: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    words = f"--data {animals} --model {tiny_bert} --clients 3 --rounds 1 --public-examples 8 --workers 1 --json"
+    done = simulate(*words.split(), "--quiet")
+    assert done.returncode == 0, done.stderr
+    timing = json.loads(done.stdout)["timing"]
+    assert (timing["workers"], timing["worker_restarts"], timing["base_model_loads"]) == (1, 0, 2)
+    assert ray_processes(tmp_path) == []
