@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedlotr.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.errors import FedlotrError, InputError
+from fedlotr.garbage import loading_for_good
 from fedlotr.processes import CLIENT_APP, threads_of, workers_of
 from fedlotr.reporting.console import Console
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Console(quiet=config.quiet) as console, early_workers(config) as head_start:
         try:
             # Here, not above: it loads torch and Flower, and mistakes and --help should not wait for them.
-            from fedlotr.simulation import run_simulation
+            with loading_for_good():
+                from fedlotr.simulation import run_simulation
 
             result = run_simulation(config, console=console, head_start=head_start)
         except InputError as error:

@@ -5,7 +5,6 @@ interpreter are parsed and never imported. It changes with the interpreter, so i
 """
 
 import ast
-import gc
 import re
 import sysconfig
 import warnings
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlotr.errors import InputError
+from fedlotr.garbage import not_collecting
 
 WORDS = range(6, 81)
 """Words in a paragraph: shorter ones say nothing of their part, longer ones are mostly tables and listings."""
@@ -89,18 +89,13 @@ def build_pydoc() -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     labels = {module: label for label, modules in enumerate(PARTS.values()) for module in modules.split()}
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees hold no cycles: looking for some among all modules loaded doubles the time
-    try:
+    with not_collecting():  # syntax trees hold no cycles
         for module, label in sorted(labels.items()):
             for file in _sources(library, module):
                 for text in _paragraphs(file):
                     if text not in seen:
                         seen.add(text)
                         rows.append({"text": text, "label": label, "client": module})
-    finally:
-        if collecting:
-            gc.enable()
     if not rows:
         raise InputError(
             f"--data pydoc: no sources of the standard library in {library}; this interpreter comes without them, "

@@ -102,9 +102,11 @@ def worker_class(client_app: str, threads: int, workers_per_gpu: int | None = No
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
             from fedlotr.engines.base import limit_threads, load_client_app
             from fedlotr.flower.private import identify_process
+            from fedlotr.garbage import loading_for_good
 
             identify_process()
-            self.app = load_client_app(client_app)
+            with loading_for_good():
+                self.app = load_client_app(client_app)
             self.held: dict[str, Any] = {}
             limit_threads(threads)  # torch, if the app loaded it, does not follow the environment in everything
 
