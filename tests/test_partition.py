@@ -1,5 +1,7 @@
 """Every rule divides rows among clients without loss of order, overlap or empty hands, or says why it cannot."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -258,3 +260,17 @@ def test_real_sets_divide(data: str, rule: str, clients: int, dropped: int) -> N
     assert len(parts) == clients
     assert min(map(len, parts)) >= 1
     assert len(np.unique(np.concatenate(parts))) == sum(map(len, parts)) == len(source.train) - dropped
+
+
+def test_dividing_does_not_wait_for_plots_which_are_there_for_whoever_wants_them() -> None:
+    program = """
+import sys
+import fedlotr.data.partitioners
+assert not {"seaborn", "matplotlib", "scipy.stats"} & set(sys.modules)
+import flwr_datasets
+plot = flwr_datasets.visualization.plot_label_distributions
+from flwr_datasets.visualization import plot_label_distributions
+assert plot is plot_label_distributions is sys.modules["flwr_datasets.visualization"].plot_label_distributions
+assert "seaborn" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

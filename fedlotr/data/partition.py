@@ -17,7 +17,8 @@ from fedlotr.streams import generator, stream_key
 
 if TYPE_CHECKING:
     import datasets
-    from flwr_datasets.partitioner import Partitioner
+
+    from fedlotr.data.partitioners import Partitioner
 
 PARTITIONS = {
     "iid": "equal shares at random",
@@ -160,13 +161,13 @@ def _deal(partitioner: Partitioner, rows: Rows, groups: Rows, clients: int) -> l
 
 
 def _iid(rows: Rows, clients: int) -> list[Rows]:
-    from flwr_datasets.partitioner import IidPartitioner
+    from fedlotr.data.partitioners import IidPartitioner
 
     return _deal(IidPartitioner(num_partitions=clients), rows, rows, clients)
 
 
 def _dirichlet(rows: Rows, labels: Rows, alpha: float, clients: int, seed: int) -> list[Rows]:
-    from flwr_datasets.partitioner import DirichletPartitioner
+    from fedlotr.data.partitioners import DirichletPartitioner
 
     for draw in range(DIRICHLET_DRAWS):
         key = stream_key(seed, "dirichlet", draw)
@@ -194,7 +195,7 @@ def _nobody_empty(key: int, labels: Rows, alpha: float, clients: int) -> bool:
 
 
 def _shards(rows: Rows, labels: Rows, shards: int, clients: int, seed: int) -> list[Rows]:
-    from flwr_datasets.partitioner import ShardPartitioner
+    from fedlotr.data.partitioners import ShardPartitioner
 
     if clients * shards > len(rows):
         raise InputError(
@@ -211,7 +212,7 @@ def _shards(rows: Rows, labels: Rows, shards: int, clients: int, seed: int) -> l
 
 
 def _natural(rows: datasets.Dataset, column: str, clients: int) -> list[Rows]:
-    from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
+    from fedlotr.data.partitioners import GroupedNaturalIdPartitioner
 
     if column not in rows.column_names:
         raise InputError(
