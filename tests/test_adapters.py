@@ -218,6 +218,24 @@ def test_wide_matrices_are_decomposed_well_without_a_full_svd(monkeypatch: pytes
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+@pytest.mark.parametrize("decay", [0.7, 1e-3, 0.0])
+def test_singular_vectors_are_those_of_an_svd_however_the_singular_values_fall(
+    shape: tuple[int, int], decay: float
+) -> None:
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, min(shape), dtype=torch.float64)).Q for side in shape)
+    values = decay ** torch.arange(min(shape), dtype=torch.float64)
+    w = left @ torch.diag(values) @ right.T
+    u, v = leading_singular_vectors(w, 3, 0)
+    torch.testing.assert_close(u.T @ u, torch.eye(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(v.T @ v, torch.eye(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(u.T @ w @ v, torch.diag(values[:3]), atol=1e-12, rtol=0)
+    if decay:
+        torch.testing.assert_close((left[:, :3] * u).sum(0).abs(), torch.ones(3).double(), atol=1e-9, rtol=0)
+        torch.testing.assert_close((right[:, :3] * v).sum(0).abs(), torch.ones(3).double(), atol=1e-9, rtol=0)
+
+
 def test_lora_starts_as_lora_does() -> None:
     pair = lora_basis(request(torch.zeros(4, 100), r=50))
     assert not pair.B.any()
