@@ -32,6 +32,7 @@ from fedlotr.training.checkpointing import blocks
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import Tensors, TrainableModel, count_parameters, linear_layers, load_base
 from fedlotr.training.packing import PASS_TOKENS
+from fedlotr.training.prefix import KEPT_BYTES
 from fedlotr.training.supported import form_of_weights
 from fedlotr.wire_form import UNCODED, WireForm
 
@@ -126,6 +127,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     form = config.quantize if config.quantize != "none" else form_of_weights(Path(checked.spec.path))
     weights = width * parameters + _stored_in_fewer(model.module, form, width)
     computing = weights + largest * COPIES_OF_TRAINED * payload + _activations(model, width)
+    computing += 0 if model.prefix is None else KEPT_BYTES
     if config.baseline is not None:  # nothing is sent
         up, down, one_off, participants = 0, 0, 0, 0
     return Forecast(

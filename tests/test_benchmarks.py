@@ -17,6 +17,7 @@ SMALLEST = {
     "engine": ["--clients", "8", "--bytes", "2000", "--rounds", "1", "--only", "speed"],
     "startup": ["--repeats", "1", "--options", "--max-examples", "4", "--sample", "2", "--eval-examples", "8"],
     "privacy": ["--batch", "2", "--length", "8", "--ranks", "4", "--repeats", "1"],
+    "prefix": ["--clients", "2", "--examples", "4", "--length", "8", "--blocks", "0", "--repeats", "1"],
     "gpu": ["--device", "cpu", "--small"],
 }
 

@@ -23,7 +23,7 @@ class HeadStart:
     def hand_over(self) -> list[tuple[Any, Any]]:
         """The workers, each with the reference that tells that it has loaded the app. The caller ends them, and Ray.
 
-        None where this process was in Ray before. Raises what kept Ray from starting.
+        Empty where this process was in Ray before. Raises what kept Ray from starting.
         """
         self._begun.wait()
         if self._error is not None:

@@ -169,6 +169,8 @@ def train_cohort(
     if any(work.optimizer for work in cohort):
         optimizer.load([cohort[k].optimizer for k in order], stacks)
     rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
+    if model.prefix is not None and mechanism is None and training.steps is None:  # all examples will be seen
+        model.prefix.fill(examples, [work.rows for work in cohort])
     losses = np.zeros(len(cohort))
     for step in range(len(plans[order[0]])):
         active = [k for k in order if len(plans[k]) > step]

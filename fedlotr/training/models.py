@@ -26,6 +26,7 @@ from fedlotr.streams import stream_key
 from fedlotr.training.checkpointing import run_again
 from fedlotr.training.examples import IGNORED, Batch
 from fedlotr.training.own_class import import_class
+from fedlotr.training.prefix import FrozenPrefix
 from fedlotr.training.ragged import Ragged, attending
 from fedlotr.training.supported import form_of_weights
 from fedlotr.training.token_losses import CHUNK_LOGITS, last_hidden, plain_output, predictions, sequence_losses
@@ -100,7 +101,11 @@ class MeanPooledClassifier(nn.Module):
 
     def ragged(self, averages: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Packed token ids (1, tokens) to logits (rows, labels). averages: (rows, tokens)."""
-        logits: torch.Tensor = self.classifier(averages @ self.encoder(**inputs).last_hidden_state[0].float())
+        return self.pooled(averages, self.encoder(**inputs).last_hidden_state)
+
+    def pooled(self, averages: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The encoder's last hidden states of packed tokens (1, tokens, size) to logits (rows, labels)."""
+        logits: torch.Tensor = self.classifier(averages @ hidden[0].float())
         return logits
 
 
@@ -463,15 +468,21 @@ class TrainableModel:
         known = known and getattr(self.module.config, "model_type", "") in RAGGED
         return known and isinstance(self.module, MeanPooledClassifier) and not self.matrices
 
-    def ragged_logits(self, batch: Ragged) -> torch.Tensor:
-        """(rows, labels), float32; inside `adapters.packed`."""
+    @cached_property
+    def prefix(self) -> FrozenPrefix | None:
+        """The blocks below all that is trained, where packed sequences are taken and there are any."""
+        return FrozenPrefix.of(cast(MeanPooledClassifier, self.module).encoder) if self.takes_ragged else None
+
+    def ragged_logits(self, batch: Ragged, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, labels), float32; inside `adapters.packed`. hidden: what `prefix` made of the batch, if it did."""
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         model = cast(MeanPooledClassifier, self.module)
         with attending(model.encoder, batch.attendance):
-            logits: torch.Tensor = model.ragged(batch.averages, **inputs)
-        return logits
+            if hidden is None or self.prefix is None:
+                return model.ragged(batch.averages, **inputs)
+            return model.pooled(batch.averages, self.prefix.above(hidden))
 
     @cached_property
     def output(self) -> nn.Linear | None:

@@ -106,6 +106,8 @@ class Ragged:
     labels: torch.Tensor
     averages: torch.Tensor
     attendance: Attendance
+    filler: int
+    """How many tokens belong to no sequence."""
 
     def to(self, device: torch.device) -> "Ragged":
         """The same sequences on a device."""
@@ -118,6 +120,7 @@ class Ragged:
             self.labels.to(device),
             self.averages.to(device),
             self.attendance,
+            self.filler,
         )
 
     @property
@@ -148,6 +151,7 @@ class Ragged:
             torch.from_numpy(examples.labels[rows]),
             averages,
             Attendance(np.append(lengths, filler) if filler else lengths),
+            filler,
         )
 
 

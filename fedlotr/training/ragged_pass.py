@@ -40,7 +40,8 @@ def ragged_backward(
             name: leaf.index_select(0, by_row) if name in model.head_names else leaf for name, leaf in leaves.items()
         }
         with copies(model.module, model.as_copies(copied)), packed(Spans(counts.tolist())):
-            losses = example_losses(model.ragged_logits(batch), batch.labels)
+            hidden = None if model.prefix is None else model.prefix.states(examples, rows[run], batch.filler)
+            losses = example_losses(model.ragged_logits(batch, hidden), batch.labels)
             total = torch.dot(losses, torch.from_numpy(weights[run]).to(losses))
             gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         for stack, gradient in zip(stacks.values(), gradients, strict=True):

@@ -1,0 +1,113 @@
+"""Blocks below all that is trained run once an example, and change nothing but rounding."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_packed import some_examples
+
+from fedlotr.adapters import CoreConfig
+from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining, train_cohort
+from fedlotr.training.examples import Examples
+from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+
+ROWS = {"a": np.arange(0, 9), "b": np.arange(9, 25), "c": np.arange(25, 40)}
+EXAMPLES = some_examples()
+TRAINING = LocalTraining(epochs=2, optimizer="sgd", lr=0.1, head_lr=0.1)
+
+
+def upper(folder: Path, targets: str) -> TrainableModel:
+    """The tiny BERT, which has two blocks, with cores in some layers; targets "": the head alone."""
+    spec = ModelSpec(str(folder), "classification", 3, True, 0)
+    base = load_base(spec)
+    core = CoreConfig(method="lora-xs", r=4, target_modules=adaptable_layers(base, targets)) if targets else None
+    return TrainableModel(base, spec, core)
+
+
+def trained(model: TrainableModel, clients: str) -> list[ClientResult]:
+    work = [ClientWork(ROWS[client], np.random.default_rng(ord(client))) for client in clients]
+    return train_cohort(model, START[len(model.trained)], EXAMPLES, work, TRAINING)
+
+
+START: dict[int, dict[str, torch.Tensor]] = {}
+"""Any two models here that train as many tensors start from the same ones."""
+
+
+@pytest.fixture(params=[r".*layer\.1\..*", ""], ids=["upper block", "head alone"])
+def model(tiny_bert: Path, request: pytest.FixtureRequest) -> TrainableModel:
+    found = upper(tiny_bert, request.param)
+    torch.manual_seed(0)
+    START.setdefault(len(found.trained), {n: v + 0.1 * torch.randn_like(v) for n, v in found.values().items()})
+    return found
+
+
+def test_training_above_kept_states_is_training_of_the_whole_model(
+    model: TrainableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.prefix is not None
+    found = trained(model, "abc")
+    monkeypatch.setitem(model.__dict__, "takes_ragged", False)
+    for one, other in zip(found, trained(model, "abc"), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        for name, value in other.tensors.items():
+            torch.testing.assert_close(one.tensors[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_blocks_below_run_once_for_each_client(model: TrainableModel) -> None:
+    runs: list[int] = []
+    model.module.get_submodule("encoder.encoder.layer.0").register_forward_hook(lambda *_: runs.append(1))
+    trained(model, "ab")
+    trained(model, "abc")
+    trained(model, "abc")
+    assert len(runs) == 3
+
+
+def test_bits_do_not_depend_on_what_a_worker_has_seen(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, prefix = trained(model, "bc"), model.prefix
+    assert prefix is not None and len(prefix._kept) == 31
+    each = 4 * model.module.config.hidden_size
+    tokens = {client: int(EXAMPLES.lengths[rows].sum()) for client, rows in ROWS.items()}
+    monkeypatch.setattr("fedlotr.training.prefix.KEPT_BYTES", each * (tokens["b"] + tokens["c"]))
+    trained(model, "a")
+    assert len(prefix._kept) == 9, "there was no room for it beside the others"
+    trained(model, "ab")
+    for one, other in zip(fresh, trained(model, "bc"), strict=True):
+        assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+
+
+def test_a_cohort_whose_states_are_too_many_is_trained_without(
+    model: TrainableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlotr.training.prefix.KEPT_BYTES", 8)
+    found, prefix = trained(model, "ab"), model.prefix
+    assert prefix is not None and not prefix._kept
+    monkeypatch.undo()
+    for one, other in zip(found, trained(model, "ab"), strict=True):
+        for name, value in one.tensors.items():
+            torch.testing.assert_close(other.tensors[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_where_the_first_block_is_adapted_nothing_is_kept(tiny_bert: Path) -> None:
+    assert upper(tiny_bert, "all-linear").prefix is None
+
+
+def test_steps_that_may_not_see_all_examples_keep_nothing(tiny_bert: Path) -> None:
+    model = upper(tiny_bert, "")
+    work = [ClientWork(ROWS["a"], np.random.default_rng(0))]
+    train_cohort(model, model.values(), EXAMPLES, work, LocalTraining(steps=1))
+    assert model.prefix is not None and not model.prefix._kept
+
+
+def test_rows_of_other_data_are_not_taken_for_those_that_are_kept(tiny_bert: Path) -> None:
+    other = some_examples(60)
+
+    def trained_on(model: TrainableModel, examples: Examples) -> ClientResult:
+        work = [ClientWork(ROWS["a"], np.random.default_rng(0))]
+        (result,) = train_cohort(model, model.values(), examples, work, TRAINING)
+        return result
+
+    used = upper(tiny_bert, "")
+    trained_on(used, EXAMPLES)
+    found, wanted = trained_on(used, other).tensors, trained_on(upper(tiny_bert, ""), other).tensors
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
