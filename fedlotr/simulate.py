@@ -4,7 +4,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         _refuse(error)
         return _refuse_further(error)
-    with Console(quiet=config.quiet) as console, early_workers(config) as head_start:
+    with Console(quiet=config.quiet) as console, ExitStack() as early:  # what is said is said before workers end
         try:
+            head_start = early.enter_context(early_workers(config))
             # Here, not above: it loads torch and Flower, and mistakes and --help should not wait for them.
             with loading_for_good():
                 from fedlotr.simulation import run_simulation

@@ -72,6 +72,43 @@ def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path
     assert ray_processes(tmp_path) == []
 
 
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedlotr.simulate", "--workers=1", "--out=run"],
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("run/.work/*/train.safetensors")) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == signal.SIGTERM, process.stderr.read() if process.stderr else ""
+    assert not (tmp_path / "run" / ".work").exists(), "it holds the clients' examples"
+    assert ray_processes(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (KeyboardInterrupt(), simulate.INTERRUPTED, "interrupted before the first round was finished"),
+        (ImportError("no ray"), simulate.FAILED, "error: ImportError: no ray"),
+    ],
+    ids=["ctrl-c", "no Ray"],
+)
+def test_what_happens_as_workers_start_is_told_like_the_rest(
+    raised: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("fedlotr.simulate.early_workers", fail)
+    assert simulate.main(["--quiet"]) == code
+    assert line in capsys.readouterr().err.splitlines()
+
+
 def test_a_run_uses_the_workers_that_were_there(
     simulate: Simulate, animals: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """Ray and the workers of a run begin to start in a thread, while the main thread loads libraries and checks."""
 
+import signal
+import sys
 import threading
 from typing import Any, Self
 
@@ -28,6 +30,10 @@ class HeadStart:
         self._begun.wait()
         if self._error is not None:
             raise self._error
+        if self._owns_ray and threading.current_thread() is threading.main_thread():
+            # As Ray does where it starts in the main thread: told to end, a run cleans up. By now Ray has put its own
+            # handler in the place of whichever was there.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
         self._owns_ray = False
         return self._workers
 
