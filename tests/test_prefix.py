@@ -1,6 +1,7 @@
 """Blocks below all that is trained run once an example, and change nothing but rounding."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch
 from test_packed import some_examples
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
+from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.ragged import Ragged
 
 ROWS = {"a": np.arange(0, 9), "b": np.arange(9, 25), "c": np.arange(25, 40)}
 EXAMPLES = some_examples()
@@ -32,6 +36,12 @@ def trained(model: TrainableModel, clients: str) -> list[ClientResult]:
 
 START: dict[int, dict[str, torch.Tensor]] = {}
 """Any two models here that train as many tensors start from the same ones."""
+
+
+@pytest.fixture(autouse=True)
+def small_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients here have fewer tokens than it takes for a pass of their own to pay."""
+    monkeypatch.setattr("fedlotr.training.prefix.FULL_PASS", 1)
 
 
 @pytest.fixture(params=[r".*layer\.1\..*", ""], ids=["upper block", "head alone"])
@@ -76,13 +86,45 @@ def test_bits_do_not_depend_on_what_a_worker_has_seen(model: TrainableModel, mon
         assert all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
 
 
+def test_a_pass_below_is_over_the_examples_of_one_client_whatever_is_kept(
+    model: TrainableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    whole = Ragged.of
+    monkeypatch.setattr(
+        "fedlotr.training.prefix.Ragged",
+        SimpleNamespace(of=lambda examples, rows: (seen.append(rows.tolist()), whole(examples, rows))[1]),
+    )
+    for clients in ("ab", "bc"):
+        trained(model, clients)
+    assert seen == [ROWS[client].tolist() for client in "abc"]
+
+
+def test_whether_states_are_used_depends_on_the_cohort_alone(
+    model: TrainableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlotr.training.prefix.FULL_PASS", 75)
+    tokens = {client: int(EXAMPLES.lengths[rows].sum()) for client, rows in ROWS.items()}
+    assert tokens["a"] < 75 < tokens["b"]
+    trained(model, "b")
+    prefix = model.prefix
+    assert prefix is not None and len(prefix._kept) == 16 and prefix._used
+    trained(model, "a")
+    assert len(prefix._kept) == 16 and not prefix._used
+    trained(model, "b")
+    noise = DPSGD(ExampleNoise(1.0, 0.1), [NoiseStream()])
+    work = [ClientWork(ROWS["b"], np.random.default_rng(0))]
+    train_cohort(model, model.values(), EXAMPLES, work, LocalTraining(), None, 1, noise)
+    assert not prefix._used, "its batches are drawn, and may leave examples out"
+
+
 def test_a_cohort_whose_states_are_too_many_is_trained_without(
     model: TrainableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlotr.training.prefix.KEPT_BYTES", 8)
-    found, prefix = trained(model, "ab"), model.prefix
+    with monkeypatch.context() as small:
+        small.setattr("fedlotr.training.prefix.KEPT_BYTES", 8)
+        found, prefix = trained(model, "ab"), model.prefix
     assert prefix is not None and not prefix._kept
-    monkeypatch.undo()
     for one, other in zip(found, trained(model, "ab"), strict=True):
         for name, value in one.tensors.items():
             torch.testing.assert_close(other.tensors[name], value, rtol=1e-5, atol=1e-6)

@@ -169,8 +169,9 @@ def train_cohort(
     if any(work.optimizer for work in cohort):
         optimizer.load([cohort[k].optimizer for k in order], stacks)
     rates = {name: training.head_lr if name in model.head_names else training.lr for name in stacks}
-    if model.prefix is not None and mechanism is None and training.steps is None:  # all examples will be seen
-        model.prefix.fill(examples, [work.rows for work in cohort])
+    if model.prefix is not None:
+        all_seen = mechanism is None and training.steps is None
+        model.prefix.begin(examples, [work.rows for work in cohort] if all_seen else [])
     losses = np.zeros(len(cohort))
     for step in range(len(plans[order[0]])):
         active = [k for k in order if len(plans[k]) > step]
