@@ -114,7 +114,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here (torch.cuda.is_available() is False): nothing was measured")
         return
-    ragged_pass.PASS_TOKENS = backward.PASS_TOKENS = args.pass_tokens
+    ragged_pass.RAGGED_TOKENS = backward.PASS_TOKENS = args.pass_tokens
     training = LocalTraining(steps=args.steps, batch_size=args.batch)
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     side = 8192 if args.device == "cuda" else 1024

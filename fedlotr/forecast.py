@@ -33,6 +33,7 @@ from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.models import Tensors, TrainableModel, count_parameters, linear_layers, load_base
 from fedlotr.training.packing import PASS_TOKENS
 from fedlotr.training.prefix import KEPT_BYTES
+from fedlotr.training.ragged_pass import RAGGED_TOKENS
 from fedlotr.training.supported import form_of_weights
 from fedlotr.wire_form import UNCODED, WireForm
 
@@ -269,7 +270,7 @@ def _mean_lengths(checked: Checked, clients: Sequence[int]) -> dict[int, float]:
 
 def _activations(model: TrainableModel, width: int) -> int:
     """Bytes that one pass keeps for its backward."""
-    tokens = model.pass_tokens(PASS_TOKENS)
+    tokens = RAGGED_TOKENS if model.takes_ragged else model.pass_tokens(PASS_TOKENS)
     through = _widths_in(model.module)
     if model.spec.checkpointed:  # each block's input, and what is inside the one that runs again
         inside = [_widths_in(part) for part in blocks(model.module)]

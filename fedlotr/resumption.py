@@ -37,15 +37,10 @@ def saved_configuration(out: Path) -> SimulationConfig | None:
     if not path.is_file():
         return None
     try:
-        return _as_begun(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return SimulationConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--resume: {path} cannot be read ({reason}); start a new run with another --out") from error
-
-
-def _as_begun(values: Mapping[str, Any]) -> SimulationConfig:
-    """A configuration that was written down; before it could say where, runs computed on the CPU."""
-    return SimulationConfig(**{"device": "cpu", **values})
 
 
 def fixed_values(config: SimulationConfig) -> dict[str, Any]:
@@ -85,7 +80,7 @@ def continue_from(
     checkpoint = directory.last_checkpoint()
     if checkpoint is not None:
         if not problems:
-            problems = differences(_as_begun(checkpoint.extra["configuration"]), config)
+            problems = differences(SimulationConfig(**checkpoint.extra["configuration"]), config)
         if checkpoint.extra["data_sha256"] != data_sha256 and not (is_own(config.data) and problems):
             problems.append(f"--data {config.data}: its content has changed since the run in {directory.path} began")
         if config.init_adapter and checkpoint.extra.get("init_adapter_sha256") != adapter_sha256 and not problems:

@@ -267,8 +267,11 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
             resolved["basis"] = PRIVATE_BASIS
     if config.device == "auto" and before is not None:
         config = config.model_copy(update={"device": before.device})
-        if problems := list(device_problems(config)):
-            raise InputError(problems)
+        if config.device == "cuda" and not gpus():
+            raise InputError(
+                f"--resume: the run in {config.out} was begun on a GPU, and torch sees none here; go on where there is "
+                "one, or start a new run with another --out"
+            )
     device = resolved["device"] = device_of(config)
     if config.engine == "ray":
         resolved["workers"] = workers_on(config, device)

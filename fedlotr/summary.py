@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from fedlotr.errors import InputError
 from fedlotr.flower.carried import model_sha256
 from fedlotr.flower.loop import State
 from fedlotr.formulas import Layer
-from fedlotr.preparation import Prepared
+from fedlotr.preparation import Checked, Prepared
 from fedlotr.training.models import adaptable_layers, count_parameters
+from fedlotr.training.supported import form_of_weights
 
 PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
 """Whose versions a result may depend on."""
@@ -44,7 +46,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         clients = client_names(config.partition, checked.source.train, checked.parts)
     metric, better = next(iter(metrics_of(prepared).items()))
     found: dict[str, Any] = {
-        "versions": versions(),
+        "versions": versions(checked),
         "data_sha256": checked.source.sha256,
         "parameters": count_parameters(model.module),
         "trained_adapter": sum(sizes.values()) - head,
@@ -168,7 +170,7 @@ def summarise(
         },
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),
-        "versions": versions(),
+        "versions": versions(prepared.checked),
     }
 
 
@@ -181,9 +183,10 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     return {own.metric_name: max if own.higher_is_better else min, **usual}
 
 
-def versions() -> dict[str, str]:
-    """Of this program and of what it stands on."""
-    packages = {name: version(name) for name in PACKAGES}
+def versions(checked: Checked) -> dict[str, str]:
+    """Of this program and of what a run stands on."""
+    quantised = checked.config.quantize != "none" or form_of_weights(Path(checked.spec.path)) != "none"
+    packages = {name: version(name) for name in (*PACKAGES, *(["bitsandbytes"] if quantised else []))}
     return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
 
 

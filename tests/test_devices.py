@@ -145,14 +145,12 @@ def test_a_run_says_where_it_computed_and_goes_on_there_alone(
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text(encoding="utf-8")
     assert "device: cpu\n" in text
-    # As it was before runs could be told where to compute.
-    config.write_text(text.replace("device: cpu\n", ""), encoding="utf-8")
     again = [*words.split(), "--rounds", "2", "--resume"]
-    assert simulate.main(again) == 0
+    assert simulate.main([*again, "--device", "auto"]) == 0
     config.write_text(text.replace("device: cpu\n", "device: cuda\n"), encoding="utf-8")
     capsys.readouterr()
     assert simulate.main([*again, "--device", "auto"]) == 2
-    assert "--device cuda: torch" in capsys.readouterr().err
+    assert "was begun on a GPU, and torch sees none here; go on where there is one" in capsys.readouterr().err
 
 
 def test_doctor_says_what_the_gpus_are_for_and_whether_they_have_room(

@@ -128,7 +128,7 @@ def test_packed_training_and_evaluation_equal_those_of_padded_rows(
     tiny_bert: Path, method: str, pairs: bool, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedlotr.adapters.packed.SPREAD", columns)  # copies one by one, where they are many or wide
-    monkeypatch.setattr("fedlotr.training.ragged_pass.PASS_TOKENS", 40)  # several passes, some within a client's batch
+    monkeypatch.setattr("fedlotr.training.ragged_pass.RAGGED_TOKENS", 40)  # some passes within a batch
     model, examples = pooled(tiny_bert, method), some_examples(pairs=pairs)
     assert model.takes_ragged
     work = lambda: [ClientWork(np.arange(a, b), np.random.default_rng(a)) for a, b in ((0, 9), (9, 11), (11, 40))]  # noqa: E731

@@ -19,7 +19,7 @@ EXACT_SVD_WIDTH = 1024
 4096² matrix takes over a minute on one thread, and a model has hundreds."""
 GRAM_RATIO = 1e-3
 """The r-th singular value over the first from which on vectors come from a Gram matrix, in half the time of an SVD.
-Squaring costs a factor of at most 1 / (2 GRAM_RATIO) in exactness: three of float64's 16 digits; float32 keeps 7."""
+Squaring costs a factor of at most 1 / GRAM_RATIO in exactness: three of float64's 16 digits; float32 keeps 7."""
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 TUCKER_SWEEPS = 3

@@ -15,6 +15,8 @@ class _Unread(ModuleType):
     """Stands for a module until something of it is used; then it is read, and takes its place again."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # whoever looks through all modules asks for these
+            raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return getattr(import_module(self.__name__), name)

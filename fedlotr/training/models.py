@@ -138,7 +138,8 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         config = (AutoConfig if spec.code is None else loader.config_class).from_pretrained(
             spec.path, local_files_only=True
         )
-        vars(config).pop("quantization_config", None)  # nothing can be dequantised on the meta device
+        if meta:  # where nothing can be dequantised
+            vars(config).pop("quantization_config", None)
         # Put in here: what a configuration of one's own does not know would be handed to the class.
         for name in tuple(options.keys() & {"num_labels", "pad_token_id"}):
             setattr(config, name, options.pop(name))

@@ -13,7 +13,7 @@ from fedlotr.training.models import TrainableModel, example_losses
 from fedlotr.training.packing import Rows, runs
 from fedlotr.training.ragged import Ragged
 
-PASS_TOKENS = 3072
+RAGGED_TOKENS = 3072
 """Tokens in one pass: half as many again as in an average step of a cohort, so that most steps are one pass."""
 
 
@@ -28,7 +28,7 @@ def ragged_backward(
     totals = np.zeros(len(batches))
     for stack in stacks.values():
         stack.grad = torch.zeros_like(stack)
-    for run in runs(lengths, PASS_TOKENS):
+    for run in runs(lengths, RAGGED_TOKENS):
         owner = owners[run]
         first, last = int(owner[0]), int(owner[-1]) + 1
         batch = Ragged.of(examples, rows[run]).to(model.device)
