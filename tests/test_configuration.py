@@ -445,7 +445,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_finished_run_ends_with_zero_and_json_is_alone_on_stdout(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def finish(config: SimulationConfig, *, console: Any) -> Any:
+    def finish(config: SimulationConfig, *, console: Any, head_start: Any) -> Any:
         console.stage("working")
         return SimpleNamespace(summary={"clients": config.clients})
 
@@ -461,7 +461,7 @@ def test_an_interrupted_run_ends_with_130_and_says_what_is_saved(
     run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def interrupted_after(rounds: int, finished_before: int = 0) -> Any:
-        def simulation(config: SimulationConfig, *, console: Any) -> Any:
+        def simulation(config: SimulationConfig, *, console: Any, head_start: Any) -> Any:
             console.begin(tmp_path, finished_before)
             console.start(config, {})
             for number in range(finished_before + 1, rounds + 1):
@@ -482,7 +482,7 @@ def test_a_failed_run_ends_with_one_and_its_traceback_is_in_the_log(
     run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def fail(error: Exception, run_dir: Path | None) -> Any:
-        def simulation(config: SimulationConfig, *, console: Any) -> Any:
+        def simulation(config: SimulationConfig, *, console: Any, head_start: Any) -> Any:
             if run_dir is not None:
                 console.begin(run_dir)
             console.start(config, {})
