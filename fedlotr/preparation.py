@@ -47,6 +47,7 @@ from fedlotr.model_source import (
 from fedlotr.own import other_than_named
 from fedlotr.own_model import OwnModel, keep_model, move_model
 from fedlotr.privacy.dp_sgd import ExampleNoise
+from fedlotr.said import say
 from fedlotr.skeleton import build_skeleton, try_out
 from fedlotr.streams import generator
 from fedlotr.training.cohort import LocalTraining
@@ -321,12 +322,9 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     if not len(public) and config.privacy != "none":
         log.info("there is no --public-data, so the head begins as it was drawn or loaded")
     if config.targets != "all-linear" and (left_out := unbatched_layers(base, config.targets)):
-        log.warning(
-            "--targets %s also matches %d layers that are not adapted, since they also meet an input without a batch "
-            "axis: %s",
-            config.targets,
-            len(left_out),
-            ", ".join(left_out),
+        say(
+            f"--targets {config.targets} also matches {len(left_out)} layers that are not adapted, since they also "
+            f"meet an input without a batch axis: {', '.join(left_out)}"
         )
     # The head before the basis: a head of zeros passes no gradient on to the layers.
     bare = TrainableModel(base, checked.spec, None)
@@ -374,14 +372,10 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
 def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:
     """Say that updates may tell what is in them. tokens: of one optimizer step of each client."""
     if few := [count for count in tokens if count < rank]:
-        log.warning(
-            "%d of %d clients take steps of fewer tokens (from %d on) than the rank %d: one such gradient names its "
-            "tokens (fedlotr/privacy/leakage.py does it); a lower --rank or a larger --batch-size makes it blind, "
-            "but only --privacy hides what a client holds",
-            len(few),
-            len(tokens),
-            min(few),
-            rank,
+        say(
+            f"{len(few)} of {len(tokens)} clients take steps of fewer tokens (from {min(few)} on) than the rank "
+            f"{rank}: one such gradient names its tokens (fedlotr/privacy/leakage.py does it); a lower --rank or a "
+            "larger --batch-size makes it blind, but only --privacy hides what a client holds"
         )
 
 

@@ -35,6 +35,7 @@ from fedlotr.reporting.console import Console
 from fedlotr.reporting.loggers import Loggers
 from fedlotr.resumption import check_model, fixed_values
 from fedlotr.run_directory import Checkpoint, RunDirectory
+from fedlotr.said import Heard, say
 from fedlotr.summary import metrics_of, summarise
 
 log = logging.getLogger("fedlotr")
@@ -68,11 +69,12 @@ class Rounds:
         started: float,
         audience: Audience,
         loggers: Loggers,
-        guard: Guard | None = None,
+        guard: Guard | None,
+        heard: Heard,
     ) -> None:
         self.config, self.prepared, self.directory = config, prepared, directory
         self.grid, self.display, self.started = grid, display, started
-        self.audience, self.loggers = audience, loggers
+        self.audience, self.loggers, self.heard = audience, loggers, heard
         self.history: list[dict[str, Any]] = []
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
@@ -113,14 +115,12 @@ class Rounds:
         self.initial = checkpoint.extra["initial"]
         self.started -= checkpoint.extra["seconds"]
         trained = {name: checkpoint.arrays[name] for name in state.arrays}
+        self.heard.before(checkpoint.extra.get("warnings", []))
         log.info("resumed after round %d", checkpoint.round)
         if checkpoint.extra["rounds"] != self.config.rounds and self.config.lr_schedule != "constant":
-            log.warning(
-                "--rounds was %d: the %s schedule is now that of a run of %d rounds, which the first %d did not follow",
-                checkpoint.extra["rounds"],
-                self.config.lr_schedule,
-                self.config.rounds,
-                checkpoint.round,
+            say(
+                f"--rounds was {checkpoint.extra['rounds']}: the {self.config.lr_schedule} schedule is now that of a "
+                f"run of {self.config.rounds} rounds, which the first {checkpoint.round} did not follow"
             )
         carry, holds = state.carry, dict(checkpoint.extra.get("holds", []))
         if (about := checkpoint.extra.get("carry")) is not None:
@@ -165,6 +165,7 @@ class Rounds:
             state,
             self.started,
             None if self.guard is None else self.guard.summary(),
+            self.heard.lines,
         )
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
@@ -190,7 +191,7 @@ class Rounds:
         spent = f"the privacy budget allows no round {state.round + 1} of {self.config.rounds}"
         if not any(row["loss"] is not None for row in self.history):
             raise BudgetSpentError(f"{spent}, and none before it was evaluated; start a new run with another --out")
-        log.warning("%s: the run ends here", spent)
+        say(f"{spent}: the run ends here")
 
     def _write_adapters(self, state: State) -> None:
         """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
@@ -251,11 +252,9 @@ class Rounds:
             packed, arrays, left_out = save_strategy(strategy)
         for name in left_out.keys() - self.left_out:
             self.left_out.add(name)
-            log.warning(
-                "%s.%s is not in the checkpoints (%s): a run that is resumed starts it anew",
-                type(strategy).__name__,
-                name,
-                left_out[name],
+            say(
+                f"{type(strategy).__name__}.{name} is not in the checkpoints ({left_out[name]}): a run that is resumed "
+                "starts it anew"
             )
         clients, client_arrays = save_clients(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
@@ -276,6 +275,7 @@ class Rounds:
             "init_adapter_sha256": None if start is None else start.sha256,
             "configuration": fixed_values(self.config),
             "privacy": None if self.guard is None else self.guard.state(),
+            "warnings": self.heard.lines,
         }
         self.directory.write_checkpoint(
             state.round, {**arrays, **client_arrays, **carried, **trained}, self.history, self.ledger, extra

@@ -22,6 +22,7 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.workplace import work_folder
+from fedlotr.said import say
 
 log = logging.getLogger("fedlotr")
 
@@ -209,7 +210,7 @@ class RunDirectory:
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, with its ledger, or None where no round was finished yet.
 
-        A damaged one is passed over, and said in the log. Raises InputError where none is whole.
+        A damaged one is passed over, and said. Raises InputError where none is whole.
         """
         problems = []
         # Arrays without their JSON are left by a run killed in its first round; in any later one, damage.
@@ -221,7 +222,7 @@ class RunDirectory:
                 return self._read_checkpoint(path)
             except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 problems.append(f"{path.name}: {error}")
-                log.warning("checkpoint %s is damaged and passed over: %s", path.name, error)
+                say(f"checkpoint {path.name} is damaged and passed over: {error}")
         if problems:
             raise InputError(
                 f"--resume: no checkpoint in {self.checkpoints} is whole ({'; '.join(problems)}); "

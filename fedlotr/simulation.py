@@ -41,6 +41,7 @@ from fedlotr.resumption import continue_from, saved_configuration
 from fedlotr.rounds import Rounds
 from fedlotr.run_directory import RunDirectory
 from fedlotr.run_log import log_to
+from fedlotr.said import hearing, say
 from fedlotr.summary import facts
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.precision import measured_dtype, repeatable
@@ -123,6 +124,7 @@ def run_simulation(
         with ExitStack() as stack:
             stack.enter_context(directory.explaining())
             stack.enter_context(log_to(directory.log))
+            heard = stack.enter_context(hearing(display.warn))
             directory.remove_work()  # what a run that was killed has left
             stack.callback(directory.remove_work)
             checkpoint = None
@@ -146,7 +148,7 @@ def run_simulation(
             directory.write_facts(known)
             display.start(config, known)
             loggers = stack.enter_context(open_loggers(config.loggers, directory.path, config.reported()))
-            run = Rounds(config, prepared, directory, grid, display, started, audience, loggers, guard)
+            run = Rounds(config, prepared, directory, grid, display, started, audience, loggers, guard, heard)
             state = run.begin(strategy, checkpoint)
             loggers.begin(run.history)
             dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
@@ -163,7 +165,8 @@ def _report(folder: Path) -> None:
 
         write_report(folder)
     except Exception as error:
-        log.warning("report.html could not be made (%s); 'fedlotr report %s' tries again", error, folder, exc_info=True)
+        log.info("report.html", exc_info=True)
+        say(f"report.html could not be made ({error}); 'fedlotr report {folder}' tries again")
 
 
 @contextmanager

@@ -112,10 +112,12 @@ def summarise(
     state: State,
     started: float,
     privacy: dict[str, Any] | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """summary.json of a finished run.
 
     history: the rows of metrics.jsonl. started: by `time.monotonic`. privacy: what was promised, and kept.
+    warnings: what the user was told.
     """
     checked = prepared.checked
     evaluated = [row for row in history if row["loss"] is not None]
@@ -154,6 +156,7 @@ def summarise(
         "codec": _codec(config, history),
         "simulated": _simulated(config, history),
         "privacy": privacy,
+        "warnings": list(warnings),
         "timing": {
             "seconds_total": time.monotonic() - started,
             "train_seconds_per_round_median": statistics.median(row["train_seconds"] for row in history),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    ("errors", "files", "formulas", "garbage", "hub", "own", "streams", "wire_form", "adapters.methods"),
+    ("errors", "files", "formulas", "garbage", "hub", "own", "said", "streams", "wire_form", "adapters.methods"),
     ("machine", "preflight"),
     ("yaml_file",),
     ("command_line", "values"),

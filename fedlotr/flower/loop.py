@@ -37,6 +37,7 @@ from fedlotr.flower.state import ClientStates
 from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.terms import CONTROL
 from fedlotr.privacy.guard import ClientGuard, Guard
+from fedlotr.said import say
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.results import Results
 from fedlotr.wire_form import UNCODED, Coding
@@ -142,7 +143,7 @@ def _cohort(federation: Federation, server_round: int) -> list[int]:
     if not admitted:
         raise BudgetSpentError(f"round {server_round}: what it would release is over the privacy budget")
     if left_out := sorted(set(clients) - set(admitted)):
-        log.warning("round %d: clients %s have spent their privacy budget and sit out", server_round, left_out)
+        say(f"round {server_round}: clients {left_out} have spent their privacy budget and sit out")
     return guard.draw(server_round) if isinstance(guard, ClientGuard) else admitted
 
 

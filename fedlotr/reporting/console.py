@@ -90,6 +90,10 @@ class Console:
         """Say what the run is doing now."""
         self._print(text, style="dim")
 
+    def warn(self, text: str) -> None:
+        """Say what the user must know of the run, above the progress bar."""
+        self._print(f"warning: {text}", style="yellow")
+
     def round(self, record: Mapping[str, Any]) -> None:
         """Show one finished round: the object that metrics.jsonl gets."""
         number = int(record["round"])

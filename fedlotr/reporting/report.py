@@ -83,8 +83,12 @@ def _outcome(run: RunRecord) -> Section:
         rows.append(("largest aggregation error", about["aggregation_error_max"]))
         rows.append(("seconds in all", about["timing"]["seconds_total"]))
     rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
-    table = Table(["what", "value"], rows)
-    return Section("Result", [Figure("outcome", "In numbers", table=table, open=True, wide=True)])
+    figures = [Figure("outcome", "In numbers", table=Table(["what", "value"], rows), open=True, wide=True)]
+    if said := (run.summary or {}).get("warnings"):
+        figures.append(
+            Figure("warnings", "What the run warned of", table=Table(["warning"], [[w] for w in said]), open=True)
+        )
+    return Section("Result", figures)
 
 
 def _learning(run: RunRecord) -> Section:
