@@ -10,6 +10,8 @@ from typing import Any
 
 from side_by_side import Contestant, contestants, interleave, machine, median, parser, write
 
+from fedlotr.errors import script
+
 
 def main() -> None:
     """Run it."""
@@ -85,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

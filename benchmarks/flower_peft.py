@@ -13,6 +13,8 @@ from typing import Any
 
 from side_by_side import HERE, Contestant, contestants, interleave, machine, matmul_gflops, median, parser, write
 
+from fedlotr.errors import InputError, script
+
 AGNEWS = HERE.parents[1] / "shared" / "data" / "agnews"
 PUBLIC = 256
 FLOP_A_TOKEN = 4
@@ -31,7 +33,8 @@ def pydoc(count: int, split: str) -> list[dict[str, Any]]:
     from fedlotr.data import Names, load_source
 
     source = load_source("pydoc", seed=0, eval_split=None, names=Names())
-    rows = (source.train if split == "train" else source.test).to_pylist()[:count]
+    part = source.train if split == "train" else source.test
+    rows = part.select(range(min(count, len(part)))).to_list()
     names = sorted({row["label"] for row in rows})
     return [{"text": row["text"], "label": names.index(row["label"])} for row in rows]
 
@@ -56,7 +59,10 @@ def write_job(path: Path, args: Any, *, clients: int, batch: int, length: int, f
     count = clients * args.examples
     rows, test = read(count + PUBLIC, "train"), read(args.test if args.accuracy else 16, "test")
     if len(rows) < count + PUBLIC:
-        raise SystemExit(f"the data have {len(rows)} rows, {count + PUBLIC} are needed: give fewer --clients")
+        raise InputError(
+            f"--clients {clients}: {count + PUBLIC} rows are needed, the data have {len(rows)}; choose at most "
+            f"{(len(rows) - PUBLIC) // args.examples}"
+        )
     if fill:
         rows = lengthened(rows, length)
     job = {
@@ -172,7 +178,7 @@ def main() -> None:
     args = options.parse_args()
     report: dict[str, Any] = {"machine": machine(), "jobs": {}}
     if not AGNEWS.is_dir():
-        print("../shared/data/agnews is missing: the rows are pydoc's, so the figures are of another job")
+        print(f"{AGNEWS} is missing: the rows are pydoc's, so the figures are of another job")
     plain = {"clients": args.clients, "batch": args.batch, "length": args.length, "fill": args.fill}
     jobs = {"the job": plain} | ({name: plain | change for name, change in SWEEP.items()} if args.sweep else {})
     with tempfile.TemporaryDirectory() as folder:
@@ -194,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,7 +1,7 @@
 """A cohort of 64 clients against the same clients one by one, on a GPU: a 22 M encoder, and a 1 B decoder.
 
 Both of random weights, made from their configurations; imports nothing but `fedlotr.adapters` and `fedlotr.training`.
-Where there is no GPU it says so and ends with 0, having measured nothing. `--device cpu --small` shows that it runs:
+Where there is no GPU it says so and ends with 2, having measured nothing. `--device cpu --small` shows that it runs:
 both models tiny, four clients. `--quantize none 8bit 4bit` measures the base in each form in turn.
 
 `same_bits`: whether the same cohort, trained twice, ends with equal bits.
@@ -23,10 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from side_by_side import figures_path
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.adapters.layer import widths
+from fedlotr.adapters.quantised import check_quantiser
+from fedlotr.errors import InputError, script
 from fedlotr.training import backward, ragged_pass
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
@@ -107,13 +110,20 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--quantize", nargs="+", choices=FORMS, default=["none"], help="forms of the frozen layers")
     options.add_argument("--small", action="store_true", help="tiny models, four clients, one repeat")
-    options.add_argument("--json", type=Path, default=None)
+    options.add_argument("--json", type=figures_path, default=None)
     args = options.parse_args()
     if args.small:
         args.clients, args.steps, args.repeats = min(args.clients, 4), 1, 1
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("there is no GPU here (torch.cuda.is_available() is False): nothing was measured")
-        return
+        raise InputError(
+            "--device cuda: there is no GPU here (torch.cuda.is_available() is False), so nothing was measured; "
+            "--device cpu --small shows that it runs"
+        )
+    for form in set(args.quantize) - {"none"}:
+        try:
+            check_quantiser(form, args.device)
+        except ValueError as error:
+            raise InputError(f"--quantize {form}: {error}") from None
     ragged_pass.RAGGED_TOKENS = backward.PASS_TOKENS = args.pass_tokens
     training = LocalTraining(steps=args.steps, batch_size=args.batch)
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
@@ -169,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

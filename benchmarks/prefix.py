@@ -15,9 +15,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from side_by_side import figures_path
 from transformers import BertConfig, BertModel
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.errors import script
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.memory import keep_freed_memory
@@ -48,7 +50,7 @@ def main() -> None:
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=figures_path)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     keep_freed_memory()
@@ -91,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

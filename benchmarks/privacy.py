@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from side_by_side import figures_path
 from torch import nn
 from transformers import BertConfig, BertModel
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.errors import script
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.privacy.opacus_engine import hooked, train_by_opacus
@@ -46,7 +48,7 @@ def main() -> None:
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--repeats", type=int, default=7)
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=figures_path)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     rng = np.random.default_rng(0)
@@ -134,4 +136,4 @@ def compare(
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

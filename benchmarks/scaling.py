@@ -10,6 +10,8 @@ from typing import Any
 from flower_peft import utilisation, write_job
 from side_by_side import Contestant, contestants, cores, interleave, machine, median, parser, write
 
+from fedlotr.errors import script
+
 PLAIN: dict[str, Any] = {"workers": cores(), "cohort": "auto", "rank": 16, "clients": 50}
 
 
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

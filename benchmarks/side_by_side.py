@@ -143,10 +143,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def figures_path(given: str) -> Path:
+    """Where figures are to be written: a folder that is missing is said before an hour of measuring, not after it."""
+    path = Path(given)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: expected a file in a folder that is there")
+    return path.absolute()
+
+
 def parser(what: str) -> argparse.ArgumentParser:
     """With the options that every benchmark has."""
     made = argparse.ArgumentParser(description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--json", type=Path, help="write the figures here", default=None)
+    made.add_argument("--json", type=figures_path, help="write the figures here", default=None)
     made.add_argument("--workers", type=int, default=cores(), help="worker processes of one thread each")
     return made
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from side_by_side import HERE, machine, parser, write
 
+from fedlotr.errors import script
+
 STEPS = (
     ("reading and checking", "fedlotr.simulation", "check_all"),
     ("measuring dtypes", "fedlotr.simulation", "measured_dtype"),
@@ -91,12 +93,13 @@ def main() -> None:
             words = ["--clients", str(args.clients), "--rounds", "1", "--workers", str(args.workers)]
             words += ["--quiet", "--out", f"{folder}/run", *args.options]
             began = time.perf_counter()
-            subprocess.run(
+            done = subprocess.run(
                 [sys.executable, str(HERE / "startup.py"), "--inside", f"{folder}/report.json", *words],
-                check=True,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 cwd=folder,
             )
+            if done.returncode:  # it has said why
+                raise SystemExit(done.returncode)
             run = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
             run["command"] = time.perf_counter() - began
         ends = [start + took for what, start, took in run["steps"] if what == "checkpoint"]
@@ -119,4 +122,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:
         timed(Path(sys.argv[2]), sys.argv[3:])
     else:
-        main()
+        script(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedlotr.architectures import read_architecture
 from fedlotr.billing import bills
+from fedlotr.errors import script
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.svg import HEIGHT, WIDTH, Series, line_plot
 
@@ -87,6 +88,7 @@ def main() -> None:
     options.add_argument("--lora-rank", type=int, default=32)
     options.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".svg"))
     given = options.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     found = bytes_of(given.model, (given.rank, given.lora_rank))
     print(f"{'bytes of one client and round':40}" + "".join(f"{clients:>18,}" for clients in CLIENTS))
     for key in SHOWN:
@@ -96,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

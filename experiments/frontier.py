@@ -20,6 +20,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter
 
+from fedlotr.errors import InputError, script
 from fedlotr.reporting.console import readable_bytes
 
 matplotlib.use("svg")
@@ -137,10 +138,14 @@ def main() -> None:
     options.add_argument("--within", type=float, required=True, help="of FedIT's metric")
     options.add_argument("--out", type=Path, required=True, help="where to write, less .md and .svg")
     given = options.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     folders = sorted({path.parents[1] for path in given.grid.glob("*/seed-*/summary.json")})
     rows = [read_row(folder) for folder in folders]
     if REFERENCE not in {row.name for row in rows}:
-        raise SystemExit(f"{given.grid}: no finished run of a row named '{REFERENCE}', against which others are held")
+        raise InputError(
+            f"{given.grid}: no finished run of a row named '{REFERENCE}', against which others are held; "
+            f"fedlotr grid experiments/frontier.yaml --in-process --out {given.grid} makes them"
+        )
     metric = metric_of(json.loads(next(folders[0].glob("seed-*/summary.json")).read_text(encoding="utf-8")))
     written = table(rows, metric, given.within)
     given.out.with_suffix(".md").write_text(written, encoding="utf-8")
@@ -149,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.data import load_source
+from fedlotr.errors import InputError, script
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
 from fedlotr.privacy.leakage import named_tokens
 from fedlotr.privacy.noise import NoiseStream
@@ -102,6 +103,10 @@ def main() -> None:
     options.add_argument("--texts", type=int, default=20)
     options.add_argument("--out", type=Path, default=Path())
     chosen = options.parse_args()
+    if not (Path(chosen.model) / "config.json").is_file():
+        raise InputError(
+            f"--model {chosen.model}: no config.json there; give a language model's folder (without learnt positions)"
+        )
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     rows = load_source(chosen.data, seed=0).train["text"]
@@ -146,4 +151,4 @@ def draw(shares: dict[tuple[str, int], list[tuple[float, float]]], path: Path) -
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

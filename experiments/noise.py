@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from fedlotr.adapters import CoreConfig
 from fedlotr.adapters.tuner import factored_layers
 from fedlotr.data import load_source
+from fedlotr.errors import InputError, script
 from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.amplification import expected_noise
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, sampling_rate
@@ -132,6 +133,8 @@ def main() -> None:
     options.add_argument("--size", type=float, default=1.0, help="‖ΔW‖ of every update without noise")
     options.add_argument("--out", type=Path, default=Path())
     chosen = options.parse_args()
+    if not (Path(chosen.model) / "config.json").is_file():
+        raise InputError(f"--model {chosen.model}: no config.json there; give a folder with a language model")
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     texts = load_source(chosen.data, seed=0).train["text"][: chosen.clients * chosen.examples]
@@ -198,4 +201,4 @@ def draw(found: dict[str, list[tuple[int, float]]], epsilon: float, path: Path) 
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

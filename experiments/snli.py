@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib import pyplot
 
+from fedlotr.errors import InputError, script
 from fedlotr.reporting.console import readable_bytes
 
 matplotlib.use("svg")
@@ -40,12 +41,16 @@ def main() -> None:
     options.add_argument("grid", type=Path, help="the folder that `fedlotr grid` was given as --out")
     options.add_argument("--out", type=Path, required=True, help="where to write, less .md and .svg")
     given = options.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(given.grid.glob("*/seed-*/summary.json")):
         summary = json.loads(path.read_text(encoding="utf-8"))
         found[name_of(summary)][summary["privacy"]["epsilon_budget"]].append(summary)
     if not found:
-        raise SystemExit(f"{given.grid}: no finished runs of a grid")
+        raise InputError(
+            f"{given.grid}: no finished runs of a grid; fedlotr grid experiments/snli.yaml --in-process "
+            f"--out {given.grid} makes them"
+        )
     epsilons = sorted({epsilon for runs in found.values() for epsilon in runs})
 
     lines = [
@@ -84,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

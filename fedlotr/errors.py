@@ -2,8 +2,10 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 SHOWN = 100
 """Characters of a value that a message repeats; of a path, three times as many."""
@@ -24,6 +26,17 @@ class InputError(FedlotrError):
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[list[str]]]:
         return InputError, (self.problems,)
+
+
+def script(main: Callable[[], None]) -> NoReturn:
+    """Run a benchmark or an experiment to its end: what it lacks is said in one line each, with exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(0)
 
 
 def closest(given: object, choices: Iterable[str]) -> str | None:
