@@ -10,7 +10,6 @@ from it is the division of the data alone:
   clients, all on the same test rows, beside their spread. There is no common model to hand over.
 """
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, assert_never
@@ -22,14 +21,12 @@ from flwr.serverapp import Grid
 
 from fedlotr.flower import Strategy, Update, weighted_mean
 from fedlotr.flower.loop import Round
+from fedlotr.flower.personal import worst_tenth
 from fedlotr.flower.records import to_record
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.packing import Rows
 
 Baseline = Literal["central", "local"]
-
-WORST = 0.1
-"""Share of the clients in `*_worst_tenth`: their mean, of at least one."""
 
 
 def pooled(parts: Sequence[Rows], training: LocalTraining, sampled: int) -> tuple[list[Rows], LocalTraining]:
@@ -119,7 +116,7 @@ def without_wire(done: Round) -> Round:
 def over_clients(
     scores: Sequence[Mapping[str, float | None]], higher_is_better: Collection[str] = ("accuracy",)
 ) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """(mean of each metric, its spread): the standard deviation over all clients, and the mean of the worst tenth.
+    """(mean of each metric, its spread): the standard deviation over all clients, and `worst_tenth`.
 
     A metric that some client's model leaves undefined is None. higher_is_better: the metrics of which it is so.
     """
@@ -131,8 +128,7 @@ def over_clients(
             means[name] = spread[f"{name}_std"] = spread[f"{name}_worst_tenth"] = None
             continue
         values = np.sort(found)
-        worst = math.ceil(WORST * len(values))
         means[name] = float(values.mean())
         spread[f"{name}_std"] = float(values.std())
-        spread[f"{name}_worst_tenth"] = float((values[:worst] if name in higher_is_better else values[-worst:]).mean())
+        spread[f"{name}_worst_tenth"] = worst_tenth(found, larger_is_worse=name not in higher_is_better)
     return means, spread

@@ -12,6 +12,7 @@ import yaml
 from fedlotr import SimulationConfig, cli, run_simulation, simulate
 from fedlotr.baselines import over_clients, pooled
 from fedlotr.federation import LR_FACTORS
+from fedlotr.flower.personal import summary_of
 from fedlotr.preparation import check, prepare
 from fedlotr.run_directory import RunDirectory
 from fedlotr.simulation import resolve
@@ -119,6 +120,16 @@ def test_the_worst_tenth_is_the_lowest_accuracy_and_the_highest_loss() -> None:
     assert means == {"accuracy": pytest.approx(0.475), "loss": 9.5}
     assert spread["accuracy_worst_tenth"] == pytest.approx(0.025) and spread["loss_worst_tenth"] == 18.5
     assert spread["loss_std"] == pytest.approx(np.std(np.arange(20)))
+
+
+@pytest.mark.parametrize(("clients", "worst"), [(1, 1), (9, 1), (10, 1), (14, 2), (15, 2), (25, 3), (70, 7)])
+def test_the_worst_tenth_is_the_same_clients_wherever_it_is_told(clients: int, worst: int) -> None:
+    scores = [float(k * 7919 % clients) for k in range(clients)]  # 0 to clients - 1, in no order
+    _, spread = over_clients([{"accuracy": score, "loss": score} for score in scores])
+    lowest, largest = (worst - 1) / 2, clients - 1 - (worst - 1) / 2
+    assert (spread["accuracy_worst_tenth"], spread["loss_worst_tenth"]) == (lowest, largest)
+    assert summary_of(scores, scores, larger_is_worse=False)["worst_tenth"] == lowest
+    assert summary_of(scores, scores, larger_is_worse=True)["worst_tenth"] == largest
 
 
 @pytest.mark.parametrize("baseline", ["central", "local"])

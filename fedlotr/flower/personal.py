@@ -23,8 +23,6 @@ PERSONAL = "personal"
 """The record in a client's state."""
 OWN_ROWS = "own-rows"
 """In the config of an evaluate message: the client scores its own model on its own rows."""
-WORST = 0.1
-"""Share of the clients whose scores are the worst ones."""
 
 
 def personal(state: Any) -> Tensors:
@@ -68,15 +66,22 @@ def evaluate_clients(
     return summary_of(losses, scores, larger_is_worse=causal)
 
 
-def summary_of(losses: Sequence[float], scores: Sequence[float], *, larger_is_worse: bool) -> dict[str, Any]:
-    """Of scores by client; the worst tenth is the mean of that many, at least one."""
+def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
+    """The mean of the worst tenth of the clients' scores: of ⌈n/10⌉ of n, so never of fewer than a tenth, nor of none.
+
+    This is what "worst tenth" means wherever a run says it.
+    """
     ordered = sorted(scores, reverse=larger_is_worse)
-    worst = ordered[: max(1, round(WORST * len(ordered)))]
+    return float(np.mean(ordered[: -(-len(ordered) // 10)]))
+
+
+def summary_of(losses: Sequence[float], scores: Sequence[float], *, larger_is_worse: bool) -> dict[str, Any]:
+    """Of scores by client."""
     return {
         "metric": "perplexity" if larger_is_worse else "accuracy",
         "clients": len(scores),
         "loss": float(np.mean(losses)),
         "mean": float(np.mean(scores)),
         "spread": float(np.std(scores)),
-        "worst_tenth": float(np.mean(worst)),
+        "worst_tenth": worst_tenth(scores, larger_is_worse=larger_is_worse),
     }
