@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import projection_type
 from fedlotr.errors import InputError, nearest
-from fedlotr.formulas import Layer
+from fedlotr.formulas import Layer, Shapes
 from fedlotr.model_source import first_line
 from fedlotr.training.models import (
     PLAIN_ATTENTION,
@@ -35,22 +35,12 @@ from fedlotr.training.supported import fused_experts, is_sentence_encoder
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a bill needs of a model.
-
-    heads: numbers of each tensor of its classification head. source: where the dimensions are from.
-    """
+class Architecture(Shapes):
+    """A model's shapes, and what it is. source: where the dimensions are from."""
 
     kind: Kind
-    layers: tuple[Layer, ...]
-    heads: tuple[int, ...]
     parameters: int
     source: str
-
-    @property
-    def head(self) -> int:
-        """Numbers of the whole head."""
-        return sum(self.heads)
 
 
 @cache
@@ -80,9 +70,9 @@ def read_architecture(model: str, kind: Kind | None, labels: int, targets: str) 
         raise InputError(f"--targets {targets}: {error}") from error
     shapes = {name: widths(module.get_submodule(name)) for name in names}
     return Architecture(
-        kind,
         tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()),
         tuple(parameter.numel() for layer in head_layers(module).values() for parameter in layer.parameters()),
+        kind,
         sum(parameter.numel() for parameter in module.parameters()),
         source,
     )

@@ -29,6 +29,19 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """What a bill needs of a model. heads: numbers of each tensor of its classification head."""
+
+    layers: tuple[Layer, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def head(self) -> int:
+        """Numbers of the whole head."""
+        return sum(self.heads)
+
+
+@dataclass(frozen=True)
 class Formula:
     """Numbers in one layer. text: as people write it; of: the same of (r, d_in, d_out); source: who says so."""
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -49,11 +50,12 @@ def strategies() -> list[Row]:
     found = []
     for point in sorted(entry_points(group="fedlotr.strategies"), key=lambda point: point.name):
         try:
-            kind = point.load()
+            with redirect_stdout(sys.stderr):  # what its import prints is no part of the list
+                kind = point.load()
             certified = "yes" if getattr(kind, "averages", False) else "no"
             about = (kind.__doc__ or "").strip().splitlines()
-        except Exception as error:  # a package of someone else's
-            certified, about = "?", [f"cannot be loaded: {type(error).__name__}: {error}"]
+        except (Exception, SystemExit) as error:  # a package of someone else's, which may also end the program
+            certified, about = "?", [f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"]
         found.append(
             {"strategy": point.name, "certified": certified, "what": about[0] if about else "", "from": point.value}
         )
@@ -82,11 +84,12 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     elif sys.stdout.isatty():
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(*rows[0])
         for row in rows:
-            table.add_row(*row.values())
+            table.add_row(*map(escape, row.values()))
         Console().print(table)
     else:
         print("\n".join("\t".join(cells) for cells in (list(rows[0]), *(row.values() for row in rows))))

@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 import fedlotr
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import factored_layers, projection_type
-from fedlotr.architectures import Architecture
-from fedlotr.billing import bills
 from fedlotr.communication import Entry, communication_summary
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
-from fedlotr.errors import InputError
 from fedlotr.flower.carried import model_sha256
 from fedlotr.flower.loop import State
-from fedlotr.formulas import Layer
 from fedlotr.preparation import Checked, Prepared
 from fedlotr.training.models import adaptable_layers, count_parameters
 from fedlotr.training.supported import form_of_weights
@@ -59,7 +56,9 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "labels": names,
         "metric": metric,
         "higher_is_better": better is max,
-        "bill": _bill(prepared, tuple(sizes[name] for name in sorted(model.head_names))),
+        "losses": losses_in_words(prepared),
+        "clients_per_round": config.clients_per_round,
+        "shapes": _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names))),
         "partition": [
             {
                 "client": clients[held.client] if clients else held.client,
@@ -75,31 +74,11 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     return found
 
 
-def _bill(prepared: Prepared, heads: tuple[int, ...]) -> list[dict[str, Any]]:
-    """What every method and strategy would cost here: payload bytes of one client, and of all that take part."""
-    config, module = prepared.checked.config, prepared.model.module
-    adapted = factored_layers(module)
-    names = list(adapted) or adaptable_layers(module, config.targets)
+def _shapes(module: nn.Module, targets: str, heads: tuple[int, ...]) -> dict[str, Any]:
+    """What the bills of all methods and strategies are reckoned from, as `formulas.Shapes` has it."""
+    names = list(factored_layers(module)) or adaptable_layers(module, targets)
     shapes = {name: widths(module.get_submodule(name)) for name in names}
-    layers = tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items())
-    kind = prepared.checked.task.kind
-    architecture = Architecture(kind, layers, heads, count_parameters(module), "this run")
-    try:
-        ranks = config.rank, config.rank
-        rows, _ = bills(architecture, list(METHODS), ranks, config.clients_per_round, config.rounds, config.coding)
-    except InputError:  # --method head has a rank that no layer need be wide enough for
-        return []
-    return [
-        {
-            "method": row.method,
-            "strategies": list(row.strategies),
-            "upload_bytes": row.bill.round_up,
-            "download_bytes": row.bill.round_down,
-            "one_off_bytes": row.bill.one_off,
-            "total_bytes": row.bill.total,
-        }
-        for row in rows
-    ]
+    return {"layers": [(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()], "heads": heads}
 
 
 def summarise(
@@ -145,6 +124,7 @@ def summarise(
         "initial": initial,
         "metric": metric,
         "over_clients": evaluated[-1].get("over_clients"),
+        "losses": losses_in_words(prepared),
         "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
         "client_evaluation": evaluated[-1].get("client_evaluation"),
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
@@ -184,6 +164,29 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}
+
+
+def losses_in_words(prepared: Prepared) -> dict[str, str]:
+    """What the two losses of a round are, in nats: of the model that is tested, and of the clients as they train.
+
+    They are means of different kinds where sequences have different numbers of target tokens: a test is of the model,
+    as its perplexity is, and a client trains on examples, which weigh the same whatever their length.
+    """
+    config, causal = prepared.checked.config, prepared.checked.task.kind == "causal-lm"
+    over = "target tokens" if causal else "examples"
+    tested = f"of the model after the round: mean over the test split's {over}"
+    if prepared.model.personal:
+        tested = (
+            f"of each client's own model after the round: mean over the {over} it holds back, then over the clients"
+        )
+    elif config.baseline == "local":
+        tested = f"of each client's own model after the round: mean over the test split's {over}, then over the clients"
+    trained = "of each client's model while it trains: mean over the examples it sees, as it sees them"
+    trained += " (of each example, the mean over its target tokens)" if causal else ""
+    trained += ", then over the clients as their updates weigh"
+    if config.privacy != "none":
+        trained = "not told: it would tell of the clients' examples"
+    return {"loss": tested, "train_loss": trained}
 
 
 def versions(checked: Checked) -> dict[str, str]:

@@ -22,13 +22,12 @@ FLOORS = (
     ("communication",),
     ("flower",),
     ("engines",),
-    ("strategies",),
+    ("strategies", "billing"),
     ("reporting",),
     (
         *(
             "architectures",
             "baselines",
-            "billing",
             "brought",
             "callbacks",
             "devices",

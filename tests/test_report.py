@@ -7,8 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlotr import cli, simulate, simulation
 from fedlotr.communication.ledger import Entry, write_part
@@ -119,7 +122,7 @@ def test_the_sums_on_the_page_are_those_of_summary_json(run: Path, page: Page) -
     assert shown["bytes on the wire, all rounds"] == summary["communication"]["total_wire_bytes"]
     assert shown["accuracy, last (round 3)"] == summary["final"]["accuracy"]
     assert shown[f"accuracy, best (round {summary['best']['round']})"] == summary["best"]["accuracy"]
-    assert shown["loss, last (round 3)"] == summary["final"]["loss"]
+    assert shown["loss, as tested, last (round 3)"] == summary["final"]["loss"]
     assert page.rows("metric")[0] == {"round": 0, "accuracy": summary["initial"]["accuracy"]}
     assert page.facts("timing") == summary["timing"]
     assert {name: str(value) for name, value in page.facts("versions").items()} == summary["versions"]
@@ -144,18 +147,57 @@ def test_the_bytes_on_the_page_are_those_of_the_ledger(run: Path, page: Page) ->
             assert row[f"{kind['kind']}, {kind['direction']}"] == mine
 
 
-def test_the_bill_on_the_page_is_that_of_facts_json_and_this_runs_own_is_what_it_paid(run: Path, page: Page) -> None:
+def test_the_bill_on_the_page_is_that_of_fedlotr_cost_and_this_runs_own_is_what_it_paid(
+    run: Path, page: Page, tiny_bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary, _ = on_disk(run)
-    owed = json.loads((run / "facts.json").read_text(encoding="utf-8"))["bill"]
+    words = f"cost --model {tiny_bert} --task classification --labels 2 --rank 2 --clients 2 --rounds 3 --json"
+    assert cli.main(words.split()) == 0
+    owed = json.loads(capsys.readouterr().out)["rows"]
     shown = page.rows("bill")
     assert len(shown) == len(owed) > 20
     for seen, row in zip(shown, owed, strict=True):
-        assert (seen["method"], seen["total bytes"]) == (row["method"], row["total_bytes"])
-    own = next(row for row in owed if row["method"] == "fed-sb" and "exact-average" in row["strategies"])
+        assert (
+            seen["method"] == row["method"] and seen["strategies that cost the same"].split(", ") == row["strategies"]
+        )
+        assert [seen[key] for key in ("one off bytes", "total bytes")] == [row["one_off_bytes"], row["total_bytes"]]
+    own = next(row for row in shown if row["method"] == "fed-sb" and "exact-average" in str(row))
     paid = summary["communication"]
-    assert own["upload_bytes"] == paid["upload_payload_bytes_per_client_round"]
-    assert own["download_bytes"] == paid["download_payload_bytes_per_client_round"]
+    assert own["upload bytes"] == paid["upload_payload_bytes_per_client_round"]
+    assert own["download bytes"] == paid["download_payload_bytes_per_client_round"]
     assert "fed-sb, this run: " in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_both_losses_say_on_the_page_what_they_are_and_are_that(
+    tmp_path: Path, stories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A language model that learns nothing, tested on the rows it trains on: only the means differ."""
+    texts = ["Once upon a time", "The dog ran to the park and played with a big red ball all day.", "Lily was sad."]
+    for split in ("train", "test"):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    words = (
+        "--engine local --threads 1 --dtype float32 --clients 1 --sample 1 --rounds 1 --method lotr --rank 2 --lr 1e-9"
+    )
+    where = ["--model", str(stories), "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--local-epochs", "1"]
+    assert simulate.main([*words.split(), *where, "--partition", "iid", "--public-examples", "0"]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    inner = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = [torch.tensor([[tokenizer.bos_token_id, *ids]]) for ids in inner]
+    counts = [ids.shape[1] - 1 for ids in encoded]
+    with torch.inference_mode():
+        losses = [float(model(ids, labels=ids).loss) for ids in encoded]
+    summary, [row] = on_disk(tmp_path / "run")
+    assert max(counts) > 2 * min(counts)
+    assert row["loss"] == pytest.approx(np.average(losses, weights=counts), rel=1e-4)
+    assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert abs(row["loss"] - row["train_loss"]) > 0.01, "the two means are the same here"
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    assert (
+        f"loss, in nats, is {summary['losses']['loss']}." in html and "mean over the test split's target tokens" in html
+    )
+    assert f"train_loss, in nats, is {summary['losses']['train_loss']}." in html and "over the examples it sees" in html
+    assert "mean over the test split's target tokens" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_the_clients_on_the_page_are_those_of_facts_json_and_text_stays_text(run: Path, page: Page) -> None:

@@ -1,11 +1,14 @@
 """A strategy from the template runs; one that raises is named with its method and round, and no round is lost."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedlotr import cli, simulate
+from fedlotr.flower.plugins import load_strategy
 from fedlotr.testing import check_strategy
 from tests.support import read_run
 
@@ -103,3 +106,107 @@ def test_the_template_runs_as_it_is_and_passes_the_suite(
     check_strategy("mine.py:Mine", {"trust": 0.9})
     assert simulate.main([*words, "--strategy=mine.py:Mine", "--strategy-arg=trust=3", "--out=other"]) == 2
     assert "trust is 3; expected more than 0 and at most 1" in capsys.readouterr().err
+
+
+THEIRS = """
+from pathlib import Path
+
+from fedlotr.flower import Strategy, weighted_mean
+
+(Path(__file__).parent / "imported").write_text("")
+print("hello from a package of someone else's")
+
+
+class Good(Strategy):
+    def combine(self, updates, server_round):
+        return weighted_mean(updates)
+
+class Raises(Good):
+    def __init__(self):
+        raise RuntimeError("no licence\\nfound")
+
+class Ends(Good):
+    def __init__(self):
+        raise SystemExit("goodbye")
+
+class Wants(Good):
+    def __init__(self, key):
+        pass
+
+class Merges(Good):
+    def merges(self, ranks):
+        raise ZeroDivisionError("no ranks")
+
+class Counts(Good):
+    def merges(self, ranks):
+        return "many"
+
+class Needs(Good):
+    needs = None
+"""
+BAD = {
+    "raises": "RuntimeError: no licence found",
+    "ends": "SystemExit: goodbye",
+    "wants": "key",
+    "merges": "ZeroDivisionError: no ranks",
+    "counts": "TypeError",
+    "needs": "TypeError",
+    "gone": "No module named 'no_such_module'",
+    "exits": "SystemExit: 3",
+}
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where an installed package lies whose strategies are good, bad, and called like one of ours."""
+    folder = tmp_path / "site"
+    about = folder / "theirs-1.dist-info"
+    about.mkdir(parents=True)
+    (folder / "theirs.py").write_text(THEIRS, encoding="utf-8")
+    (folder / "theirs_exits.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n", encoding="utf-8")
+    points = {name: f"theirs:{name.title()}" for name in ("good", *BAD)}
+    points |= {"gone": "no_such_module:X", "exits": "theirs_exits:X", "fedit": "theirs:Raises"}
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (about / "entry_points.txt").write_text("\n".join(["[fedlotr.strategies]", *lines, ""]), encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    return folder
+
+
+def test_a_run_loads_no_strategy_but_its_own(theirs: Path, words: list[str], tmp_path: Path) -> None:
+    assert simulate.main(words) == 0 and (tmp_path / "run" / "report.html").exists()
+    assert not (theirs / "imported").exists()
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert not (theirs / "imported").exists()
+    assert read_run(tmp_path / "run")[0]["strategy"] == "exact-average"
+
+
+def test_a_run_by_an_installed_strategy_is_billed_with_it(theirs: Path, words: list[str], tmp_path: Path) -> None:
+    assert simulate.main([*words, "--strategy=good"]) == 0
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "lotr, this run: " in html and ", good, " in html and "raises" not in html
+
+
+def test_the_bill_and_the_list_name_a_broken_strategy_and_go_on(
+    theirs: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["cost", "--model", str(tiny_bert), "--rank", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name, reason in BAD.items():
+        assert reason in found["left_out"][name] and "\n" not in found["left_out"][name]
+    named = {name for row in found["rows"] for name in row["strategies"]}
+    assert {"good", "exact-average", "fedit"} <= named and not named & set(BAD)
+    assert cli.main(["ls", "strategies", "--json"]) == 0
+    listed = {(row["strategy"], row["from"]): row["what"] for row in json.loads(capsys.readouterr().out)}
+    assert "No module named" in listed["gone", "no_such_module:X"] and ("good", "theirs:Good") in listed
+    assert "SystemExit: 3" in listed["exits", "theirs_exits:X"]
+
+
+def test_a_name_of_ours_stays_ours_and_a_broken_strategy_that_is_asked_for_is_one_line(
+    theirs: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert type(load_strategy("fedit", {}, 3)).__module__ == "fedlotr.strategies.fedit"
+    assert simulate.main([*words, "--strategy=raises"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "--strategy raises: Raises cannot be made: RuntimeError: no licence found" in said and "\n" not in said

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fedlotr.adapters.methods import HEADS
 from fedlotr.streams import stream_key
 
-HEADS = 4
-"""Blocks of `heads`, as in RAVAN's experiments."""
 MIXED = 64
 """Matrices that `mix` combines, at most: the number that PEFT's TinyLoRA takes."""
 

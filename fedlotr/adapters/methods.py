@@ -37,6 +37,9 @@ CORES: dict[str, str] = {
 }
 """What stands between B and A."""
 
+HEADS = 4
+"""Blocks of `heads`, as in RAVAN's experiments."""
+
 
 @dataclass(frozen=True)
 class Method:

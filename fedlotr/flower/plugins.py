@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,23 @@ from fedlotr.errors import InputError, nearest
 
 GROUP = "fedlotr.strategies"
 """Entry point group in which packages announce their strategies."""
+OURS = "fedlotr.strategies."
+"""What the modules of those that come along begin with."""
+
+
+def installed() -> dict[str, EntryPoint]:
+    """The strategies that installed packages announce, by name; none is loaded.
+
+    A name announced twice is that of those that come along, or of the package that is found first: no other package can
+    put itself in the place of a default. The other one is had as module:Class.
+    """
+    points = list(reversed(entry_points(group=GROUP)))
+    return {point.name: point for point in sorted(points, key=lambda point: point.value.startswith(OURS))}
+
+
+def built_in() -> list[str]:
+    """The names of those that come along."""
+    return [name for name, point in installed().items() if point.value.startswith(OURS)]
 
 
 def load_strategy(
@@ -55,7 +72,7 @@ def load_strategy(
         return kind(**{**accepted, **arguments})
     except (Exception, SystemExit) as error:  # a module or a class may also end the program
         raise InputError(
-            f"--strategy {name}: {kind.__name__} cannot be made: {type(error).__name__}: {error}; "
+            f"--strategy {name}: {kind.__name__} cannot be made: {_in_a_line(error)}; "
             "its arguments are given by --strategy-arg KEY=VALUE"
         ) from error
 
@@ -77,7 +94,7 @@ def _find(name: str) -> type[FlowerStrategy]:
     where, colon, attribute = name.rpartition(":")
     try:
         if not colon:
-            found = {point.name: point for point in entry_points(group=GROUP)}
+            found = installed()
             if name not in found:
                 raise InputError(
                     f"--strategy {name}: no such strategy{nearest(name, found)} "
@@ -93,12 +110,16 @@ def _find(name: str) -> type[FlowerStrategy]:
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a module or a class may also end the program
-        raise InputError(f"--strategy {name}: cannot be loaded: {type(error).__name__}: {error}") from error
+        raise InputError(f"--strategy {name}: cannot be loaded: {_in_a_line(error)}") from error
     if not _is_strategy(kind):
         raise InputError(
             f"--strategy {name}: expected a class derived from fedlotr.flower.Strategy or Flower's Strategy"
         )
     return kind  # type: ignore[no-any-return]
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _is_strategy(value: object) -> bool:

@@ -174,7 +174,7 @@ def as_table(quote: Quote) -> str:
             f"{entry['seconds_a_round']:.3g}",
             "" if counted is None else f"{counted:,}",
         )
-    console = Console(width=WIDTH, no_color=True, highlight=False)
+    console = Console(width=WIDTH, no_color=True, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)
     lines = [

@@ -342,6 +342,8 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
             rows.append((f"{name}, best", f"{form.format(best[name])} (round {best['round']})"))
     if final.get("loss") is not None:
         rows.append(("loss, final", f"{final['loss']:.4f}"))
+        if losses := summary.get("losses"):
+            rows.append(("", losses["loss"].partition(": ")[2]))
     if (promise := summary.get("privacy")) is not None:
         spent = promise["epsilon_reason"] or f"{promise['epsilon']:.3g} at delta {promise['delta']:.2g}"
         rows.append((f"epsilon, one {promise['unit']}", spent))

@@ -5,11 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlotr.adapters.methods import METHODS
+from fedlotr.billing import Row, bills
+from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
+from fedlotr.flower.plugins import built_in
+from fedlotr.formulas import Layer, Shapes
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, read_run
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
+from fedlotr.wire_form import Coding
 
 BARS = 60
 """Clients that are drawn; of more, so many evenly from the largest to the smallest. The tables have them all."""
@@ -18,6 +24,9 @@ LABEL_COLUMNS = 24
 
 CARRYING = ("flora", "fedex-lora")
 """Strategies over LoRA that merge, and so have a bill of their own."""
+
+NOT_LISTED = ("partition", "labels", "versions", "shapes", "losses")
+"""Facts that have tables of their own, or are none for the eye."""
 
 Points = list[tuple[float, float]]
 
@@ -75,7 +84,7 @@ def _outcome(run: RunRecord) -> Section:
         if row is not None and run.metric is not None:
             rows.append((f"{run.metric}, {title} (round {row['round']})", row[run.metric]))
     if run.last is not None:
-        rows.append((f"loss, last (round {run.last['round']})", run.last["loss"]))
+        rows.append((f"loss, as tested, last (round {run.last['round']})", run.last["loss"]))
     rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
     if run.summary is not None:
         about = run.summary
@@ -94,8 +103,8 @@ def _outcome(run: RunRecord) -> Section:
 def _learning(run: RunRecord) -> Section:
     metric = run.metric
     across = [float(value) for value in run.bytes_so_far]
-    loss = [Series("loss on the test split", points(run.rows, "loss"))]
-    loss += [Series("loss of the clients while training", points(run.rows, "train_loss"))]
+    loss = [Series("loss, as tested", points(run.rows, "loss"))]
+    loss += [Series("train_loss, of the clients as they train", points(run.rows, "train_loss"))]
     columns = ["round", "loss", "train_loss", *([metric] if metric else []), "clients", "failed"]
     every = [[row.get(key) for key in columns] for row in run.rows]
     figures = []
@@ -136,7 +145,9 @@ def _learning(run: RunRecord) -> Section:
     ]
     if run.baseline:  # no bytes to draw over
         figures = [figure for figure in figures if not figure.name.endswith("-bytes")]
-    return Section("Learning", figures)
+    losses = (run.facts or {}).get("losses") or {}
+    text = " ".join(f"{key}, in nats, is {words}." for key, words in losses.items())
+    return Section("Learning", figures, text)
 
 
 def _over_bytes(run: RunRecord, *keys: str) -> Table:
@@ -194,33 +205,58 @@ def _communication(run: RunRecord, traffic: Traffic) -> Section:
     )
 
 
+def _bills(run: RunRecord) -> tuple[list[Row], dict[str, str]]:
+    """Of every method under the strategies that come along and the run's own; and what is left out, with the reason.
+
+    What other packages announce is not asked: the page of a run says the same wherever it is made.
+    """
+    facts, config = run.facts or {}, run.config
+    if "shapes" not in facts:
+        return [], {}
+    shapes = Shapes(tuple(Layer(*layer) for layer in facts["shapes"]["layers"]), tuple(facts["shapes"]["heads"]))
+    strategies: dict[str, dict[str, Any]] = {name: {} for name in built_in()}
+    if (own := config.get("strategy")) and ":" not in own:  # a class that stands in a file is not run for a page
+        strategies[own] = config.get("strategy_arg") or {}
+    rank, coding = config["rank"], Coding(config["codec"], config["broadcast_codec"])
+    try:
+        return bills(
+            shapes, list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
+        )
+    except InputError:  # --method head has a rank that no layer need be wide enough for
+        return [], {}
+
+
 def _bill(run: RunRecord) -> list[Section]:
     """What the same run would send under the other methods, by their formulas; this run's own row is marked."""
-    owed = (run.facts or {}).get("bill")
+    owed, left_out = _bills(run)
     if not owed:
         return []
     own = (run.config.get("method"), run.config.get("strategy"))
-    keys = ("upload_bytes", "download_bytes", "one_off_bytes", "total_bytes")
 
-    def bar(row: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-        mine = row["method"] == own[0] and own[1] in row["strategies"]
-        usual = row["strategies"][0] not in CARRYING
-        part = "this run" if mine else "others"
-        return row["method"] if usual else row["strategies"][0], {part: float(row["total_bytes"])}
+    def bar(row: Row) -> tuple[str, dict[str, float]]:
+        mine = row.method == own[0] and own[1] in row.strategies
+        usual = row.strategies[0] not in CARRYING
+        return row.method if usual else row.strategies[0], {"this run" if mine else "others": float(row.bill.total)}
 
     # Of the usual rows: what sends everything twice, or whole matrices, would dwarf the rest.
-    drawn = [row for row in owed if row["method"] != "full" and row["strategies"][0] != "scaffold"]
-    cells = [[row["method"], ", ".join(row["strategies"]), *(row[key] for key in keys)] for row in owed]
-    table = Table(["method", "strategies that cost the same", *(key.replace("_", " ") for key in keys)], cells)
+    drawn = [row for row in owed if row.method != "full" and row.strategies[0] != "scaffold"]
+    columns = ["method", "strategies that cost the same", "upload bytes", "download bytes", "one off bytes"]
+    cells = [
+        [row.method, ", ".join(row.strategies), bill.round_up, bill.round_down, bill.one_off, bill.total]
+        for row in owed
+        for bill in [row.bill]
+    ]
+    table = Table([*columns, "total bytes"], cells)
     what = "payload bytes, all clients and rounds, one-off included"
     plot = bar_plot(sorted(map(bar, drawn), key=lambda one: -sum(one[1].values())), what=what, form=readable_bytes)
     note = (
         "Of full and of SCAFFOLD, which sends twice as much, the table tells. Upload, download and one-off there are "
         "of one client; downloads of what is merged are those of the last round."
     )
+    note += "".join(f" Left out: {reason}." for name, reason in left_out.items() if name not in METHODS)
     text = (
-        "What this federation would send under every method and strategy at this rank, by the formulas of fedlotr "
-        "cost: payload alone, and as if the clients of a round took part in every one."
+        "What this federation would send under every method and strategy of fedlotr at this rank, by the formulas of "
+        "fedlotr cost: payload alone, and as if the clients of a round took part in every one."
     )
     figure = Figure("bill", "Total by method", plot, table, note)
     return [Section("The bill under other methods", [figure], text)]
@@ -343,7 +379,7 @@ def _setup(run: RunRecord) -> Section:
     about = [(key, value) for key, value in flat(run.config)]
     figures = [Figure("configuration", "Configuration", table=Table(["key", "value"], about), open=True)]
     versions = (run.summary or run.facts or {}).get("versions") or {}
-    facts = {key: value for key, value in (run.facts or {}).items() if key not in ("partition", "labels", "versions")}
+    facts = {key: value for key, value in (run.facts or {}).items() if key not in NOT_LISTED}
     if facts:
         figures.append(Figure("facts", "Model and data", table=Table(["what", "value"], list(flat(facts))), open=True))
     if versions:
