@@ -99,8 +99,7 @@ def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[s
         resolved = config if wrong else resolve(config)
         checked, _ = check_all(resolved, wrong)
         if config.resume and config.out is not None:
-            adapter = checked.start.sha256 if checked.start else None
-            continue_from(RunDirectory(config.out), resolved, checked.source.sha256, adapter)
+            continue_from(RunDirectory(config.out), resolved, checked.contents)
         return checked, []
     except InputError as error:
         return None, error.problems

@@ -37,9 +37,16 @@ def path_problems(
         ("out", _out_problems(out, resume)),
     ):
         try:
-            yield from ((field, text) for text in found)
+            yield from ((field, text + (if_moved(field, text) if resume else "")) for text in found)
         except OSError as error:  # a name that is too long, a folder that one may not look into
             yield field, f"cannot be looked at ({error.strerror})"
+
+
+def if_moved(field: str, text: str) -> str:
+    """How a run goes on whose files have gone elsewhere, to be added to a text that says that they are not there."""
+    if not any(f"no such {thing}" in text for thing in ("folder", "file", "data set")):
+        return ""
+    return f"; where it has moved, say so (--{field.replace('_', '-')} PATH): --resume takes the same content anywhere"
 
 
 def expanded(given: str) -> Path:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one
 from fedlotr.baselines import pooled
 from fedlotr.brought import NOTHING_BROUGHT, Brought
 from fedlotr.configuration import SimulationConfig
+from fedlotr.contents import Content, model_content, strategy_content
 from fedlotr.data import (
     Names,
     OwnTask,
@@ -46,6 +48,7 @@ from fedlotr.model_source import (
 )
 from fedlotr.own import other_than_named
 from fedlotr.own_model import OwnModel, keep_model, move_model
+from fedlotr.preflight import if_moved
 from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.said import say
 from fedlotr.skeleton import build_skeleton, try_out
@@ -95,6 +98,24 @@ class Checked:
     own_task: OwnTask | None = None
     held_back: list[Rows] = field(default_factory=list)
     public_source: Source | None = None
+
+    @cached_property
+    def contents(self) -> dict[str, Content]:
+        """Option -> what the files that it names hold, whatever they are called. Raises InputError for damaged weights.
+
+        A model of the caller's own is known by its name.
+        """
+        found = {"data": {"rows": self.source.sha256}, "strategy": strategy_content(self.config.strategy)}
+        if self.public_source is not None:
+            found["public_data"] = {"rows": self.public_source.sha256}
+        if self.start is not None:
+            found["init_adapter"] = {"files": self.start.sha256}
+        if self.own_model is None:
+            try:
+                found["model"] = model_content(Path(self.spec.path))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"--model {self.config.model}: its files cannot be read: {error}") from error
+        return found
 
     @property
     def base_name(self) -> str:
@@ -148,7 +169,8 @@ def check(
         try:
             return step()
         except InputError as error:
-            problems.extend(problem for problem in error.problems if problem not in problems)
+            found = [text + (if_moved(fields[0], text) if config.resume and fields else "") for text in error.problems]
+            problems.extend(problem for problem in found if problem not in problems)
             return None
 
     def names_brought(field: str, name: str) -> SimulationConfig:

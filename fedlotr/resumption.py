@@ -1,6 +1,6 @@
-"""Going on with a run: only with the configuration and the data it began with."""
+"""Going on with a run: only with the configuration it began with, and with what that named, wherever it lies now."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,11 @@ import yaml
 from flwr.app import ArrayRecord
 
 from fedlotr.configuration import SimulationConfig, flag_of
+from fedlotr.contents import Content
 from fedlotr.errors import InputError
 from fedlotr.own import is_own
 from fedlotr.run_directory import Checkpoint, RunDirectory
+from fedlotr.said import say
 
 MAY_CHANGE = {
     "workers",
@@ -26,6 +28,8 @@ MAY_CHANGE = {
     "wandb",
 }
 """What changes nothing in the results."""
+BY_CONTENT = ("model", "data", "public_data", "init_adapter", "strategy")
+"""Options that name files. Disks and folders get other names, so what counts is what is in them."""
 
 
 def saved_configuration(out: Path) -> SimulationConfig | None:
@@ -40,12 +44,25 @@ def saved_configuration(out: Path) -> SimulationConfig | None:
         return SimulationConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--resume: {path} cannot be read ({reason}); start a new run with another --out") from error
+        raise InputError(
+            f"--resume: {path} cannot be read ({reason}); bring it back from a copy, or write it anew from what "
+            f"{out / 'checkpoints'}/round-*.json say under 'configuration', or start a new run with another --out"
+        ) from error
 
 
 def fixed_values(config: SimulationConfig) -> dict[str, Any]:
     """What a checkpoint keeps of the configuration: config.yaml may have been edited since."""
     return config.model_dump(mode="json", exclude=MAY_CHANGE)
+
+
+def by_content(name: str, before: Any, now: Any) -> bool:
+    """Whether two values of an option may be names of the same thing, whose content then says whether they are."""
+    if name not in BY_CONTENT or before is None or now is None:
+        return False
+    if name == "strategy":
+        classes = {value.rpartition(":")[2] for value in (before, now)}
+        return ":" in before and ":" in now and len(classes) == 1
+    return name == "data" or not (is_own(before) or is_own(now))
 
 
 def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
@@ -56,6 +73,7 @@ def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
         for name in SimulationConfig.model_fields
         if name not in MAY_CHANGE
         and getattr(before, name) != getattr(now, name)
+        and not by_content(name, getattr(before, name), getattr(now, name))
         and not (name == "rounds" and now.rounds > before.rounds)
     ]
 
@@ -66,30 +84,75 @@ def _in_words(before: SimulationConfig, name: str) -> str:
 
 
 def continue_from(
-    directory: RunDirectory, config: SimulationConfig, data_sha256: str, adapter_sha256: str | None = None
+    directory: RunDirectory, config: SimulationConfig, contents: Mapping[str, Content]
 ) -> Checkpoint | None:
     """The last good checkpoint of the run in a directory, or None where no round was finished yet.
 
-    adapter_sha256: of the adapter that the run starts from, if any.
-    Raises InputError, with every difference, where the configuration, the data or that adapter is another.
+    contents: of what the configuration names (`Checked.contents`), which may lie elsewhere than it did.
+    Raises InputError, with every difference, where the configuration or a content is another.
     """
     before = saved_configuration(directory.path)
     if before is None:
         raise InputError(f"--resume: there is no config.yaml in {directory.path}, so no run to go on with")
     problems = [*directory.obstacles(), *differences(before, config)]
     checkpoint = directory.last_checkpoint()
+    begun, known = before, {}
     if checkpoint is not None:
-        if not problems:
-            problems = differences(SimulationConfig(**checkpoint.extra["configuration"]), config)
-        if checkpoint.extra["data_sha256"] != data_sha256 and not (is_own(config.data) and problems):
-            problems.append(f"--data {config.data}: its content has changed since the run in {directory.path} began")
-        if config.init_adapter and checkpoint.extra.get("init_adapter_sha256") != adapter_sha256 and not problems:
-            problems.append(
-                f"--init-adapter {config.init_adapter}: its content has changed since the run in {directory.path} began"
-            )
-    if problems:
-        raise InputError(problems)
+        begun, known = SimulationConfig(**checkpoint.extra["configuration"]), contents_in(checkpoint.extra)
+        problems = problems or differences(begun, config)
+    others, moved = compare_contents(begun, known, config, contents)
+    if problems + others:
+        raise InputError(problems + others)
+    for line in moved:
+        say(line)
     return checkpoint
+
+
+def contents_in(extra: Mapping[str, Any]) -> dict[str, Content]:
+    """What a checkpoint knows of the contents its run began with; those of older versions know less."""
+    known: dict[str, Content] = dict(extra.get("contents", {}))
+    for name, part in (("data", "rows"), ("init_adapter", "files")):
+        if (sha256 := extra.get(f"{name}_sha256")) is not None:
+            known[name] = {part: sha256}
+    return known
+
+
+def compare_contents(
+    begun: SimulationConfig, known: Mapping[str, Content], now: SimulationConfig, contents: Mapping[str, Content]
+) -> tuple[list[str], list[str]]:
+    """What keeps a run from being continued, and what a user is told of things that lie elsewhere; each one line.
+
+    known: of what the run began with, contents: of what is named now. The code of a strategy may be mended where it is.
+    """
+    problems, told = [], []
+    for name in BY_CONTENT:
+        before, given, flag = getattr(begun, name), getattr(now, name), flag_of(name)
+        moved = before != given
+        if given is None or (moved and not by_content(name, before, given)):
+            continue  # nothing, or another option, which `differences` names
+        if name == "data" and begun.task != now.task:
+            continue  # another task makes other rows of the same data
+        was, found = known.get(name, {}), contents.get(name, {})
+        parts = [part for part in sorted({*was, *found}) if was.get(part) != found.get(part)] if was else []
+        if not was and moved:
+            told.append(f"{flag} {given}: the run was begun with {before}, whose content it did not keep: not compared")
+        elif not parts:
+            told += [f"{flag} {given}: the run was begun with {before}; the content is the same"] if moved else []
+        elif moved:
+            mended = f" (mended code at {before})" if name == "strategy" else ""
+            problems.append(
+                f"{flag} {given}: the run in {now.out} was begun with {_in_words(begun, name)}, and "
+                f"{_differing(parts)}; --resume takes that content under any path{mended}, or start a new run with "
+                "another --out"
+            )
+        elif name == "strategy":
+            told.append(f"{flag} {given}: its code has changed since the run began")
+        else:
+            problems.append(
+                f"{flag} {given}: its content has changed since the run in {now.out} began ({_differing(parts)}); "
+                "bring that back, or name a copy of it: --resume takes it under any path"
+            )
+    return problems, told
 
 
 def check_model(checkpoint: Checkpoint, bases_sha256: str, start: ArrayRecord) -> None:
@@ -97,13 +160,25 @@ def check_model(checkpoint: Checkpoint, bases_sha256: str, start: ArrayRecord) -
     if checkpoint.extra["bases_sha256"] != bases_sha256:
         raise InputError(
             f"--resume: the bases made now ({bases_sha256[:12]}…) are not those of the run "
-            f"({checkpoint.extra['bases_sha256'][:12]}…): another base model or another kind of processor"
+            f"({checkpoint.extra['bases_sha256'][:12]}…): {_why_other_bases(checkpoint)}; go on where it began"
         )
     wanted = _shapes({name: array.numpy() for name, array in start.items()})
     found = _shapes({name: array for name, array in checkpoint.arrays.items() if name in wanted})
     if found != wanted:
         differing = sorted(name for name in wanted if found.get(name) != wanted[name])
         raise InputError(f"--resume: the checkpoint has other tensors than this model ({', '.join(differing[:3])})")
+
+
+def _why_other_bases(checkpoint: Checkpoint) -> str:
+    """In words, what may have made them."""
+    reason = "another kind of processor, or other versions of torch and numpy than facts.json names"
+    return reason if "contents" in checkpoint.extra else f"another base model, {reason}"
+
+
+def _differing(parts: Sequence[str]) -> str:
+    """'its weights differ', 'its tokenizer.json and weights differ'."""
+    verb = "differs" if len(parts) == 1 and not parts[0].endswith("s") else "differ"
+    return f"its {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]} {verb}"
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:

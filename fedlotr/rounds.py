@@ -82,6 +82,7 @@ class Rounds:
         self.initial: dict[str, float | None] = {}
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
         self.federation, self.guard = federation(config, prepared, guard), guard
+        self.contents = prepared.checked.contents
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
@@ -273,6 +274,7 @@ class Rounds:
             "bases_sha256": self.prepared.bases_sha256,
             "data_sha256": self.prepared.checked.source.sha256,
             "init_adapter_sha256": None if start is None else start.sha256,
+            "contents": {name: kept for name, kept in self.contents.items() if name not in ("data", "init_adapter")},
             "configuration": fixed_values(self.config),
             "privacy": None if self.guard is None else self.guard.state(),
             "warnings": self.heard.lines,

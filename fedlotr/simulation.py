@@ -129,8 +129,7 @@ def run_simulation(
             stack.callback(directory.remove_work)
             checkpoint = None
             if config.resume:
-                adapter = checked.start.sha256 if checked.start else None
-                checkpoint = continue_from(directory, config, checked.source.sha256, adapter)
+                checkpoint = continue_from(directory, config, checked.contents)
             if checkpoint is None:
                 dump_yaml(config, directory.path / "config.yaml")
             finished = 0 if checkpoint is None else checkpoint.round

@@ -1,6 +1,7 @@
 """A run holds what it has: over kills, damage, full disks and faulty clients, to the same bytes or a clear word."""
 
 import asyncio
+import hashlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.communication import read_ledger
@@ -493,7 +496,7 @@ def test_five_hundred_damaged_runs_go_on_from_what_is_whole_or_are_refused(
     wanted: dict[int, Checkpoint] = {}
     for number in (3, 2):
         shutil.copytree(finished / "run", tmp_path / "good", ignore=shutil.ignore_patterns(f"round-0000{number + 1}.*"))
-        found = continue_from(RunDirectory(tmp_path / "good"), resolved, data)
+        found = continue_from(RunDirectory(tmp_path / "good"), resolved, {"data": {"rows": data}})
         assert found is not None and found.round == number
         wanted[number] = found
         shutil.rmtree(tmp_path / "good")
@@ -506,7 +509,7 @@ def test_five_hundred_damaged_runs_go_on_from_what_is_whole_or_are_refused(
         before = tree(run)
         directory = RunDirectory(run)
         try:
-            found = continue_from(directory, resolved.model_copy(update={"out": run}), data)
+            found = continue_from(directory, resolved.model_copy(update={"out": run}), {"data": {"rows": data}})
         except InputError as error:
             assert tree(run) == before, f"{case}: {what}: who is refused leaves no trace"
             assert "--" in str(error), f"{case}: {what}: {error}"
@@ -611,6 +614,139 @@ def test_two_runs_in_one_folder_are_refused(tiny: dict[str, Any], finished: Path
         with pytest.raises(InputError, match="another process is running there"):
             run_simulation(SimulationConfig(**tiny, out=tmp_path / "run", resume=True))
     run_simulation(SimulationConfig(**tiny, out=tmp_path / "run", resume=True))
+
+
+# --- other disks ------------------------------------------------------------------------------------------------------
+
+FOLLOWING = """
+from fedlotr.flower import Strategy, weighted_mean
+
+class Following(Strategy):
+    def combine(self, updates, server_round):
+        return weighted_mean(updates)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tiny_bert: Path, animals: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with all that a run is made of and the run itself, of two rounds; its options, with paths from there."""
+    disk = tmp_path_factory.mktemp("disk") / "old"
+    shutil.copytree(tiny_bert, disk / "bert")
+    shutil.copytree(animals, disk / "animals")
+    (disk / "known.jsonl").write_bytes((animals / "test.jsonl").read_bytes())
+    (disk / "mine.py").write_text(FOLLOWING, encoding="utf-8")
+    options = {"model": "bert", "data": "animals", "public-data": "known.jsonl", "strategy": "mine.py:Following"}
+    more = {"clients": 3, "sample": 2, "rounds": 2, "rank": 4, "method": "lotr", "engine": "local", "threads": 1}
+    assert main([*flags(at(disk, options)), *flags(more), f"--out={disk / 'run'}", "--quiet"]) == 0
+    return disk, options
+
+
+def at(disk: Path, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: f"{disk}/{value}" for name, value in options.items()}
+
+
+def moved(elsewhere: tuple[Path, dict[str, Any]], to: Path) -> dict[str, Any]:
+    """Everything on another disk, the run with its last round undone; the options with the new paths."""
+    shutil.copytree(elsewhere[0], to)
+    for file in (to / "run" / "checkpoints").glob("round-00002.*"):
+        file.unlink()
+    return at(to, elsewhere[1])
+
+
+def go_on(run: Path, *words: str) -> int:
+    return main([str(run / "config.yaml"), f"--out={run}", "--resume", *words])
+
+
+def test_a_run_goes_on_to_the_same_bytes_with_all_it_is_made_of_elsewhere(
+    elsewhere: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk, options = elsewhere
+    new = moved(elsewhere, tmp_path / "new")
+    bert = tmp_path / "new" / "bert"
+    whole = load_torch(bert / "model.safetensors")
+    for number, names in enumerate((sorted(whole)[::2], sorted(whole)[1::2])):  # the weights in files of other sizes
+        save_torch(
+            {name: whole[name] for name in names},
+            tmp_path / "new" / "bert" / f"part-{number}.safetensors",
+            {"format": "pt"},
+        )
+    index = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(whole))}
+    content = json.dumps({"metadata": {}, "weight_map": index})
+    (bert / "model.safetensors.index.json").write_text(content, encoding="utf-8")
+    (bert / "model.safetensors").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "new" / "animals")
+    new["data"] = str(tmp_path / "link")
+    run = tmp_path / "new" / "run"
+    assert go_on(run, *flags(new)) == 0
+    told = capsys.readouterr().err
+    summary = read_run(run)[0]
+    assert summary["trained_sha256"] == read_run(disk / "run")[0]["trained_sha256"]
+    for name, path in new.items():
+        line = f"--{name} {path}: the run was begun with {disk / options[name]}; the content is the same"
+        assert f"warning: {line}" in told and line in summary["warnings"]
+    kept = (run / "config.yaml").read_text(encoding="utf-8")
+    assert all(path in kept for path in new.values()) and str(disk) not in kept
+    assert str(bert) in (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert go_on(run, "--quiet") == 0  # from now on it is at home there
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def other_word(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace("cat", "cow", 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "option", "said"),
+    [
+        (("bert/model.safetensors", one_bit), "model", "its weights differ"),
+        (("animals/test.jsonl", other_word), "data", "its rows differ"),
+        (("known.jsonl", other_word), "public-data", "its rows differ"),
+        (("mine.py", lambda path: path.write_text(f"{FOLLOWING}\n", encoding="utf-8")), "strategy", "its code differs"),
+        (("bert", shutil.rmtree), "model", "no such folder; where it has moved, say so (--model PATH)"),
+        (("mine.py", Path.unlink), "strategy", "no such file; where it has moved, say so (--strategy PATH)"),
+    ],
+)
+def test_another_content_elsewhere_is_refused_with_what_would_do(
+    changed: tuple[str, Callable[[Path], object]],
+    option: str,
+    said: str,
+    elsewhere: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk, options = elsewhere
+    new = moved(elsewhere, tmp_path / "new")
+    changed[1](tmp_path / "new" / changed[0])
+    before = tree(tmp_path / "new" / "run")
+    assert go_on(tmp_path / "new" / "run", *flags(new)) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert f"--{option} {new[option]}: " in line and said in line
+    assert "--resume takes" in line
+    assert ("no such" in line) != (f"begun with {disk / options[option]}, and" in line)
+    assert tree(tmp_path / "new" / "run") == before
+
+
+def test_a_checkpoint_that_kept_no_hash_of_the_model_goes_on_and_says_so(
+    elsewhere: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    new, run = moved(elsewhere, tmp_path / "new"), tmp_path / "new" / "run"
+    path = run / "checkpoints" / "round-00001.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["sha256"], record["contents"]
+    sha256 = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": sha256, **record}), encoding="utf-8")
+    assert go_on(run, *flags(new), "--quiet") == 0
+    summary = read_run(run)[0]
+    assert [line.partition(" ")[0] for line in summary["warnings"] if "not compared" in line] == [
+        "--model",
+        "--public-data",
+        "--strategy",
+    ]
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

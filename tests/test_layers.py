@@ -30,6 +30,7 @@ FLOORS = (
             "baselines",
             "brought",
             "callbacks",
+            "contents",
             "devices",
             "federation",
             "handover",
