@@ -154,6 +154,7 @@ class Rounds:
             state = replace(state, arrays=strategy.all(config.clients, state.arrays))
         else:
             self._write_adapters(state)
+        self.loggers.settle()
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(

@@ -36,7 +36,7 @@ from fedlotr.preparation import Checked, check, prepare
 from fedlotr.processes import CLIENT_APP, threads_of
 from fedlotr.promise import EXAMPLE_BOUND, PRIVATE_BASIS, check_delta, example_noise, guard_of, unmet_privacy
 from fedlotr.reporting.console import Console
-from fedlotr.reporting.loggers import missing_packages, open_loggers
+from fedlotr.reporting.loggers import missing_packages, open_loggers, unusable
 from fedlotr.resumption import continue_from, saved_configuration
 from fedlotr.rounds import Rounds
 from fedlotr.run_directory import RunDirectory
@@ -188,7 +188,7 @@ def problems_at_the_door(
     problems = preflight_paths(config, brought)
     if config.engine == "flower" and not brings_engine:
         problems.append("--engine flower: Flower starts that engine, by 'flwr run .'; choose ray or local")
-    problems += [*missing_packages(config.loggers), *device_problems(config)]
+    problems += [*missing_packages(config.loggers), *unusable(config.loggers, config.out), *device_problems(config)]
     if config.quantize != "none":
         try:
             check_quantiser(config.quantize, device_of(config) if gpus() else "cpu")
