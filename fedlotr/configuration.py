@@ -33,6 +33,7 @@ from fedlotr.values import (
     MAX_PROCESSES,
     MAX_ROUNDS,
     MAX_SEED,
+    MAX_WEIGHT,
     check_partition,
     check_targets,
     check_task,
@@ -48,7 +49,7 @@ from fedlotr.values import (
 from fedlotr.wire_form import Coding, check_broadcast_codec, check_codec
 from fedlotr.yaml_file import read_yaml, to_yaml
 
-REPORTING = {"out", "resume", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
+REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
 """Options that say where and how one run reports."""
 
 
@@ -79,6 +80,24 @@ class SimulationConfig(BaseModel):
     )
     max_failed: float = Field(
         default=0.5, ge=0, le=1, description="share of a round's clients that may fail before the run stops"
+    )
+    max_weight: float = Field(
+        default=1e9,  # no client has so many examples, and sums of such weights keep their digits
+        ge=1,
+        le=MAX_WEIGHT,
+        description="what a client may say at most that it weighs, or how many examples it has; one that says more has "
+        "failed",
+    )
+    max_update_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest norm of what one client's training changes, of all tensors that it sends together; none: "
+        "any (metrics.jsonl has the norms of every round)",
+    )
+    on_large_update: Literal["clip", "refuse"] | None = Field(
+        default=None,
+        description="what becomes of an update beyond --max-update-norm: scaled down to it, or refused, so that its "
+        "client has failed (default: clip)",
     )
     seed: int = Field(
         default=0, ge=0, le=MAX_SEED, description="same seed, same bytes: partition, sampling, bases, order of examples"
@@ -338,6 +357,13 @@ class SimulationConfig(BaseModel):
     mlflow: bool = Field(default=False, description="also log to MLflow, where MLFLOW_TRACKING_URI says")
     wandb: bool = Field(default=False, description="also log to Weights & Biases; WANDB_MODE=offline keeps it here")
     resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
+    resume_round: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_ROUNDS,
+        description="with --resume: go on after this round, of those that checkpoints are kept of, and drop what is "
+        "later",
+    )
     quiet: bool = Field(default=False, description="print nothing but errors")
     json_output: bool = Field(
         default=False, alias="json", description="print summary.json on standard output at the end"

@@ -67,6 +67,14 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
         yield ("public_data", "public_examples"), "no row of it would be used; give some, or leave it out"
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
+    if config.resume_round is not None and not config.resume:
+        yield ("resume_round", "resume"), "it says where --resume goes on; give that too"
+    if config.on_large_update is not None and config.max_update_norm is None:
+        yield ("on_large_update", "max_update_norm"), "no update is too large without a bound; give one"
+    if config.max_update_norm is not None and config.baseline is not None:
+        yield ("max_update_norm", "baseline"), "a baseline averages nothing, so no client can harm another"
+    if config.max_update_norm is not None and config.privacy == "client":
+        yield ("max_update_norm", "privacy"), "the server clips every update to --clip-norm; leave it out"
     if method.personal and config.client_eval == 0:
         yield ("client_eval", "method"), "clients with factors of their own can only be scored on rows of their own"
     if method.personal and config.engine == "flower":

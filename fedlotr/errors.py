@@ -57,8 +57,22 @@ def shorten(value: object) -> str:
         return "none" if value is None else str(value).lower()
     most = 3 * SHOWN if isinstance(value, Path) else SHOWN
     text = str(value) if isinstance(value, str | Path | float) else written(value)
-    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: most + 1])
+    text = _visible(text[: most + 1])
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def harmless(text: str, most: int) -> str:
+    """What others say, to be shown in a terminal or a log: control characters escaped, and at most so many characters.
+
+    Lines stay lines, and all but the first are indented, so that none can pass for a line of ours.
+    """
+    first, *further = text[:most].splitlines() or [""]
+    lines = [_visible(first), *(f"  {_visible(line)}" for line in further)]
+    return "\n".join(lines) + (f"… ({len(text):,} characters)" if len(text) > most else "")
+
+
+def _visible(line: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 
 def written(value: object) -> str:

@@ -16,6 +16,7 @@ from fedlotr.flower.certificate import Layer
 from fedlotr.flower.loop import Federation
 from fedlotr.flower.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record
+from fedlotr.flower.replies import Weights
 from fedlotr.preparation import Prepared
 from fedlotr.privacy.guard import Guard
 from fedlotr.training.models import TrainableModel
@@ -61,6 +62,10 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None
         mean_moments=config.optimizer_state == "mean-v",
         guard=guard,
         coding=config.coding,
+        weights=Weights(config.max_weight, config.weights == "uniform"),
+        max_update_norm=config.max_update_norm,
+        refuse_large=config.on_large_update == "refuse",
+        watched=config.baseline is None,
     )
 
 

@@ -30,7 +30,9 @@ from fedlotr.yaml_file import key_of, read_yaml
 KEYS = ("base", "axes", "rows", "seeds", "tune")
 NOT_IN_A_GRID = {
     "seed": "seeds are listed under 'seeds'",
-    **dict.fromkeys(("out", "resume", "quiet", "json", "json_output"), "the grid decides that for each run"),
+    **dict.fromkeys(
+        ("out", "resume", "resume_round", "quiet", "json", "json_output"), "the grid decides that for each run"
+    ),
 }
 SAID_BY_THEIR_VALUE = ("method", "strategy", "baseline")
 """Options whose value alone names a row: 'lora', not 'method-lora'."""

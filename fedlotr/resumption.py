@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord
 
 from fedlotr.configuration import SimulationConfig, flag_of
 from fedlotr.contents import Content
-from fedlotr.errors import InputError
+from fedlotr.errors import InputError, shorten
 from fedlotr.own import is_own
 from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.said import say
@@ -22,6 +22,7 @@ MAY_CHANGE = {
     "json_output",
     "out",
     "resume",
+    "resume_round",
     "client_adapters",
     "tensorboard",
     "mlflow",
@@ -30,6 +31,8 @@ MAY_CHANGE = {
 """What changes nothing in the results."""
 BY_CONTENT = ("model", "data", "public_data", "init_adapter", "strategy")
 """Options that name files. Disks and folders get other names, so what counts is what is in them."""
+DEFENCES = ("max_weight", "max_update_norm", "on_large_update")
+"""What a run may go on with that was harmed without it, or stopped by it; that it has changed is said."""
 
 
 def saved_configuration(out: Path) -> SimulationConfig | None:
@@ -72,9 +75,21 @@ def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
         "--resume needs the same, or start a new run with another --out"
         for name in SimulationConfig.model_fields
         if name not in MAY_CHANGE
+        and name not in DEFENCES
         and getattr(before, name) != getattr(now, name)
         and not by_content(name, getattr(before, name), getattr(now, name))
         and not (name == "rounds" and now.rounds > before.rounds)
+    ]
+
+
+def changed_defences(checkpoint: Checkpoint, now: SimulationConfig) -> list[str]:
+    """What protects the run from here on and did not before, or the other way round, one line an option."""
+    before = SimulationConfig(**checkpoint.extra["configuration"])
+    return [
+        f"{flag_of(name)} is {shorten(getattr(now, name))} from round {checkpoint.round + 1} on; before it was "
+        f"{shorten(getattr(before, name))}"
+        for name in DEFENCES
+        if getattr(now, name) != getattr(before, name)
     ]
 
 
@@ -86,7 +101,8 @@ def _in_words(before: SimulationConfig, name: str) -> str:
 def continue_from(
     directory: RunDirectory, config: SimulationConfig, contents: Mapping[str, Content]
 ) -> Checkpoint | None:
-    """The last good checkpoint of the run in a directory, or None where no round was finished yet.
+    """The last good checkpoint of the run in a directory, or None where no round was finished yet; or the one that
+    `--resume-round` names.
 
     contents: of what the configuration names (`Checked.contents`), which may lie elsewhere than it did.
     Raises InputError, with every difference, where the configuration or a content is another.
@@ -95,7 +111,10 @@ def continue_from(
     if before is None:
         raise InputError(f"--resume: there is no config.yaml in {directory.path}, so no run to go on with")
     problems = [*directory.obstacles(), *differences(before, config)]
-    checkpoint = directory.last_checkpoint()
+    if config.resume_round is None:
+        checkpoint = directory.last_checkpoint()
+    else:
+        checkpoint = directory.checkpoint_of(config.resume_round)
     begun, known = before, {}
     if checkpoint is not None:
         begun, known = SimulationConfig(**checkpoint.extra["configuration"]), contents_in(checkpoint.extra)

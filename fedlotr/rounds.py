@@ -1,6 +1,7 @@
 """The rounds of one run: from the start or a checkpoint to the summary, each safe on disk before it is told."""
 
 import logging
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -24,6 +25,7 @@ from fedlotr.flower.blame import blaming
 from fedlotr.flower.carried import restored, saved
 from fedlotr.flower.coding import holdings
 from fedlotr.flower.loop import BudgetSpentError, Round, State, can_pay, run_round
+from fedlotr.flower.norms import Watch
 from fedlotr.flower.personal import evaluate_clients, personal
 from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.scoring import evaluate
@@ -33,7 +35,7 @@ from fedlotr.preparation import Prepared
 from fedlotr.privacy.guard import Guard
 from fedlotr.reporting.console import Console
 from fedlotr.reporting.loggers import Loggers
-from fedlotr.resumption import check_model, fixed_values
+from fedlotr.resumption import changed_defences, check_model, fixed_values
 from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.said import Heard, say
 from fedlotr.summary import metrics_of, summarise
@@ -110,6 +112,9 @@ class Rounds:
         if self.guard is not None:
             self.guard.load_state(checkpoint.extra["privacy"])
         self.grid.client_states = load_clients(checkpoint.extra["clients"], checkpoint.arrays)
+        latest = max(self.directory.rounds(), default=0)
+        if latest > checkpoint.round and self.config.resume_round is not None:
+            self.directory.drop_results()
         self.directory.go_back_to(checkpoint)
         self.history, self.ledger = checkpoint.metrics, checkpoint.ledger
         self.entries = read_ledger(self.directory.ledger)
@@ -118,6 +123,10 @@ class Rounds:
         trained = {name: checkpoint.arrays[name] for name in state.arrays}
         self.heard.before(checkpoint.extra.get("warnings", []))
         log.info("resumed after round %d", checkpoint.round)
+        if latest > checkpoint.round and self.config.resume_round is not None:
+            say(f"went back to round {checkpoint.round}: what later rounds left, up to round {latest}, is dropped")
+        for line in changed_defences(checkpoint, self.config):
+            say(line)
         if checkpoint.extra["rounds"] != self.config.rounds and self.config.lr_schedule != "constant":
             say(
                 f"--rounds was {checkpoint.extra['rounds']}: the {self.config.lr_schedule} schedule is now that of a "
@@ -129,7 +138,9 @@ class Rounds:
             self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
         moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
         held = holdings(self.grid.client_states)
-        return State(to_record(trained), checkpoint.round, set(checkpoint.extra["known"]), carry, holds, moments, held)
+        watch = Watch.restored(checkpoint.extra.get("watch", {}))
+        known = set(checkpoint.extra["known"])
+        return State(to_record(trained), checkpoint.round, known, carry, holds, moments, held, watch)
 
     def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """The rounds that are left, then adapter and summary; returns that."""
@@ -145,6 +156,8 @@ class Rounds:
                 began = time.monotonic()
                 evaluation = self._evaluate(state, strategy)
                 done.metrics.update(evaluation)
+                if not math.isfinite(evaluation["loss"]) and state.watch.once("loss"):
+                    say(f"round {state.round}: the model that it published has a loss that is not finite")
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
             self.audience.finished(done, evaluation, self.directory.path)
@@ -169,6 +182,7 @@ class Rounds:
             None if self.guard is None else self.guard.summary(),
             self.heard.lines,
         )
+        summary["checkpoints"] = self.directory.rounds()
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
@@ -279,10 +293,11 @@ class Rounds:
             "configuration": fixed_values(self.config),
             "privacy": None if self.guard is None else self.guard.state(),
             "warnings": self.heard.lines,
+            "watch": state.watch.state(),
         }
-        self.directory.write_checkpoint(
-            state.round, {**arrays, **client_arrays, **carried, **trained}, self.history, self.ledger, extra
-        )
+        every = {**arrays, **client_arrays, **carried, **trained}
+        before_harm = [] if state.watch.first is None else [state.watch.first - 1]
+        self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, before_harm)
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
         self.loggers.round(done.metrics)
         self.display.round(done.metrics)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,11 @@ class RunDirectory:
         metrics: Sequence[Mapping[str, Any]],
         ledger: Sequence[str],
         extra: Mapping[str, Any],
+        keep: Collection[int] = (),
     ) -> None:
         """`round-00005.safetensors` and then `.json`, which makes it valid; older ones than the last two go.
 
-        metrics: all rows so far. ledger: the SHA-256 of every round's file.
+        metrics: all rows so far. ledger: the SHA-256 of every round's file. keep: rounds whose checkpoint stays.
         """
         stem = self.checkpoints / f"round-{server_round:05d}"
         content = save(dict(arrays))
@@ -192,7 +193,7 @@ class RunDirectory:
         self.saved = server_round
         for old in self.checkpoints.glob("round-*.json"):
             number = _round_of(old)
-            if number is not None and number <= server_round - KEPT_CHECKPOINTS:
+            if number is not None and number <= server_round - KEPT_CHECKPOINTS and number not in keep:
                 old.unlink()
                 old.with_suffix(".safetensors").unlink(missing_ok=True)
 
@@ -230,6 +231,30 @@ class RunDirectory:
             )
         return None
 
+    def rounds(self) -> list[int]:
+        """The rounds that a checkpoint is kept of."""
+        return sorted(number for path in self.checkpoints.glob("round-*.json") if (number := _round_of(path)))
+
+    def checkpoint_of(self, server_round: int) -> Checkpoint:
+        """The checkpoint of a round, with its ledger. Raises InputError where there is none that is whole."""
+        kept = [number for number in self.rounds() if number != server_round]
+        others = f"choose one of {', '.join(map(str, kept))}" if kept else "there is no other; leave --resume-round out"
+        path = self.checkpoints / f"round-{server_round:05d}.json"
+        if not path.exists():
+            raise InputError(f"--resume-round {server_round}: no checkpoint of that round is kept; {others}")
+        try:
+            return self._read_checkpoint(path)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            raise InputError(f"--resume-round {server_round}: {path.name} is damaged ({error}); {others}") from error
+
+    def drop_results(self) -> None:
+        """Drop what a run left that was finished: it is of rounds that do not count any more."""
+        for file in (self.path / "summary.json", self.path / "report.html"):
+            file.unlink(missing_ok=True)
+        for folder in (self.adapter, self.path / "adapters"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+
     def _read_checkpoint(self, path: Path) -> Checkpoint:
         """Raises one of many errors for a checkpoint that is not whole."""
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -256,7 +281,7 @@ class RunDirectory:
         lines = "".join(json.dumps(row) + "\n" for row in (checkpoint.metrics if checkpoint else [])).encode()
         if not self.metrics.exists() or self.metrics.read_bytes() != lines:
             write_atomically(self.metrics, lines)
-        for folder in (self.ledger, self.checkpoints):
+        for folder in (self.checkpoints, self.ledger):  # a checkpoint without its ledger would count as damaged
             for file in folder.glob("round-*"):
                 if (_round_of(file) or 0) > self.saved and file.is_file():
                     file.unlink()

@@ -45,7 +45,7 @@ from fedlotr.said import hearing, say
 from fedlotr.summary import facts
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.precision import measured_dtype, repeatable
-from fedlotr.unmet import feedback, unmet_codec, unmet_controls, unmet_updates
+from fedlotr.unmet import feedback, unmet_clients, unmet_codec, unmet_controls, unmet_updates
 
 if TYPE_CHECKING:
     from fedlotr.engines.head_start import HeadStart
@@ -228,6 +228,7 @@ def check_all(
                 )
                 problems += [
                     *unmet_updates(strategy, config),
+                    *unmet_clients(strategy, config),
                     *unmet_codec(strategy, config),
                     *unmet_controls(strategy, config),
                     *unmet_privacy(strategy, config),

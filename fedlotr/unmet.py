@@ -7,6 +7,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.adapters.methods import METHODS
 from fedlotr.configuration import SimulationConfig
 from fedlotr.conflicts import NO_CLIENT_STATE
+from fedlotr.flower.fewest import fewest
 from fedlotr.flower.strategy import Strategy
 
 
@@ -47,6 +48,26 @@ def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterat
         yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
     if config.engine == "flower":
         yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
+
+
+def unmet_clients(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why the rounds that are planned have too few clients for a strategy, or clients that it cannot compare."""
+    needed = fewest(strategy)
+    if needed is None:
+        return
+    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
+    if config.privacy == "client" and not isinstance(strategy, Strategy):  # of ours, `promise` says it
+        yield f"{name} with --privacy client: it compares clients, and would see their noised mean alone"
+    elif config.privacy != "client" and config.clients_per_round < needed.clients:
+        yield (
+            f"{name} with {config.clients_per_round} clients a round: it needs {needed.clients} ({needed.why}); give a "
+            "larger --sample, other --strategy-arg, or another strategy"
+        )
+    if config.client_rank is not None:
+        yield (
+            f"{name} with --client-rank: what a client of a lower rank lacks is zero, and would be taken for what it "
+            "learnt; leave --client-rank out, or choose a strategy that averages"
+        )
 
 
 def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:

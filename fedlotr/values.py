@@ -20,6 +20,8 @@ LARGEST = 2**31 - 1
 """What any whole number may be at most: what counts clients, rows and tokens has to fit the ledger's 32 bits."""
 MAX_SEED = 2**63 - 1
 """A seed travels to the clients in a message, as a number of 64 bits."""
+MAX_WEIGHT = 1e15
+"""Of one client: the weights of all that there can be sum to a number with all its digits."""
 MAX_ROUNDS = 99_999
 """The files of a round are in order by their names, which have five digits."""
 MAX_PROCESSES = 1024

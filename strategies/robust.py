@@ -1,17 +1,23 @@
 """Robust rules: a few hostile or broken clients cannot move the result far. None is a mean, so none is certified.
 
-They count clients, not examples: a weight that a client states about itself is no protection against that client.
+Each holds from a number of clients on, and says so (`fewest`). They count clients, not
+examples: a weight that a client states about itself is no protection against that client.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from fedlotr.flower import Arrays, Strategy, Update
+from fedlotr.flower import Arrays, Fewest, Strategy, Update
+from fedlotr.flower.fewest import krum_of, median_of, trimmed_mean_of
 
 
 class Median(Strategy):
     """Coordinate by coordinate the median of the clients: Yin et al. 2018 (arXiv:1803.01498), option I."""
+
+    def fewest(self) -> Fewest:
+        """Three."""
+        return median_of()
 
     def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
         """median_i x_i."""
@@ -22,9 +28,13 @@ class TrimmedMean(Strategy):
     """The mean without the largest and smallest share β of every coordinate: Yin et al. 2018, option II."""
 
     def __init__(self, beta: float = 0.2) -> None:
-        if not 0 <= beta < 0.5:
-            raise ValueError(f"beta is {beta}; expected a share from 0 to below 0.5")
+        if not 0 < beta < 0.5:
+            raise ValueError(f"beta is {beta}; expected a share above 0 (the plain mean has none) and below 0.5")
         self.beta = beta
+
+    def fewest(self) -> Fewest:
+        """The least n with ⌊β n⌋ = 1."""
+        return trimmed_mean_of(self.beta)
 
     def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
         """The mean of x_(k+1) ... x_(n-k), k = ⌊β n⌋."""
@@ -43,6 +53,10 @@ class Krum(Strategy):
         if f < 0:
             raise ValueError(f"f is {f}; expected a number of clients, 0 or more")
         self.f = f
+
+    def fewest(self) -> Fewest:
+        """2 f + 3."""
+        return krum_of(self.f)
 
     def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
         """x_i with the least Σ ||x_i - x_j||² over its nearest j; of equals the first client's."""

@@ -1,16 +1,19 @@
 """The real client app, some of whose clients misbehave or keep a state: what a run is handed by `CLIENT_APP`.
 
-FAULTS in the environment lists "client:what" or "client:what:ROUND" (from that round on). With STATEFUL in it, each
+FAULTS in the environment lists "client:what" or "client:what:ROUND" (from that round on); a what with an equals sign,
+such as "times=1e6", "weight=nan" or "control=1e30", is a `poison`. With STATEFUL in it, each
 client counts its rounds in `Context.state` and adds that to its head, so that a lost state changes the result.
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedlotr.flower.client_app import CohortClientApp, evaluate_shard
+from fedlotr.flower.client_app import CohortClientApp, Trained, Worker, evaluate_shard
 from fedlotr.flower.coding import coded_record
 
 SENT: list[tuple[int, int, float, dict[str, Any]]] = []
@@ -45,6 +48,34 @@ def spoil(reply: Message, what: str) -> None:
     content["arrays"] = ArrayRecord({**content["arrays"], name: Array(changed)})
 
 
+def poison(reply: Message, what: str) -> None:
+    """Well-formed, and meant to harm: what is beside an update says what it must not."""
+    content: Any = reply.content
+    key, _, given = what.partition("=")
+    if key in ("control", "moments"):
+        number = np.float32(given)
+        content[key] = ArrayRecord({n: Array(np.full_like(a.numpy(), number)) for n, a in content[key].items()})
+    elif key == "rank":
+        content["client"] = ConfigRecord({**content["client"], "rank": int(given)})
+    elif key == "order":
+        content["arrays"] = ArrayRecord({name: content["arrays"][name] for name in reversed(list(content["arrays"]))})
+    elif key in ("weight", "num-examples", "loss"):  # past the checks of the record's own class
+        words: dict[str, Any] = {"true": True, "text": "8", "list": [8.0]}
+        values: Any = vars(content["metrics"])["_data"]
+        values[key] = words[given] if given in words else int(given) if given.isdigit() else float(given)
+
+
+def poisoned(tensors: dict[str, torch.Tensor], sent: Any, what: str) -> dict[str, torch.Tensor]:
+    """An update so many times as long (a negative one is turned round), or one that is made of one number."""
+    key, _, given = what.partition("=")
+    if key == "all":
+        return {name: torch.full_like(value, float(given)) for name, value in tensors.items()}
+    if key != "times":
+        return tensors
+    start = {name: torch.from_numpy(sent[name].numpy().copy()) for name in tensors}
+    return {name: start[name] + float(given) * (value - start[name]) for name, value in tensors.items()}
+
+
 class FaultyApp(CohortClientApp):
     def run_cohort(self, messages: list[Message], contexts: list[Context]) -> list[Message]:
         rounds = [int(message.content["config"]["server-round"]) for message in messages]  # type: ignore[index, arg-type]
@@ -57,13 +88,21 @@ class FaultyApp(CohortClientApp):
             content: Any = reply.content
             if "STATEFUL" in os.environ:
                 count_rounds(content, context)
-            if what:
+            if "=" in what:
+                poison(reply, what)
+            elif what:
                 spoil(reply, what)
             if "coded" in content["arrays"]:
                 continue
             tensors = {name: array.numpy() for name, array in content["arrays"].items()}
             SENT.append((number, client, float(content["metrics"]["weight"]), tensors))
         return replies
+
+    def _reply(self, here: Worker, message: Message, client: int, state: RecordDict, one: Trained) -> Message:
+        content: Any = message.content
+        what = fault_of(client, int(content["config"]["server-round"]))
+        result = replace(one.result, tensors=poisoned(one.result.tensors, content["arrays"], what))
+        return super()._reply(here, message, client, state, replace(one, result=result))
 
 
 def count_rounds(content: Any, context: Context) -> None:

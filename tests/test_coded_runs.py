@@ -31,7 +31,7 @@ from fedlotr.wire_form import Coding
 from tests import faulty_app
 from tests.support import Simulate, read_run
 from tests.test_client_state import RETURNS, ROUNDS, SEED, asked, options, states
-from tests.test_conformance import check_the_bill
+from tests.test_conformance import OF_THREE, check_the_bill
 from tests.test_simulation import MORTAL, assert_same_results, flags
 
 FLOWERS = "flwr.serverapp.strategy:FedAvg"
@@ -93,6 +93,7 @@ def test_the_bill_of_every_codec_is_what_crosses(
 ) -> None:
     fields = words(tiny_bert, animals, method=method, strategy=strategy, codec=codec, broadcast_codec=broadcast)
     given = [*flags(fields), "--out", str(tmp_path / "run")]
+    given += [f"--strategy-arg={name}={value}" for name, value in OF_THREE.get(strategy, {}).items()]
     assert doctor.main([*given, "--json"]) == 0
     foretold = json.loads(capsys.readouterr().out)["needs"]
     assert simulate.main([*given, "--quiet"]) == 0

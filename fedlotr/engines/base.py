@@ -19,7 +19,7 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict, UserConfi
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedlotr.errors import InputError
+from fedlotr.errors import InputError, harmless
 from fedlotr.flower.lazy import REPLY_BYTES, Spill
 from fedlotr.flower.private import CLIENT_RAISED, RUN_ID, Run, empty_run, identify_process, set_message_id
 
@@ -28,6 +28,7 @@ log = logging.getLogger("fedlotr.engines")
 FIRST_NODE = 100  # smaller ids are left to servers: an id says on sight whose it is
 COHORT_TYPE = MessageType.TRAIN  # only plain "train" messages are cut into cohorts
 TRACEBACK_FRAMES = 3  # in an error reply: enough to find the line, short enough for a log
+LONGEST_TEXT = 2000  # characters of what an exception says
 
 CohortRule = Callable[[Sequence[int]], list[list[int]]]
 """Cuts the sorted partition ids of one push into cohorts: disjoint, covering, and decided by these ids alone."""
@@ -109,13 +110,13 @@ def failure(message: Message, reason: str, code: int = CLIENT_RAISED) -> Outcome
 
 
 def describe(error: BaseException) -> str:
-    """One line 'TypeName: text', then the innermost frames of the traceback."""
+    """One line 'TypeName: text', as far as it is a line, then the innermost frames of the traceback."""
     frames = traceback.format_tb(error.__traceback__)[-TRACEBACK_FRAMES:]
     try:
         text = str(error)
     except Exception:  # a client's own exception may be as broken as the client
         text = "(its text cannot be shown)"
-    return f"{type(error).__name__}: {text}\n{''.join(frames)}".rstrip()
+    return f"{harmless(f'{type(error).__name__}: {text}', LONGEST_TEXT)}\n{''.join(frames)}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedlotr.flower.certificate import Product
+    from fedlotr.flower.fewest import Fewest
     from fedlotr.flower.records import Arrays, by_layer, to_arrays
     from fedlotr.flower.strategy import Strategy, Update, WithCarry, owned, weighted_mean
 
-__all__ = ["Arrays", "Product", "Strategy", "Update", "WithCarry", "by_layer", "owned", "to_arrays", "weighted_mean"]
+__all__ = [
+    "Arrays",
+    "Fewest",
+    "Product",
+    "Strategy",
+    "Update",
+    "WithCarry",
+    "by_layer",
+    "owned",
+    "to_arrays",
+    "weighted_mean",
+]
 
-_HOMES = {"Product": "certificate", "Arrays": "records", "by_layer": "records", "to_arrays": "records"}
+_HOMES = {
+    "Product": "certificate",
+    "Arrays": "records",
+    "by_layer": "records",
+    "to_arrays": "records",
+    "Fewest": "fewest",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -52,12 +52,16 @@ def _shape(layer: Layer, arrays: Arrays) -> tuple[int, int]:
 
 
 def merged(carry: Carry, added: Mapping[str, Product]) -> Carry:
-    """The carried term with the additions, in float32."""
+    """The carried term with the additions, in float32. Raises ValueError where that has no room for them."""
     if not added:
         return carry
-    return carry.grown(
-        {name: Factors(_float32(right), _float32(left)) for name, (left, right) in sorted(added.items())}
-    )
+    with np.errstate(over="ignore"):
+        pairs = {name: Factors(_float32(right), _float32(left)) for name, (left, right) in sorted(added.items())}
+    after = carry.grown(pairs)
+    for name in added:
+        if not all(torch.isfinite(tensor).all() for tensor in after.terms[name].tensors()):
+            raise ValueError(f"what it carries in {name} is past what float32 has room for")
+    return after
 
 
 def lost(before: Carry, after: Carry, added: Mapping[str, Product], layer: str) -> Product | Matrix | None:

@@ -9,11 +9,12 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -26,14 +27,16 @@ from fedlotr.flower.blame import blaming
 from fedlotr.flower.carried import add_carry, additions, lost, merged
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.coding import RoundCoding, lost_by
+from fedlotr.flower.fewest import fewest
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
+from fedlotr.flower.norms import Norms, Watch, begun_with, bounded, look_at
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.released import all_lost, released
-from fedlotr.flower.replies import METRICS, Failure, check_replies, first_line
+from fedlotr.flower.replies import METRICS, Failure, Weights, check_replies, first_line
 from fedlotr.flower.round_grid import RoundGrid
-from fedlotr.flower.state import ClientStates
+from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Strategy
 from fedlotr.flower.terms import CONTROL
 from fedlotr.privacy.guard import ClientGuard, Guard
@@ -43,6 +46,9 @@ from fedlotr.training.results import Results
 from fedlotr.wire_form import UNCODED, Coding
 
 log = logging.getLogger("fedlotr")
+
+SHOWN_KINDS, SHOWN_REASON = 8, 300
+"""Of failures in an error: how many kinds, and characters of each one's reason."""
 
 
 class BudgetSpentError(FedlotrError):
@@ -65,6 +71,9 @@ class Federation:
     ranks: of each client; None: all have the run's, which is `rank`.
     mean_moments: whether means of AdamW's second moments travel beside them.
     guard: keeps the clients' privacy, where that was promised. coding: of what crosses, if anything is coded.
+    weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
+    where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
+    harm another.
     """
 
     clients: int
@@ -86,6 +95,10 @@ class Federation:
     mean_moments: bool = False
     guard: Guard | None = None
     coding: Coding = UNCODED
+    weights: Weights = field(default_factory=Weights)
+    max_update_norm: float | None = None
+    refuse_large: bool = False
+    watched: bool = True
 
 
 @dataclass
@@ -104,6 +117,8 @@ class State:
     """Where `mean_moments`: by tensor the mean of AdamW's second moments, and the weight it is corrected by."""
     held: dict[int, Tensors] = field(default_factory=dict)
     """Where broadcasts are told by delta: client -> what it holds, bit for bit."""
+    watch: Watch = field(default_factory=Watch)
+    """What has been noticed of clients that stand out."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,10 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     add_carry(messages, view.nodes, state.carry, state.holds)
     blocks = Blocks(_ranks(strategy, federation))
     blocks.cut(messages, view.nodes)
+    names = set(state.arrays) if federation.moving is None else federation.moving(number)
+    expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
+    wanted = partial(blocks.of, expected)
+    starts = begun_with(messages, view.nodes, wanted)
     coder = RoundCoding(federation.coding, federation.seed, number, view.nodes, state.held)
     if federation.coding.at_work:
         coder.encode(messages)
@@ -185,30 +204,36 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         guard.charge(number, sorted(view.nodes[message.metadata.dst_node_id] for message in messages))
     replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
 
-    names = set(state.arrays) if federation.moving is None else federation.moving(number)
-    expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
     carry_sha256 = state.carry.sha256 if state.carry.version else ""
     beside = {CONTROL: expected} if getattr(strategy, "controls", False) else {}
     if federation.mean_moments:
         beside[MOMENTS] = expected_moments(expected)
-    wanted = partial(blocks.of, expected)
     keys = METRICS if guard is None or guard.hides_clients else METRICS - {"loss"}
     readable, damaged = coder.decode(replies, wanted) if federation.coding.at_work else (replies, {})
     good, failures = check_replies(
-        readable, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside, keys
+        readable, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside, keys, federation.weights
     )
     failures |= damaged
+    central, norms = isinstance(guard, ClientGuard), Norms()
+    if not central:
+        refuse = federation.refuse_large
+        good, large, norms = bounded(good, view.nodes, starts, federation.max_update_norm, refuse=refuse)
+        failures |= large
     blocks.pad(good, view.nodes, expected)
     kept.restore(failures)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
-    central = isinstance(guard, ClientGuard)
     # Where clients are hidden, one that failed counts as one that changed nothing: stopping for it would tell of it.
     if all_lost(messages, replies) if central else not good or len(failures) > federation.max_failed * len(messages):
         raise TooManyFailuresError(
             f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
-            f"{federation.max_failed}); {_some(failures)}"
+            f"{federation.max_failed}); {_some(failures)}{_likely_cause(number, failures, messages, state.watch)}"
         )
+    watch = replace(state.watch, told=set(state.watch.told))
+    if federation.watched and not central:
+        look_at(watch, number, good, view.nodes, norms)
+        _tell_of_few(watch, number, strategy, good, messages)
+    unfit = not_finite(strategy)
     with blaming(strategy, number, federation.method, "aggregate_train"):
         seen = good
         if isinstance(guard, ClientGuard):
@@ -216,13 +241,21 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         elif type(strategy).aggregate_train is not Strategy.aggregate_train:
             seen = list(map(_copy, good))  # some of Flower's strategies pop arrays out of the replies
         aggregated, metrics = strategy.aggregate_train(number, seen)
-        published = _published(aggregated, expected)
+        published = _published(aggregated, expected, norms.largest())
         start = to_arrays(state.arrays)
-        added = additions(strategy, federation.layers, start)
+        try:
+            added = additions(strategy, federation.layers, start)
+            carry = merged(state.carry, added)
+        except ValueError as problem:
+            raise ValueError(f"{problem}{norms.largest()}") from problem
+        if getattr(strategy, "controls", False):
+            _check_controls(strategy.control(expected), norms.largest())  # type: ignore[attr-defined]
+        if spoilt := sorted(not_finite(strategy) - unfit):  # a strategy's own infinities are its affair
+            raise ValueError(f"what it keeps between rounds is not finite ({', '.join(spoilt)}){norms.largest()}")
     # What did not move in this round stays.
     published = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
 
-    mean, sent, carry = to_arrays(published), _cast(published, state.arrays), merged(state.carry, added)
+    mean, sent = to_arrays(published), _cast(published, state.arrays)
     error = None
     weighted = _weighted(good, start)
     if getattr(strategy, "averages", False) and not central:
@@ -246,6 +279,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
         "aggregation_error": error,
         "transport_error": lost_on_the_way,
+        **norms.row(),
+        **({"clipped": len(norms.clipped)} if federation.max_update_norm is not None else {}),
         **({"broadcast_error": coder.broadcast_error()} if federation.coding.broadcast.lossy else {}),
         "epsilon": None if guard is None else guard.epsilon(),
         "train_seconds": time.monotonic() - started,
@@ -259,7 +294,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     if federation.coding.broadcast.delta:
         answered = [view.nodes[message.metadata.src_node_id] for message in good]
         state.held |= {client: coder.sent[client] for client in answered if client in coder.sent}
-    state.carry = carry
+    state.carry, state.watch = carry, watch
     said = [(int(reply.content["client"]["client"]), dict(reply.content["metrics"])) for reply in good]  # type: ignore[arg-type]
     return Round(row, view.entries, failures, dict(said))
 
@@ -300,8 +335,44 @@ def _some(failures: Mapping[int, Failure]) -> str:
     """The first of each kind, in one line."""
     first: dict[str, str] = {}
     for client, failure in failures.items():
-        first.setdefault(failure.kind, f"client {client}: {first_line(failure.reason)}")
-    return "; ".join(first.values()) or "no client was asked"
+        first.setdefault(failure.kind, f"client {client}: {first_line(failure.reason)[:SHOWN_REASON]}")
+    shown = list(first.values())[:SHOWN_KINDS]
+    more = [f"and {len(first) - len(shown)} more kinds"] if len(first) > len(shown) else []
+    return "; ".join(shown + more) or "no client was asked"
+
+
+def _likely_cause(number: int, failures: Mapping[int, Failure], messages: Sequence[Message], watch: Watch) -> str:
+    """Where most clients come to numbers that are not finite: that it is the model they were sent, and no fault of
+    theirs; and the way back."""
+    lost = sum(failure.not_finite for failure in failures.values())
+    if number == 1 or 2 * lost <= len(messages):
+        return ""
+    text = (
+        f"; {lost} of them came to numbers that are not finite, so the likely cause is not they but the model that "
+        f"round {number - 1} published"
+    )
+    if watch.first is None:
+        return f"{text}: by a learning rate too high, or by a harmful update"
+    since = f"round {watch.first}" if watch.first == watch.last else f"rounds {watch.first} to {watch.last}"
+    back = f"go back with --resume --resume-round {watch.first - 1}" if watch.first > 1 else "start a new run"
+    return f"{text}, with updates far outside in it since {since}: {back}, and with --max-update-norm"
+
+
+def _tell_of_few(
+    watch: Watch, number: int, strategy: FlowerStrategy, good: Sequence[Message], messages: Sequence[Message]
+) -> None:
+    """Say where a round has fewer clients than its strategy needs: by failures, or who has no privacy budget left."""
+    needed = fewest(strategy)
+    if needed is None or len(good) >= needed.clients:
+        return
+    text = (
+        f"round {number}: of {len(messages)} clients {len(good)} are left for {type(strategy).__name__}, which needs "
+        f"{needed.clients}: {needed.why}"
+    )
+    if watch.once("few"):
+        say(text)
+    else:
+        log.warning("%s", text)
 
 
 def _certified(strategy: FlowerStrategy, published: Arrays) -> Arrays:
@@ -351,8 +422,11 @@ def _copy(message: Message) -> Message:
     return own
 
 
-def _published(aggregated: ArrayRecord | None, before: ArrayRecord) -> ArrayRecord:
-    """The strategy's result. None means that the model stays. Raises ValueError for one that cannot be a model."""
+def _published(aggregated: ArrayRecord | None, before: ArrayRecord, cause: str) -> ArrayRecord:
+    """The strategy's result. None means that the model stays. Raises ValueError for one that cannot be a model.
+
+    cause: what else is to be said of one that is not finite.
+    """
     if aggregated is None:
         return before
     if set(aggregated) != set(before):
@@ -360,9 +434,23 @@ def _published(aggregated: ArrayRecord | None, before: ArrayRecord) -> ArrayReco
     for name, array in aggregated.items():
         if tuple(array.shape) != tuple(before[name].shape):
             raise ValueError(f"it gave {name} the shape {tuple(array.shape)}, expected {tuple(before[name].shape)}")
-        if not np.isfinite(array.numpy()).all():
-            raise ValueError(f"it gave {name} values that are not finite")
+        _check_finite(f"it gave {name}", array.numpy(), before[name].dtype, cause)
     return aggregated
+
+
+def _check_controls(controls: Mapping[str, npt.NDArray[Any]], cause: str) -> None:
+    for name, value in controls.items():
+        _check_finite(f"its control variates have in {name}", value, "float32", cause)
+
+
+def _check_finite(whose: str, value: npt.NDArray[Any], dtype: str, cause: str) -> None:
+    """Raises ValueError for numbers that are not finite, or would not be in the dtype that travels."""
+    if not np.isfinite(value).all():
+        raise ValueError(f"{whose} values that are not finite{cause}")
+    with np.errstate(over="ignore"):
+        fits = np.isfinite(value.astype(dtype)).all()
+    if not fits:
+        raise ValueError(f"{whose} values up to {np.abs(value).max():.3g}, which {dtype} has no room for{cause}")
 
 
 def _cast(published: ArrayRecord, like: ArrayRecord) -> ArrayRecord:

@@ -4,11 +4,13 @@ Our strategies say what theirs is by `state()`. Of any other, the arrays, record
 its attributes are kept, also those of a strategy inside it: that brings Flower's FedAdam back to equal bytes.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
@@ -41,6 +43,18 @@ def load_strategy_state(strategy: FlowerStrategy, packed: Any, arrays: Mapping[s
         load(unpack(packed, arrays))
     else:
         vars(strategy).update(unpack(packed, arrays))
+
+
+def not_finite(strategy: FlowerStrategy) -> set[str]:
+    """The attributes of a strategy with numbers in arrays that are not finite."""
+    found = set()
+    for name, value in vars(strategy).items():
+        arrays: Arrays = {}
+        with contextlib.suppress(NotPlainError, RecursionError):
+            pack(value, arrays, name)
+        if not all(np.isfinite(array).all() for array in arrays.values() if array.dtype.kind == "f"):
+            found.add(name)
+    return found
 
 
 class ClientStates:

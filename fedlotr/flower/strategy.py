@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.certificate import Product
+from fedlotr.flower.fewest import Fewest
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.ranks import block, padded
 from fedlotr.flower.records import Arrays, to_record
@@ -149,6 +150,13 @@ class Strategy(FlowerStrategy):
     def merges(self, ranks: Sequence[int]) -> int:
         """The rank that a round of clients of these ranks adds to a layer's carried term; `doctor` reckons by it."""
         return 0
+
+    def fewest(self) -> Fewest | None:
+        """The clients that a round needs at least for what the strategy promises, and why; None: any number goes.
+
+        A run that plans fewer is refused, and a round that is left with fewer, as clients fail, says so.
+        """
+        return None
 
     def take_carry(self) -> Mapping[str, Product]:
         """What the last `combine` wants merged, handed out once: the round loop asks."""
