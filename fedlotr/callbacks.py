@@ -51,6 +51,9 @@ class RoundEvent:
     metrics: Mapping[str, Any]
     run_dir: Path
 
+    def __repr__(self) -> str:
+        return f"RoundEvent(round={self.round}, {len(self.metrics)} metrics, run_dir={str(self.run_dir)!r})"
+
 
 class Callbacks:
     """Derive from this and write the methods you need; what they return is not looked at."""

@@ -19,7 +19,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", metavar="FILE.html", type=Path, help="write a page that opens offline")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="print Markdown (also where nothing else is asked for)")
+    form.add_argument(
+        "--markdown", action="store_true", help="print Markdown (also into a pipe, if nothing else is asked for)"
+    )
     form.add_argument("--csv", action="store_true", help="print CSV, a line a run")
     try:
         given = parser.parse_args(argv)
@@ -27,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         return int(end.code or 0)
     # Here, not above: it loads pyarrow.
     from fedlotr.files import write_atomically
-    from fedlotr.reporting.comparison import as_csv, as_markdown, as_page, compare
+    from fedlotr.reporting.comparison import as_csv, as_markdown, as_page, compare, show_tables
 
     try:
         found = compare(given.runs)
@@ -45,8 +47,12 @@ def main(argv: Sequence[str]) -> int:
             return 1
     if given.csv:
         print(as_csv(found), end="")
-    elif given.markdown or given.out is None:
+    elif given.markdown or (given.out is None and not sys.stdout.isatty()):
         print(as_markdown(found), end="")
+    elif given.out is None:
+        from rich.console import Console
+
+        show_tables(found, Console(highlight=False, markup=False, emoji=False))
     if given.out is not None:
         print(given.out, file=sys.stderr)
     return 0

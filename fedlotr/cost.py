@@ -50,7 +50,8 @@ def _print(given: argparse.Namespace) -> None:
     # Here, not above: they load torch and transformers.
     from fedlotr.architectures import read_architecture
     from fedlotr.billing import bills, fedit
-    from fedlotr.reporting.bill import Quote, as_csv, as_json, as_table
+    from fedlotr.reporting.bill import WIDTH, Quote, as_csv, as_json, as_table
+    from fedlotr.reporting.fitting import columns_of
 
     kind: Any = None if given.task == "auto" else given.task
     architecture = read_architecture(given.model, kind, given.labels, given.targets)
@@ -58,8 +59,9 @@ def _print(given: argparse.Namespace) -> None:
     coding = Coding(given.codec, given.broadcast_codec)
     rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds, coding)
     against = fedit(architecture, ranks[1], given.clients, given.rounds)
-    shown = as_json if given.json else as_csv if given.csv else as_table
-    print(shown(Quote(given.model, architecture, rows, left_out, against, link, coding)), end="")
+    quote = Quote(given.model, architecture, rows, left_out, against, link, coding)
+    form = as_json if given.json else as_csv if given.csv else None
+    print(as_table(quote, columns_of(sys.stdout, WIDTH)) if form is None else form(quote), end="")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import rich.console
-from rich.table import Table
 
 from fedlotr import __version__, machine
 from fedlotr.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.errors import InputError, shorten
 from fedlotr.preflight import standing_folder
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.fitting import show_table
 from fedlotr.simulate import BAD_INPUT, DONE, INTERRUPTED
 
 LITTLE_DISK = 10**9
@@ -328,12 +328,6 @@ def _print(findings: Sequence[Finding], problems: Sequence[str]) -> None:
             print(text.encode(encoding, "replace").decode(encoding))
         print(verdict)
         return
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for finding in findings:
-        line = "\n-> ".join(filter(None, [finding.text, finding.advice]))
-        table.add_row(finding.status, finding.name, line, style=STYLES[finding.status])
-    console.print(table)
+    rows = [[f.status, f.name, "\n-> ".join(filter(None, [f.text, f.advice]))] for f in findings]
+    show_table(console, [], rows, bold=[1], styles=[STYLES[finding.status] for finding in findings])
     console.print(verdict)

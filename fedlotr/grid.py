@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TextIO
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import write_atomically
 from fedlotr.reporting.console import METRICS
+from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import Line, as_csv, as_markdown, cells, failures
 from fedlotr.simulate import BAD_INPUT, DONE, FAILED, INTERRUPTED
 
@@ -174,12 +174,8 @@ def _print(lines: Sequence[Line]) -> None:
         print(as_markdown(lines), end="")
         return
     head, *body = cells(lines)
-    table = Table()
-    for at, title in enumerate(head):
-        table.add_column(title, justify="right" if at else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    rich.console.Console(highlight=False, markup=False, emoji=False).print(table)
+    console = rich.console.Console(highlight=False, markup=False, emoji=False)
+    show_table(console, head, body, right=range(1, len(head)))
 
 
 class _Display:

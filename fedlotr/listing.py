@@ -84,13 +84,10 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     elif sys.stdout.isatty():
         from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
 
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(escape, row.values()))
-        Console().print(table)
+        from fedlotr.reporting.fitting import show_table
+
+        show_table(Console(highlight=False, markup=False), list(rows[0]), [list(row.values()) for row in rows])
     else:
         print("\n".join("\t".join(cells) for cells in (list(rows[0]), *(row.values() for row in rows))))
     return 0

@@ -27,7 +27,7 @@ from fedlotr.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
-from fedlotr.errors import InputError
+from fedlotr.errors import InputError, shorten
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.workplace import Workplace
@@ -35,7 +35,8 @@ from fedlotr.own import PREFIX
 from fedlotr.preparation import Checked, check, prepare
 from fedlotr.processes import CLIENT_APP, threads_of
 from fedlotr.promise import EXAMPLE_BOUND, PRIVATE_BASIS, check_delta, example_noise, guard_of, unmet_privacy
-from fedlotr.reporting.console import Console
+from fedlotr.reporting.console import METRICS as FORMS
+from fedlotr.reporting.console import Console, readable_bytes
 from fedlotr.reporting.loggers import missing_packages, open_loggers, unusable
 from fedlotr.resumption import continue_from, saved_configuration
 from fedlotr.rounds import Rounds
@@ -60,6 +61,14 @@ class SimulationResult:
     summary: dict[str, Any]
     history: list[dict[str, Any]]
     run_dir: Path
+
+    def __repr__(self) -> str:
+        told, metric = self.summary, self.summary["metric"]
+        value = "none" if self.metric is None else FORMS.get(metric, FORMS["accuracy"]).format(self.metric)
+        return (
+            f"SimulationResult({told['method']} on {shorten(told['data'])}, {told['rounds']} rounds: {metric} {value}, "
+            f"{readable_bytes(told['communication']['total_wire_bytes'])} on the wire, in {shorten(self.run_dir)})"
+        )
 
     @property
     def accuracy(self) -> float | None:
@@ -86,6 +95,7 @@ EngineMaker = Callable[[SimulationConfig, Path], AbstractContextManager[Engine |
 def run_simulation(
     config: SimulationConfig,
     *,
+    quiet: bool = False,
     console: Console | None = None,
     engine: EngineMaker | None = None,
     start: str | None = None,
@@ -102,6 +112,9 @@ def run_simulation(
     model: a model object and its tokenizer, instead of what `config.model` names: a `PreTrainedModel`, as its
     class makes it of its configuration; the class is part of transformers or lies in a module that workers can import.
     task: what is learnt from the rows and how it is measured, instead of what `config.task` names.
+    quiet: show nothing, as with `config.quiet`; otherwise a run shows what it does, on standard error or in the
+    notebook's cell.
+    console: a display of one's own making instead.
     callbacks: one or more, told of every client, evaluation and round; one that raises ends the run (CallbackError).
     engine, start: where a ServerApp has been given Flower's grid, and the run's id there (default: an engine of ours).
     head_start: workers that are starting already, for an engine of ours.
@@ -109,7 +122,7 @@ def run_simulation(
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
     cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt.
     """
-    with console or Console(quiet=True) as display, _place_for(model) as place:
+    with console or Console(quiet=quiet or config.quiet) as display, _place_for(model) as place:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
         audience = Audience(callbacks)

@@ -2,13 +2,22 @@
 
 import io
 import re
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
+from rich.cells import cell_len
 
+from fedlotr import cli, doctor, grid
+from fedlotr.adapters import METHODS
 from fedlotr.configuration import SimulationConfig
 from fedlotr.reporting.console import SHOWN_CLIENTS, Console, readable_bytes
+from fedlotr.reporting.fitting import fits, show_table
+from fedlotr.reporting.grid_table import Line
 
 FACTS: dict[str, Any] = {
     "parameters": 22_713_216,
@@ -198,3 +207,142 @@ def test_markup_in_names_is_shown_as_it_is() -> None:
 )
 def test_bytes_are_readable(count: int, text: str) -> None:
     assert readable_bytes(count) == text
+
+
+# --- 80 columns -------------------------------------------------------------------------------------------------------
+
+WIDTH = 80
+
+
+def whole(text: str, *given: str) -> None:
+    """Every word that was given is on one line, and no line is too long unless it is one long word."""
+    assert not [line for line in text.splitlines() if cell_len(line) > WIDTH and len(line.split()) > 2]
+    lost = [word for part in given for word in part.split() if word not in text]
+    assert not lost, f"{lost} in\n{text}"
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.fixture(params=["terminal", "pipe"])
+def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    return Terminal() if request.param == "terminal" else io.StringIO()
+
+
+def test_header_and_tables_of_a_run_fit_eighty_columns(stream: io.StringIO) -> None:
+    path = f"/data/{'x' * 90}/model"
+    labels = ["an_intent_with_a_name_of_its_own", "another_intent_with_such_a_name", "ein_anderer_Wunsch"]
+    clients = [
+        {"client": f"hospital of the district of {number}", "examples": 10**9, "labels": {labels[0]: 10**6}}
+        for number in range(30)
+    ]
+    reason = f"strategy {'strategies_of_mine.' * 3}Reduce does not say that it averages"
+    failures = {"a.module.of.the.callers.own.ClientIsTiredError": {f"hospital-{number}": 2 for number in range(9)}}
+    summary = {**SUMMARY, "aggregation_error_max": None, "aggregation_error_reason": reason, "failures": failures}
+    summary["communication"] = {"total_wire_bytes": 12_345_678_901_234, "total_payload_bytes": 9_876_543_210_987}
+    with Console(stream=stream) as console:
+        console.start(SimulationConfig(model=path, rounds=1), {**FACTS, "labels": labels, "partition": clients})
+        console.finish(summary)
+    text = bare(stream.getvalue())
+    whole(text, path, *(f"hospital of…istrict of {number}" for number in range(8)), reason, *failures)
+    assert labels[0] not in text and "12.3 TB (12,345,678,901,234 B)" in text and "1,000,000,000" in text
+
+
+def test_a_round_and_its_bar_fit_a_terminal_of_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    stream = Terminal()
+    with Console(stream=stream) as console:
+        console.start(SimulationConfig(rounds=1000), {})
+        console.warn("4 of 4 clients take steps of fewer tokens than the rank: one such gradient names its tokens")
+        console.round({**ROUND, "round": 999, "failed": 12, "bytes_up": 123_456_789_012})
+    text = bare(stream.getvalue()).replace("\r", "\n")
+    whole(text, "aggregation error 3.2e-08", "gradient names its tokens")
+    (bar,) = {line for line in text.splitlines() if "999/1000" in line and "━" in line and "loss" in line}
+    assert "loss 1.2500  accuracy 0.5000  123 GB" in bar and bar.endswith("left")
+
+
+ADVICE = "a path: /var/lib/" + "y" * 70
+LINES = [
+    Line("a row of a rather long name with method=lotr", {}, 3, {}, {0: "it failed"}),
+    Line("another-row-whose-name-is-of-one-single-word", {}, 3, {}, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("show", "given"),
+    [
+        (lambda: cli.main(["ls", "methods"]), ["r·d_out, then r·d_in", "seed and hash, 40 bytes", *METHODS]),
+        (lambda: cli.main(["ls", "strategies"]), ["fedlotr.strategies.server_optimizers:FedAdagrad", "certified"]),
+        (lambda: cli.main(["cost", "--model", "mistral-7b", "--rank", "200"]), ["one-off", *METHODS]),
+        (lambda: doctor._print([doctor.Finding("packages", "warning", "torch " * 30, ADVICE)], []), [ADVICE]),
+        (lambda: grid._print(LINES), ["a row of a rather long name with method=lotr", LINES[1].name]),
+    ],
+    ids=["methods", "strategies", "cost", "doctor", "grid"],
+)
+def test_every_table_of_the_command_line_fits_eighty_columns(
+    show: Callable[[], object], given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal()
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    monkeypatch.setattr(sys, "stdout", stream)
+    show()
+    whole(bare(stream.getvalue()), *given)
+
+
+def test_a_table_has_the_width_that_its_words_need_or_becomes_paragraphs() -> None:
+    """By hand: 'longest' and 'b' with two frames of 3 and one of 1 are 15 cells."""
+    rows = [["longest of all", "b b b"]]
+    assert fits(rows, 15) and not fits(rows, 14)
+    for width, wanted in (
+        (15, ["┌─────────┬───┐", "│ longest │ b │", "│ of all  │ b │", "│         │ b │", "└─────────┴───┘"]),
+        (14, ["longest of all", "  second: b b", "  b"]),
+    ):
+        stream = io.StringIO()
+        console = rich.console.Console(file=stream, width=width)
+        show_table(console, [] if width == 15 else ["first", "second"], rows)
+        assert stream.getvalue().splitlines() == wanted
+
+
+# --- notebooks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_has_one_output_that_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+    handles: list[object] = []
+
+    class Handle:
+        def update(self, forms: dict[str, str], raw: bool) -> None:
+            shown.append(forms)
+
+    def display(forms: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        shown.append(forms)
+        handles.append(Handle())
+        return handles[0]  # type: ignore[return-value]
+
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a kernel has it
+    with Console() as console:
+        console.stage("reading <data>")
+        console.start(SimulationConfig(rounds=2), FACTS)
+        console.round(ROUND)
+        console.round({**ROUND, "round": 2})
+        bar = shown[-1]["text/plain"].splitlines()[-1]
+        console.finish(SUMMARY)
+    assert len(handles) == 1 and len(shown) > 5
+    assert re.match(r"rounds ━+ 2/2 loss 1.2500  accuracy 0.5000  15.2 MB", bar)
+    last = shown[-1]
+    assert "left" not in last["text/plain"] and "\x1b" not in last["text/plain"]
+    assert [line[:9] for line in last["text/plain"].splitlines() if line.startswith("round ")] == [
+        "round 1/2",
+        "round 2/2",
+    ]
+    assert "reading &lt;data&gt;" in last["text/html"] and "Result" in last["text/html"]
+    shown.clear()
+    with Console(quiet=True) as console:
+        console.start(SimulationConfig(rounds=2), FACTS)
+        console.round(ROUND)
+    assert not shown

@@ -26,6 +26,7 @@ def small(model: Path | str, out: Path, **fields: Any) -> SimulationConfig:
             "engine": "local",
             "threads": 1,
             "dtype": "float32",
+            "quiet": True,
             "out": out,
             **fields,
         }

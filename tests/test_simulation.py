@@ -23,6 +23,7 @@ from fedlotr import Callbacks, SimulationConfig, run_simulation
 from fedlotr.communication import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.preparation import check
+from fedlotr.reporting.console import readable_bytes
 from fedlotr.simulate import main
 from fedlotr.simulation import resolve
 from fedlotr.training.cohort import cut_cohorts
@@ -361,6 +362,24 @@ def test_a_finished_run_resumed_says_the_same_again(small: dict[str, Any], tmp_p
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     run_simulation(config.model_copy(update={"resume": True}))
     assert_same_results(tmp_path / "run", tmp_path / "before")
+
+
+def test_from_python_a_run_shows_what_it_does_unless_it_is_to_be_quiet(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SimulationConfig(**small, method="lora", out=tmp_path / "run")
+    result = run_simulation(config)
+    out, err = capsys.readouterr()
+    assert "round 1/2  loss" in err and "round 2/2  loss" in err and "\x1b" not in err and not out
+    total = readable_bytes(result.summary["communication"]["total_wire_bytes"])
+    assert repr(result) == (
+        f"SimulationResult(lora on {Path(small['data']).name}, 2 rounds: accuracy {result.accuracy:.4f}, "
+        f"{total} on the wire, in {tmp_path / 'run'})"
+    )
+    more = config.model_copy(update={"resume": True})
+    run_simulation(more, quiet=True)
+    run_simulation(more.model_copy(update={"quiet": True}))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_folder_in_use_is_refused_from_python_too(small: dict[str, Any], tmp_path: Path) -> None:

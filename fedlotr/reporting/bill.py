@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
 from fedlotr.formulas import CODED, CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.fitting import show_table, wrapped
 from fedlotr.wire_form import Coding
 
 WIDTH = 150
@@ -150,33 +150,44 @@ def as_csv(quote: Quote) -> str:
     return text.getvalue()
 
 
-def as_table(quote: Quote) -> str:
-    """For the eye, with the formulas and what they mean below."""
+def as_table(quote: Quote, width: int = WIDTH) -> str:
+    """For the eye, with the formulas and what they mean below. width: in columns."""
     model, rows, clients, rounds = quote.model, quote.rows, quote.against.clients, len(quote.against.ups)
-    table = Table(
-        title=f"{quote.name}: {len(model.layers)} adapted layers, {model.parameters:,} parameters, "
-        f"head {model.head:,}\n{clients} clients, {rounds} rounds, link {quote.link.name}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+    title = (
+        f"{quote.name}: {len(model.layers)} adapted layers, {model.parameters:,} parameters, head {model.head:,}\n"
+        f"{clients} clients, {rounds} rounds, link {quote.link.name}"
     )
-    table.add_column("method, strategies", ratio=1)
-    for column in ("r", "trained", "up", "down", "one-off", "total", "× FedIT", "even at", "s a round", "published"):
-        table.add_column(column, justify="right", no_wrap=True)
+    head = [
+        "method, strategies",
+        "r",
+        "trained",
+        "up",
+        "down",
+        "one-off",
+        "total",
+        "× FedIT",
+        "even at",
+        "s a round",
+        "published",
+    ]
+    body = []
     for row, entry in zip(rows, entries(quote), strict=True):
         even, ratio, counted = entry["rounds_to_break_even"], entry["total_against_fedit"], row.published_numbers
-        table.add_row(
-            f"{row.method}, {_alike(row.strategies)}",
-            str(entry["rank"] or ""),
-            f"{entry['trained_numbers']:,}",
-            *(readable_bytes(entry[key]) for key in ("upload_bytes", "download_bytes", "one_off_bytes", "total_bytes")),
-            "" if ratio is None else f"{ratio:.3g}",
-            "never" if even is None else f"{even:.2f}",
-            f"{entry['seconds_a_round']:.3g}",
-            "" if counted is None else f"{counted:,}",
+        body.append(
+            [
+                f"{row.method}, {_alike(row.strategies)}",
+                str(entry["rank"] or ""),
+                f"{entry['trained_numbers']:,}",
+                *(readable_bytes(entry[f"{what}_bytes"]) for what in ("upload", "download", "one_off", "total")),
+                "" if ratio is None else f"{ratio:.3g}",
+                "never" if even is None else f"{even:.2f}",
+                f"{entry['seconds_a_round']:.3g}",
+                "" if counted is None else f"{counted:,}",
+            ]
         )
-    console = Console(width=WIDTH, no_color=True, highlight=False, markup=False)
+    console = Console(width=width, no_color=True, highlight=False, markup=False)
     with console.capture() as capture:
-        console.print(table)
+        show_table(console, head, body, title=title, right=range(1, len(head)), frame=box.SIMPLE_HEAD)
     lines = [
         "up, down: bytes of a client and round (down from the second round on, with what the server merged); total: "
         "of all clients and rounds, one-off included;",
@@ -199,6 +210,7 @@ def as_table(quote: Quote) -> str:
         if row.controls
     ]
     lines += [f"left out: {method}, {reason}" for method, reason in quote.left_out.items()]
+    lines = [wrapped(line, width, indent="    ") for line in lines]
     return "\n".join(line.rstrip() for line in [*capture.get().splitlines(), *lines]) + "\n"
 
 

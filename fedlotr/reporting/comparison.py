@@ -10,8 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from fedlotr.errors import InputError, shorten
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
 from fedlotr.reporting.report import flat, points
 from fedlotr.reporting.run_record import RunRecord, read_run
@@ -234,12 +237,23 @@ def tables(found: Comparison) -> dict[str, Table]:
     }
 
 
+def show_tables(found: Comparison, console: Console) -> None:
+    """The tables, for a person at a terminal."""
+    for title, table in tables(found).items():
+        rows = [[_in_words(value) for value in line] for line in table.rows]
+        show_table(console, [*map(str, table.columns)], rows, title=title)
+
+
+def _in_words(value: Any) -> str:
+    text = MISSING if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split())
+
+
 def as_markdown(found: Comparison) -> str:
     """The tables, for a README or an issue."""
 
     def written(value: Any) -> str:
-        text = MISSING if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-        return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+        return escape(_in_words(value), quote=False).replace("|", "\\|")
 
     parts = [f"> {written(warning)}" for warning in found.warnings]
     for title, table in tables(found).items():

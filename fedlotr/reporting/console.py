@@ -1,8 +1,11 @@
 """What a person sees of a run: a header, a line a round with a progress bar under it, and a closing table.
 
-All of it goes to standard error. Where that is no terminal there is no bar and no control character.
+All of it goes to standard error. Where that is no terminal there is no bar and no control character. A notebook shows
+it, with the bar, as one output of its cell that is renewed in place.
 """
 
+import html
+import io
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,10 +15,11 @@ from typing import Any, Self, TextIO
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.configuration import SimulationConfig
+from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 
 SHOWN_CLIENTS = 8
 """Rows of the partition table when there are more clients than `SHOWN_CLIENTS + 4`; four rows then sum up the rest."""
@@ -26,8 +30,17 @@ SHOWN_LABELS = 8
 NAMED_CLIENTS = 6
 """Clients that the closing table names for each way in which some failed."""
 
+LONGEST_CLIENT = 24
+"""Characters of a client's name in the partition table."""
+
 PLAIN_WIDTH = 100
-"""Columns of the output where there is no terminal to ask."""
+"""Columns of tables where there is no terminal to ask, and COLUMNS does not say."""
+
+BAR_WIDTH = 12
+"""Columns of the progress bar: the line that it is in fits 80."""
+
+NOTEBOOK_LINES = 100
+"""First and last lines of a run that a notebook goes on showing."""
 
 METRICS = {"accuracy": "{:.4f}", "perplexity": "{:.2f}"}
 """The metrics a task may have, and how each is written; one of the caller's own is written as accuracy is."""
@@ -49,11 +62,14 @@ class Console:
         self._metric: str | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._cell = _Cell() if stream is None and rich.console.Console().is_jupyter else None
+        out = self._cell or stream or sys.stderr
+        plain: dict[str, Any] = {} if self._cell is None else {"force_terminal": False, "color_system": None}
         self._out = rich.console.Console(
-            file=stream or sys.stderr, quiet=quiet, highlight=False, markup=False, emoji=False
+            file=out, quiet=quiet, highlight=False, markup=False, emoji=False, force_jupyter=False, **plain
         )
         if not self._out.is_terminal:
-            self._out.width = PLAIN_WIDTH
+            self._out.width = columns_of(out, PLAIN_WIDTH)
 
     def __enter__(self) -> Self:
         return self
@@ -76,15 +92,16 @@ class Console:
         one mapping a client with client, examples and labels (name to number).
         """
         self._rounds, self._metric = config.rounds, facts.get("metric")
-        header = Table.grid(padding=(0, 2))
-        header.add_column(style="bold")
-        for title, text in _header(config, facts):
-            header.add_row(title, text)
+        header = _header(config, facts)
         if self.run_dir is not None:
-            header.add_row("run", str(self.run_dir))
-        self._out.print(header)
+            header.append(("run", str(self.run_dir)))
+        room = max(len(title) for title, _ in header)
+        for title, text in header:
+            lines = Text(wrapped(text, self._out.width, first=f"{title:{room}}  ", indent=" " * (room + 2)))
+            lines.stylize("bold", 0, len(title))
+            self._out.print(lines, soft_wrap=True)
         if facts.get("partition"):
-            self._out.print(_partition_table(facts["partition"], facts.get("labels", ())))
+            self._show_partition(facts["partition"], facts.get("labels", ()))
 
     def stage(self, text: str) -> None:
         """Say what the run is doing now."""
@@ -118,37 +135,49 @@ class Console:
         if record.get("aggregation_error") is not None:
             parts.append(f"aggregation error {record['aggregation_error']:.1e}")
         seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
-        self._print("  ".join([*parts, f"{seconds:.1f} s"]))
+        parts.append(f"{seconds:.1f} s")
+        # In a file a round is a line.
+        line = filled(parts, self._out.width, indent="    ", gap="  ") if self._live else "  ".join(parts)
+        self._out.print(line, soft_wrap=True)
         if self._progress is not None:
             latest = "  ".join([*_results(record, self._metric), readable_bytes(self._bytes)])
             self._progress.update(self._task, completed=self.finished_rounds, latest=latest)
+            self._show_bar()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Show the closing table: summary.json, in the words of a person."""
         self.close()
-        table = Table(title="Result", title_justify="left", show_header=False)
-        table.add_column(style="bold")
-        table.add_column(justify="right")
-        for name, value in _closing_rows(summary, summary.get("failed_clients", self._failed)):
-            table.add_row(name, value)
-        self._out.print(table)
+        rows = _closing_rows(summary, summary.get("failed_clients", self._failed))
+        show_table(self._out, [], rows, title="Result", right=[1], bold=[0])
         if self.run_dir is not None:
-            self._print(f"run      {self.run_dir}")
+            lines = [f"run      {self.run_dir}"]  # a path stays whole
             if summary.get("baseline") != "local":  # whose clients have no model in common
-                self._print(f"adapter  {self.run_dir / 'adapter'} (README.md there has the lines that use it)")
+                lines += [
+                    f"adapter  {self.run_dir / 'adapter'}",
+                    "         (README.md there has the lines that use it)",
+                ]
+            self._out.print("\n".join(lines), soft_wrap=True)
 
     def close(self) -> None:
         """Take the progress bar off the terminal; nothing happens where there is none."""
         if self._progress is not None:
-            self._progress.stop()
+            if self._cell is None:
+                self._progress.stop()
+            else:
+                self._cell.show_under("")
             self._progress = None
 
+    @property
+    def _live(self) -> bool:
+        """Whether somebody is looking: at a terminal, or at a notebook."""
+        return self._out.is_terminal or self._cell is not None
+
     def _begin_rounds(self) -> None:
-        if not self._out.is_terminal or self._out.quiet:
+        if not self._live or self._out.quiet:
             return
         columns = (
             TextColumn("rounds"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             MofNCompleteColumn(),
             TextColumn("{task.fields[latest]}"),
             TimeRemainingColumn(),
@@ -157,10 +186,68 @@ class Console:
         # A round may take minutes: the pace is taken over the whole run, not over rich's last thirty seconds.
         self._progress = Progress(*columns, console=self._out, speed_estimate_period=1e9, transient=True)
         self._task = self._progress.add_task("", total=self._rounds, completed=self.finished_rounds, latest="")
-        self._progress.start()
+        if self._cell is None:
+            self._progress.start()
+
+    def _show_bar(self) -> None:
+        """In a notebook, where there is no cursor to move, under the lines of the cell."""
+        if self._cell is not None and self._progress is not None:
+            with self._out.capture() as capture:
+                self._out.print(self._progress.get_renderable())
+            self._cell.show_under(capture.get().rstrip())
 
     def _print(self, text: str, style: str | None = None) -> None:
-        self._out.print(text, style=style, soft_wrap=True)
+        shown = wrapped(text, self._out.width, indent="    ") if self._live else text
+        self._out.print(shown, style=style, soft_wrap=True)
+
+    def _show_partition(self, partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+        """Examples a client, and of each label where these have room."""
+        for names in (list(labels), []):
+            if len(names) <= SHOWN_LABELS:
+                head, rows, summed = _partition_rows(partition, labels, names)
+                if not names or fits([head, *rows], self._out.width):
+                    break
+        title = f"Examples of the {_count(len(partition), 'client')}"
+        show_table(
+            self._out, head, rows, title=title, right=range(1, len(head)), sections=[SHOWN_CLIENTS] if summed else []
+        )
+
+
+class _Cell(io.StringIO):
+    """What a notebook shows of a run, in one place of its cell: the lines so far, renewed with each, and a bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines, self._under = "", ""
+        self._handle: Any = None
+
+    def write(self, text: str) -> int:
+        """More lines; they are seen after `flush`."""
+        self._lines += text
+        return len(text)
+
+    def flush(self) -> None:
+        """Show all."""
+        from IPython.display import display
+
+        kept = self._lines.split("\n")
+        if len(kept) > 2 * NOTEBOOK_LINES:
+            kept = [*kept[:NOTEBOOK_LINES], "...", *kept[-NOTEBOOK_LINES:]]
+            self._lines = "\n".join(kept)
+        text = self._lines + self._under
+        if not text:
+            return
+        page = f'<pre style="white-space: pre; overflow-x: auto; line-height: 1.2">{html.escape(text)}</pre>'
+        forms = {"text/plain": text, "text/html": page}
+        if self._handle is None:
+            self._handle = display(forms, raw=True, display_id=True)
+        else:
+            self._handle.update(forms, raw=True)
+
+    def show_under(self, text: str) -> None:
+        """A line under the others in place of the last such line."""
+        self._under = text
+        self.flush()
 
 
 def readable_bytes(count: float) -> str:
@@ -295,28 +382,33 @@ def _wire(config: SimulationConfig) -> list[tuple[str, str]]:
     return [("messages", ", ".join(parts))] if parts else []
 
 
-def _partition_table(partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table:
-    """Examples and labels a client; many clients are cut to the first few and the spread of all."""
-    names = list(labels) if len(labels) <= SHOWN_LABELS else []
-    columns = ["examples", *names] if names or not labels else ["examples", "labels"]
+def _partition_rows(
+    partition: Sequence[Mapping[str, Any]], labels: Sequence[str], names: Sequence[str]
+) -> tuple[list[str], list[list[str]], bool]:
+    """Head and rows, and whether they are summed up: many clients are cut to the first few and the spread of all.
+
+    names: labels that have a column each; where there are none, their number has one.
+    """
+    head = ["client", "examples", *(names or (["labels"] if labels else []))]
     rows = []
     for client in partition:
         counts = client.get("labels", {})
         details = [counts.get(name, 0) for name in names] if names else [len(counts)] if labels else []
-        rows.append((str(client["client"]), [int(client["examples"]), *details]))
-    table = Table(title=f"Examples of the {_count(len(rows), 'client')}", title_justify="left")
-    table.add_column("client", no_wrap=True, max_width=24)
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
-    shown = rows if len(rows) <= SHOWN_CLIENTS + 4 else rows[:SHOWN_CLIENTS]
-    for client_name, numbers in shown:
-        table.add_row(client_name, *(f"{number:,}" for number in numbers))
-    if len(shown) < len(rows):
-        table.add_row(f"{len(rows) - len(shown)} more", *("..." for _ in columns), end_section=True)
+        rows.append((_cut(str(client["client"])), [int(client["examples"]), *details]))
+    summed = len(rows) > SHOWN_CLIENTS + 4
+    shown = [[name, *(f"{number:,}" for number in numbers)] for name, numbers in rows]
+    if summed:
+        shown[SHOWN_CLIENTS:] = [[f"{len(rows) - SHOWN_CLIENTS} more", *("..." for _ in head[1:])]]
         every = list(zip(*(numbers for _, numbers in rows), strict=True))
         for title, spread in (("least", min), ("median", statistics.median), ("most", max)):
-            table.add_row(title, *(f"{spread(column):,g}" for column in every))
-    return table
+            shown.append([title, *(f"{spread(column):,g}" for column in every)])
+    return head, shown, summed
+
+
+def _cut(name: str) -> str:
+    """A client's name, which may be long; it is often the end that tells one from another."""
+    half = LONGEST_CLIENT // 2
+    return name if len(name) <= LONGEST_CLIENT else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _named(clients: Mapping[str, int]) -> str:
