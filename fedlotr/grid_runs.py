@@ -16,14 +16,16 @@ from typing import Any
 
 import yaml
 
-from fedlotr.configuration import SimulationConfig, dump_yaml
+from fedlotr.configuration import SimulationConfig, dump_yaml, flag_of
+from fedlotr.contents import Content
 from fedlotr.data import Source, load_source
 from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid_file import Grid, Run, together
 from fedlotr.preparation import columns_of
 from fedlotr.reporting.console import Console
-from fedlotr.resumption import MAY_CHANGE
+from fedlotr.resumption import BY_CONTENT, MAY_CHANGE, by_content, compare_contents, contents_in
+from fedlotr.run_directory import RunDirectory
 from fedlotr.simulation import check_all, run_simulation
 
 LEFT_BEFORE_A_START = {"log.txt", ".work"}
@@ -89,6 +91,7 @@ def check_runs(grid: Grid, out: Path) -> None:
     mistakes: list[tuple[str, str]] = []
     sources: dict[tuple[Any, ...], Source] = {}
     looked_at: set[tuple[Any, ...]] = set()
+    contents: dict[str, Mapping[str, Content]] = {}
     for run in runs:
         config = run.config
         key = _data_of(run)
@@ -104,12 +107,13 @@ def check_runs(grid: Grid, out: Path) -> None:
                 sources[key] = load_source(
                     config.data, seed=config.seed, eval_split=config.eval_split, names=columns_of(config)
                 )
-            check_all(config, source=sources[key])
+            checked, _ = check_all(config, source=sources[key])
+            contents[run.row.name] = checked.contents
         except InputError as error:
             mistakes += [(run.row.name, problem) for problem in error.problems]
     problems += together(mistakes, {row.name for row in grid.rows})
     found = {key: source.sha256 for key, source in sources.items()}
-    problems += _other_data(runs, out, found)
+    problems += _other_data(runs, out, found) + _other_contents(runs, out, contents, found)
     tested_on = {found.get(_data_of(run)) for run in grid.runs}
     problems += [
         f"tune on {on}: the runs are tested on these rows; choose {HELD_OUT}, or another split"
@@ -147,7 +151,7 @@ def differences(runs: Sequence[Run], out: Path) -> list[str]:
             continue
         for name in SimulationConfig.model_fields:
             was, now = getattr(before, name), getattr(run.config, name)
-            if name not in MAY_CHANGE | run.open and was != now:
+            if name not in MAY_CHANGE | run.open and was != now and not by_content(name, was, now):
                 advice = f"runs in {out} have {shorten(was)}; give the grid another --out, or the row another name"
                 found.append((run.name, f"{name}: {shorten(now)}, and {advice}"))
     return problems + together(found, {run.name for run in runs})
@@ -165,6 +169,30 @@ def _other_data(runs: Sequence[Run], out: Path, sha256: Mapping[tuple[Any, ...],
     return together(found, {run.name for run in runs})
 
 
+def _other_contents(
+    runs: Sequence[Run], out: Path, contents: Mapping[str, Mapping[str, Content]], sha256: Mapping[tuple[Any, ...], str]
+) -> list[str]:
+    """Which runs that are there were begun with another content than what the grid names now, where paths differ."""
+    found = []
+    for run in runs:
+        extra = RunDirectory(Folder.of(run, out).path).peek()
+        rows = sha256.get(_data_of(run))
+        if extra is None or rows is None or run.row.name not in contents:
+            continue
+        begun = SimulationConfig(**extra["configuration"])
+        now = {**contents[run.row.name], "data": {"rows": rows}}
+        moved = {name for name in BY_CONTENT if getattr(begun, name) != getattr(run.config, name)}
+        others, _ = compare_contents(begun, contents_in(extra), run.config.model_copy(update={"out": out}), now)
+        found += [(run.name, text) for text in others if any(text.startswith(flag_of(name)) for name in moved)]
+    return together(found, {run.name for run in runs})
+
+
+def _has_moved(run: Run, plan: Path) -> bool:
+    """Whether a plan names things by other paths than the grid does now, which checked that they are the same."""
+    before = SimulationConfig(**yaml.safe_load(plan.read_text(encoding="utf-8")))
+    return any(getattr(before, name) != getattr(run.config, name) for name in BY_CONTENT)
+
+
 def carry_out(run: Run, out: Path, *, in_process: bool, watch: Watch) -> Summary:
     """Start a run, or go on with it, and wait for its end.
 
@@ -173,7 +201,7 @@ def carry_out(run: Run, out: Path, *, in_process: bool, watch: Watch) -> Summary
     """
     folder = Folder.of(run, out)
     folder.path.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.plan.is_file():
+    if not folder.plan.is_file() or _has_moved(run, folder.plan):
         dump_yaml(run.config, folder.plan)
     there = {entry.name for entry in folder.path.iterdir()} if folder.path.is_dir() else set()
     if there <= LEFT_BEFORE_A_START:

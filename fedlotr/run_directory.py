@@ -255,6 +255,17 @@ class RunDirectory:
             if folder.is_dir():
                 shutil.rmtree(folder)
 
+    def peek(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says besides its arrays; None where there is none that can be read."""
+        for path in sorted(self.checkpoints.glob("round-*.json"), key=lambda path: -(_round_of(path) or 0)):
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(found, dict) and found.pop("sha256", None) == _digest(found):
+                    return found
+            except (OSError, ValueError, RecursionError):
+                continue
+        return None
+
     def _read_checkpoint(self, path: Path) -> Checkpoint:
         """Raises one of many errors for a checkpoint that is not whole."""
         found = json.loads(path.read_text(encoding="utf-8"))

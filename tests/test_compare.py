@@ -46,7 +46,7 @@ def made(folder: Path, accuracy: float, size: int, *, metric: str = "accuracy", 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     summary: dict[str, Any] = {
         "rounds": 2,
-        "data_sha256": "d",
+        "data_sha256": f"SHA-256 of {known['data'].rpartition('/')[2]}",
         "aggregation_error_max": 1e-15,
         "communication": {"upload_payload_bytes_per_client_round": size, "one_off_bytes_per_client": 40},
         "timing": {"seconds_total": 1.5},
@@ -172,3 +172,11 @@ def test_a_run_that_was_never_evaluated_can_stand_beside_others(grid: Path) -> N
     found = compare([grid])
     assert next(row for row in found.rows if row["run"] == "sb-1")["accuracy"] is None
     assert "sb-1" in found.warnings[0]
+
+
+def test_data_that_have_moved_between_two_runs_are_the_same_data(tmp_path: Path) -> None:
+    made(tmp_path / "a", 0.5, 10, data="/old/rows")
+    made(tmp_path / "b", 0.7, 10, data="/new/rows", seed=1)
+    found = compare([tmp_path])
+    assert not found.warnings and set(found.differing) == {"seed"}
+    assert [group.runs for group in found.groups] == [("a", "b")]

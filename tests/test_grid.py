@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -90,6 +91,38 @@ def test_a_finished_run_is_not_run_again_and_new_rows_are_added(
     assert "4 of them are finished already" in printed.err and "run 5/6  head/seed-0" in printed.err
     assert printed.out == (done / "out" / "table.md").read_text(encoding="utf-8"), "a pipe gets the table alone"
     assert list(table(done / "out")) == ["lotr", "lora", "head"]
+
+
+def test_a_grid_whose_files_have_moved_goes_on_where_they_are_the_same(
+    base: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    def run(model: Path, rows: Path, *methods: str) -> int:
+        given = {**base, "rounds": 1, "model": str(model), "data": str(rows)}
+        file = write(tmp_path, base=given, axes={"method": list(methods)}, seeds=[0])
+        return cli.main(["grid", str(file), "--out", str(out), "--in-process", "--quiet"])
+
+    assert run(Path(base["model"]), Path(base["data"]), "lotr") == 0
+    model = shutil.copytree(base["model"], tmp_path / "elsewhere" / "bert")
+    rows = shutil.copytree(base["data"], tmp_path / "elsewhere" / "rows")
+    (out / "lotr" / "seed-0" / "summary.json").rename(tmp_path / "kept")  # a run that was not finished goes on too
+    assert run(model, rows, "lotr", "head") == 0
+    assert str(model) in (out / "lotr" / "seed-0.yaml").read_text(encoding="utf-8")
+    kept, again = (json.loads(path.read_text()) for path in (tmp_path / "kept", out / "lotr/seed-0/summary.json"))
+    assert again["trained_sha256"] == kept["trained_sha256"]
+    assert any("the content is the same" in line for line in again["warnings"])
+
+    third = shutil.copytree(model, tmp_path / "third")
+    content = bytearray((third / "model.safetensors").read_bytes())
+    content[-2] ^= 4
+    (third / "model.safetensors").write_bytes(content)
+    capsys.readouterr()
+    assert run(third, rows, "lotr", "head") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all("its weights differ" in line for line in errors)
+    for began in (base["model"], model):
+        assert any(f"--model {third}: the run in {out} was begun with {began}, and" in line for line in errors)
 
 
 def test_another_configuration_of_a_run_that_is_there_is_refused_with_the_difference(

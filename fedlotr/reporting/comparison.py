@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -109,7 +109,11 @@ def compare(paths: Sequence[Path]) -> Comparison:
     runs = {record.name if short_names.count(record.name) == 1 else str(record.folder): record for record in records}
     keys = list(dict.fromkeys(key for record in records for key, _ in flat(record.config)))
     values = {key: [dict(flat(record.config)).get(key) for record in records] for key in keys}
-    differing = {key: row for key, row in values.items() if len({json.dumps(value) for value in row}) > 1}
+    differing = {
+        key: row
+        for key, row in values.items()
+        if len({json.dumps(_known_by(key, record, records)) for record in records}) > 1
+    }
     groups = _groups(runs, metric, [key for key in differing if key not in ("seed", *REPORTS_ONLY)])
     return Comparison(
         metric,
@@ -121,6 +125,21 @@ def compare(paths: Sequence[Path]) -> Comparison:
         frontier(groups, higher, lambda group: group.epsilon),
         _warnings(runs, differing),
     )
+
+
+def _known_by(key: str, run: RunRecord, others: Collection[RunRecord]) -> Any:
+    """The value of a key; of data, which may go to another folder between two runs, what is in them if all tell that.
+
+    others: the runs that it is compared with.
+    """
+    if key == "data" and all(_data_sha256(other) for other in others):
+        return _data_sha256(run)
+    return dict(flat(run.config)).get(key)
+
+
+def _data_sha256(run: RunRecord) -> str | None:
+    found: str | None = (run.summary or run.facts or {}).get("data_sha256")
+    return found
 
 
 def frontier(groups: Sequence[Group], higher: bool, cost: Callable[[Group], float | None]) -> frozenset[str]:
@@ -162,8 +181,7 @@ def _spent(run: RunRecord) -> float | None:
 def _groups(runs: Mapping[str, RunRecord], metric: str | None, keys: Sequence[str]) -> list[Group]:
     members: dict[str, list[tuple[str, RunRecord]]] = {}
     for name, run in runs.items():
-        own = dict(flat(run.config))
-        members.setdefault(json.dumps([own.get(key) for key in keys]), []).append((name, run))
+        members.setdefault(json.dumps([_known_by(key, run, runs.values()) for key in keys]), []).append((name, run))
     # As long as no seed repeats, a group is a run and has its name.
     alone = len(members) == len(runs)
     groups = []
@@ -189,7 +207,7 @@ def _groups(runs: Mapping[str, RunRecord], metric: str | None, keys: Sequence[st
 
 def _warnings(runs: Mapping[str, RunRecord], differing: Mapping[str, Sequence[Any]]) -> list[str]:
     found = []
-    hashes = {(run.summary or run.facts or {}).get("data_sha256") for run in runs.values()} - {None}
+    hashes = {_data_sha256(run) for run in runs.values()} - {None}
     tested = [key for key in TESTED_ON if key in differing]
     if len(hashes) > 1 or tested:
         by = f" ({', '.join(tested)} differ)" if tested else ""
