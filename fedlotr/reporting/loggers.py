@@ -83,11 +83,8 @@ class TensorBoard:
             return None
         if not folder.is_dir():
             return f"{folder} is a file, expected a folder; move it away"
-        try:
-            with tempfile.TemporaryDirectory(dir=folder):
-                return None
-        except OSError as error:
-            return f"cannot write in {folder} ({error.strerror}); mend that"
+        trouble = _unwritable(folder)
+        return None if trouble is None else f"{trouble}; mend that"
 
     def begin(self, rows: Sequence[Row]) -> None:
         """See `MetricLogger`."""
@@ -132,23 +129,28 @@ class MLflow:
         """See `MetricLogger`."""
         import mlflow
 
+        goes_on = out is not None and (out / "mlflow.json").is_file()
+        named = None if goes_on else os.environ.get("MLFLOW_RUN_ID")
         uri = mlflow.get_tracking_uri()
         kept, mend = _kept_in(uri), "set MLFLOW_TRACKING_URI"
-        if kept is not None and not kept.exists():  # it will be made
-            there = next(folder for folder in kept.absolute().parents if folder.exists())
-            return None if os.access(there, os.W_OK) else f"cannot write in {there}; {mend}"
+        if kept is not None and not kept.exists() and not (named or os.environ.get("MLFLOW_EXPERIMENT_ID")):
+            trouble = _unwritable(next(folder for folder in kept.absolute().parents if folder.exists()))
+            return None if trouble is None else f"{trouble}; {mend}"  # else it will be made there
         where = f"{'the server at' if uri.startswith('http') else 'the store'} {_without_secrets(uri)}"
-        client = mlflow.MlflowClient()
+        seconds = TRIAL_SECONDS if kept is None else LAST_SECONDS
+
+        def ask() -> tuple[Any, Any]:
+            client = mlflow.MlflowClient()
+            return _experiment_of(client), client.get_run(named) if named else None
+
         try:
-            experiment = _within(TRIAL_SECONDS, lambda: _experiment_of(client))
-            if (run := os.environ.get("MLFLOW_RUN_ID")) and not (out and (out / "mlflow.json").is_file()):
-                stage = _within(TRIAL_SECONDS, lambda: client.get_run(run).info.lifecycle_stage)
-                if stage == "deleted":
-                    return f"the run {run} that MLFLOW_RUN_ID names is deleted in {where}; name another"
+            experiment, run = _within(seconds, ask)
         except TimeoutError:
-            return f"{where} does not answer in {TRIAL_SECONDS:.0f} s; start it, or {mend}"
+            return f"{where} does not answer in {seconds:.0f} s; start it, or {mend}"
         except Exception as error:
-            return f"{where} cannot be used ({_reason(error)}); start it, or {mend}"
+            return f"{where} cannot be used ({_reason(error)}); mend that, or {mend}"
+        if run is not None and run.info.lifecycle_stage == "deleted":
+            return f"the run {named} that MLFLOW_RUN_ID names is deleted in {where}; name another"
         if experiment is not None and experiment.lifecycle_stage == "deleted":
             return (
                 f"the experiment {experiment.name} is deleted in {where}; restore it (mlflow experiments restore "
@@ -298,7 +300,7 @@ def unusable(wanted: Sequence[str], out: Path | None) -> Iterator[str]:
     for option in wanted:
         package, kind = LOGGERS[option]
         if find_spec(package) is not None:
-            with _patience():
+            with _patience({**MLFLOW_PATIENCE, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}):
                 trouble = kind.trouble(out)
             if trouble is not None:
                 yield f"--{option}: {trouble}, or leave --{option} out"
@@ -381,7 +383,7 @@ def open_loggers(wanted: Sequence[str], folder: Path, options: Row) -> Iterator[
     """The loggers of these options, closed with how the run ended. options: the run's configuration, flat."""
     with ExitStack() as stack:
         if "mlflow" in wanted:
-            stack.enter_context(_patience())
+            stack.enter_context(_patience(MLFLOW_PATIENCE))
         loggers = Loggers({option: LOGGERS[option][1](folder, options) for option in wanted})
         status = "failed"
         try:
@@ -395,9 +397,9 @@ def open_loggers(wanted: Sequence[str], folder: Path, options: Row) -> Iterator[
 
 
 @contextmanager
-def _patience() -> Iterator[None]:
+def _patience(wanted: Mapping[str, str]) -> Iterator[None]:
     """MLflow gives up within seconds, where the user has not said otherwise, and urllib3 is quiet about each try."""
-    ours = {name: value for name, value in MLFLOW_PATIENCE.items() if name not in os.environ}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
     tries = logging.getLogger("urllib3.connectionpool")
     level = tries.level
     os.environ.update(ours)
@@ -441,6 +443,15 @@ def _experiment_of(client: Any) -> Any:
     return found
 
 
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written there, or None: the only test that also holds for root and for read-only mounts."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            return None
+    except OSError as error:
+        return f"cannot write in {folder} ({error.strerror})"
+
+
 def _kept_in(uri: str) -> Path | None:
     """The file of an SQLite store; None of any other."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
@@ -460,6 +471,6 @@ def _reason(error: Exception) -> str:
     root = re.search(r"\[Errno -?\d+\] ([^'\"<>()]+)", text)
     if root is None:
         root = re.search(r"Caused by \w+\([\"']?(.*?)[\"']?\)+$", text)
-    text = root[1] if root else text
+    text = root[1].rstrip(" :") if root else text
     shown = text if len(text) <= 3 * SHOWN else f"{text[: 3 * SHOWN]}…"
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
