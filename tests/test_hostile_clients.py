@@ -470,8 +470,8 @@ def test_a_run_that_went_back_and_was_ended_leaves_no_results_of_what_it_dropped
     [
         ({"codec": "int8", "broadcast_codec": "delta+int8"}, "times=-1e4"),
         ({"method": "lora", "strategy": "flora", "client_rank": "4,2"}, "times=1e4"),
-        ({"strategy": f"{FLOWER}FedAdam", "method": "ravan"}, "all=1e30"),
-        ({"strategy": "scaffold"}, "all=3e38"),
+        pytest.param({"strategy": f"{FLOWER}FedAdam", "method": "ravan"}, "all=1e30", marks=pytest.mark.slow),
+        pytest.param({"strategy": "scaffold"}, "all=3e38", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -512,11 +512,12 @@ def test_honest_clients_are_not_blamed_for_the_model_that_they_were_sent(
     assert summary["failures"] == {"update too large": {"4": 4}} and np.isfinite(rows[-1]["loss"])
 
 
+@pytest.mark.slow
 def test_hidden_clients_are_not_named_and_what_is_spent_stays_spent(
     hostile: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FAULTS", "4:times=1e6")
-    given = {**hostile, "rounds": 2, "privacy": "client", "epsilon": 50, "clip_norm": 1}
+    given = {**hostile, "rounds": 2, "privacy": "client", "noise_multiplier": 1, "clip_norm": 1}
     words = [*flags(given), "--out", str(tmp_path / "run")]
     assert main([*words, "--max-update-norm", "1"]) == 2
     assert "--max-update-norm 1.0 with --privacy client: the server clips every update" in capsys.readouterr().err
@@ -527,8 +528,9 @@ def test_hidden_clients_are_not_named_and_what_is_spent_stays_spent(
     spent = summary["privacy"]["epsilon"]
     assert main([*words, "--resume", "--resume-round", "1", "--quiet"]) == 0
     again = read_run(tmp_path / "run")[0]
-    assert again["rounds"] == 1 and again["privacy"]["epsilon"] == spent, "round 2 has been paid for, and is not again"
-    assert len((tmp_path / "run" / "privacy.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    charged = (tmp_path / "run" / "privacy.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    assert [json.loads(line)["round"] for line in charged] == [1, 2, 2] and again["rounds"] == 2
+    assert again["privacy"]["epsilon"] > 1.1 * spent, "round 2 has been paid for twice"
 
 
 @pytest.mark.parametrize(
