@@ -185,7 +185,10 @@ def check_model(checkpoint: Checkpoint, bases_sha256: str, start: ArrayRecord) -
     found = _shapes({name: array for name, array in checkpoint.arrays.items() if name in wanted})
     if found != wanted:
         differing = sorted(name for name in wanted if found.get(name) != wanted[name])
-        raise InputError(f"--resume: the checkpoint has other tensors than this model ({', '.join(differing[:3])})")
+        raise InputError(
+            f"--resume: the checkpoint has other tensors than this model ({', '.join(differing[:3])}); name by "
+            "--model the one that the run began with"
+        )
 
 
 def _why_other_bases(checkpoint: Checkpoint) -> str:

@@ -165,6 +165,10 @@ def test_no_round_waits_for_a_logger(small: dict[str, Any], tmp_path: Path, monk
     monkeypatch.setattr(TensorBoard, "round", slow)
     config = SimulationConfig(**small, method="lora", out=tmp_path / "run", tensorboard=True)
     assert not run_simulation(config, callbacks=Last()).summary["warnings"]
+    left = [thread for thread in threading.enumerate() if thread.name == "fedlotr tensorboard"]
+    for thread in left:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in left)
     assert seen == [True, True] and told_to_tensorboard(tmp_path / "run") == promised(tmp_path / "run")
 
 

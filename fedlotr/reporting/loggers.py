@@ -331,6 +331,8 @@ class Loggers:
         """See `MetricLogger`."""
         self._each(lambda logger: logger.close(status))
         self.settle(INTERRUPTED_SECONDS if status == "interrupted" else LAST_SECONDS)
+        for teller in self._told:
+            teller.end()
 
     def _each(self, call: Callable[[MetricLogger], None]) -> None:
         for teller in self._told:
@@ -342,17 +344,21 @@ class _Teller:
 
     def __init__(self, option: str, logger: MetricLogger) -> None:
         self._option, self._logger, self._given_up = option, logger, False
-        self._calls: queue.Queue[Callable[[MetricLogger], None]] = queue.Queue(WAITING)
+        self._calls: queue.Queue[Callable[[MetricLogger], None] | None] = queue.Queue()
         Thread(target=self._work, name=f"fedlotr {option}", daemon=True).start()
 
     def add(self, call: Callable[[MetricLogger], None]) -> None:
         """Have it called soon, after all that was added before."""
         if self._given_up:
             return
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
+        if self._calls.qsize() < WAITING:
+            self._calls.put(call)
+        else:
             self._give_up(f"{WAITING} rows wait for it")
+
+    def end(self) -> None:
+        """Nothing is added any more: the thread ends once what it waits for, if anything, has returned."""
+        self._calls.put(None)
 
     def settle(self, until: float, seconds: float) -> None:
         """Wait for the calls added so far; who has not got through them by then (time.monotonic) is left alone."""
@@ -362,8 +368,7 @@ class _Teller:
             time.sleep(0.01)
 
     def _work(self) -> None:
-        while True:
-            call = self._calls.get()
+        while (call := self._calls.get()) is not None:
             try:
                 if not self._given_up:
                     call(self._logger)
