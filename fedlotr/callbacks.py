@@ -24,6 +24,7 @@ class ClientEvent:
 
     examples: it holds so many. weight: of its update in the mean, before division. loss: its mean training loss.
     failure: why it was left out, in a word, with the reason; then the other three are None.
+    Where examples are hidden there is no loss, and where whole clients are, no event tells that one took part.
     """
 
     round: int
@@ -59,7 +60,7 @@ class Callbacks:
     """Derive from this and write the methods you need; what they return is not looked at."""
 
     def on_client(self, event: ClientEvent) -> None:
-        """After each round, for each of its clients in the order of their numbers."""
+        """After each round, for each of its clients in the order of their numbers; of hidden clients for none."""
 
     def on_evaluate(self, event: EvaluateEvent) -> None:
         """Before the first round, and after each round that was evaluated."""

@@ -34,7 +34,9 @@ _PLACEHOLDERS = {
     "link": "NAME|RATES[,...]",
     "codec": "KIND[:DENSITY][+zstd]",
     "broadcast_codec": "[delta+]KIND[:DENSITY][+zstd]",
+    "eval_data": "NAME|PATH",
     "eval_split": "NAME",
+    "label_names": "FILE|NAME,NAME[,...]",
     "out": "FOLDER",
 }
 """What the help shows for a value where the type alone does not say it."""

@@ -40,10 +40,12 @@ from fedlotr.values import (
     check_text,
     check_text_columns,
     expand,
+    label_names_of,
     one_of,
     read_arguments,
     read_client_rank,
     read_cohort,
+    read_label_names,
     read_sample,
 )
 from fedlotr.wire_form import Coding, check_broadcast_codec, check_codec
@@ -115,6 +117,11 @@ class SimulationConfig(BaseModel):
         "prompt,answer)",
     )
     label_column: str | None = Field(default=None, description="column of the labels (default: label)")
+    label_names: Annotated[str, BeforeValidator(read_label_names)] | None = Field(
+        default=None,
+        description="the classes in their order, with commas or in a file, a name a line (default: those that occur in "
+        "the data, which --privacy does not hide)",
+    )
     task: Annotated[str, AfterValidator(check_task)] = Field(
         default="auto",
         description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",
@@ -252,6 +259,11 @@ class SimulationConfig(BaseModel):
         description="data that is nobody's secret, like --data: its train split takes the place of the rows that are "
         "otherwise withheld from the clients (--public-examples)",
     )
+    public_eval: bool = Field(
+        default=False,
+        description="with --privacy: the rows that are evaluated on (--eval-split, --eval-data) are nobody's secret, "
+        "and may be scored without noise",
+    )
     clip_quantile: float | None = Field(
         default=None,
         gt=0,
@@ -287,6 +299,10 @@ class SimulationConfig(BaseModel):
         lt=1,
         description="share of each client's rows that is held back from it, for a score of each client by itself "
         "(default: 0.2 where factors stay with the clients, else 0)",
+    )
+    eval_data: str | None = Field(
+        default=None,
+        description="data to evaluate on, like --data: its test split, or its only one (default: --data's own)",
     )
     eval_split: str | None = Field(
         default=None,
@@ -368,6 +384,11 @@ class SimulationConfig(BaseModel):
     json_output: bool = Field(
         default=False, alias="json", description="print summary.json on standard output at the end"
     )
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The classes in their order, where they are given."""
+        return None if self.label_names is None else label_names_of(self.label_names)
 
     @property
     def loggers(self) -> list[str]:
@@ -561,6 +582,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
         config.init_adapter,
         config.task,
         config.public_data,
+        config.eval_data,
     )
 
 

@@ -65,6 +65,10 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
     yield from _privacy_conflicts(config)
     if config.public_data is not None and config.public_examples == 0:
         yield ("public_data", "public_examples"), "no row of it would be used; give some, or leave it out"
+    if config.eval_data is not None and config.eval_split == "held-out":
+        yield ("eval_data", "eval_split"), "the latter is a tenth of --data's train; give one of them"
+    if config.label_names is not None and config.task == "causal-lm":
+        yield ("label_names", "task"), "a language model has no labels"
     if config.resume and config.out is None:
         yield ("resume", "out"), "name the folder of the run to go on with"
     if config.resume_round is not None and not config.resume:
@@ -176,7 +180,14 @@ def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ..
         for field in ("epsilon", "noise_multiplier", "delta", "clip_quantile", "noise_cohort", "reproducible_noise"):
             if getattr(config, field):
                 yield (field, "privacy"), "there is no noise without --privacy example or --privacy client"
+        if config.public_eval:
+            yield ("public_eval", "privacy"), "it belongs to --privacy: nothing is hidden without"
         return
+    if config.eval_data is not None and not config.public_eval:
+        yield (
+            ("eval_data", "privacy"),
+            "its rows are scored without noise: where they are nobody's secret, say so by --public-eval",
+        )
     method = METHODS[config.method]
     if config.epsilon is None and config.noise_multiplier is None:
         yield ("privacy",), "how private is to be said: give --epsilon (8, or 1), or --noise-multiplier"
@@ -203,6 +214,8 @@ def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ..
         )
     if config.weights == "examples":
         yield ("weights", "privacy"), "clients that weigh differently are not hidden equally; leave it out, or uniform"
+    if config.link is not None:
+        yield ("link", "privacy"), "how long a round's messages take would tell who took part; leave it out"
     if config.optimizer_state == "mean-v":
         yield ("optimizer_state", "privacy"), "the means of second moments would travel without noise; choose reset"
     if config.client_rank is not None:

@@ -15,7 +15,7 @@ from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import write_atomically
 from fedlotr.reporting.console import METRICS
 from fedlotr.reporting.fitting import show_table
-from fedlotr.reporting.grid_table import Line, as_csv, as_markdown, cells, failures
+from fedlotr.reporting.grid_table import Line, as_csv, as_markdown, cells, failures, spending
 from fedlotr.simulate import BAD_INPUT, DONE, FAILED, INTERRUPTED
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def _run(file: Path, out: Path, *, in_process: bool, quiet: bool) -> int:
     lines = work.lines()
     if not quiet:
         _print(lines)
+    for note in spending([run for line in lines for run in [*line.finished.values(), *line.trials]]):
+        display.say(note)
     for note in failures(lines):
         print(f"error: {note}", file=sys.stderr)
     display.say(f"{out / 'table.md'}, {out / 'table.csv'}")
@@ -153,6 +155,7 @@ class _Work:
                     {run.seed: self.failed[run.name] for run in runs if run.name in self.failed},
                     (choice.values if choice else None) or {},
                     choice.notes if choice else (),
+                    [self.done[run.name] for run in self.grid.trials if run.row is row and run.name in self.done],
                 )
             )
         return lines
@@ -214,7 +217,9 @@ class _Display:
     def finished(self, summary: "Summary") -> None:
         final = summary["final"]
         results = [f"{name} {form.format(final[name])}" for name, form in METRICS.items() if name in final]
-        self._line([*results, f"loss {final['loss']:.4f}", f"{time.monotonic() - self._began:.1f} s"])
+        told = summary["timing"]["seconds_total"] is not None  # it would tell how many hidden clients came
+        seconds = [f"{time.monotonic() - self._began:.1f} s"] if told else []
+        self._line([*results, f"loss {final['loss']:.4f}", *seconds])
 
     def failed(self, reason: str) -> None:
         self._line([f"FAILED: {reason}"])

@@ -91,6 +91,11 @@ class _Tuning:
     seeds: Sequence[int]
     on: str
 
+    @property
+    def split(self) -> Options:
+        """The options of a trial that say so: a tenth of train is one of --data's, whatever else is tested on."""
+        return {"eval_split": self.on, **({"eval_data": None} if self.on == HELD_OUT else {})}
+
     def points(self, row: Row) -> list[Options]:
         """What is tried for a row: none of what it says itself."""
         axes = {key: values for key, values in self.axes.items() if key not in row.options}
@@ -135,7 +140,7 @@ def read_grid(path: Path, out: Path) -> Grid:
     for row in rows:
         points = tuning.points(row)
         tried = [
-            (seed, {**row.options, **point, "eval_split": tuning.on}, f"tune_{_name('', point, {}, {})}", point)
+            (seed, {**row.options, **point, **tuning.split}, f"tune_{_name('', point, {}, {})}", point)
             for point in points
             for seed in tuning.seeds
         ]

@@ -18,11 +18,11 @@ import yaml
 
 from fedlotr.configuration import SimulationConfig, dump_yaml, flag_of
 from fedlotr.contents import Content
-from fedlotr.data import Source, load_source
+from fedlotr.data import Source
 from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid_file import Grid, Run, together
-from fedlotr.preparation import columns_of
+from fedlotr.preparation import read_source
 from fedlotr.reporting.console import Console
 from fedlotr.resumption import BY_CONTENT, MAY_CHANGE, by_content, compare_contents, contents_in
 from fedlotr.run_directory import RunDirectory
@@ -73,6 +73,13 @@ class Folder:
             raise InputError(f"{path}: cannot be read ({error}); remove {self.path} to run it again") from error
         return dict(found)
 
+    def data_sha256(self, summary: Summary) -> str | None:
+        """Of the data of a finished run; where it hides them, its last checkpoint alone tells."""
+        if (told := summary.get("data_sha256")) is not None:
+            return str(told)
+        checkpoint = RunDirectory(self.path).last_checkpoint()
+        return None if checkpoint is None else str(checkpoint.extra["data_sha256"])
+
     def finished_rounds(self) -> int:
         """Rounds in metrics.jsonl."""
         try:
@@ -97,16 +104,14 @@ def check_runs(grid: Grid, out: Path) -> None:
         key = _data_of(run)
         # Another seed, or another value that is tried, makes no difference to a row's model; a seed may do so to how
         # the examples are dealt.
-        row = (run.row.name, config.eval_split)
+        row = (run.row.name, config.eval_data, config.eval_split)
         deal = (*key, config.partition, config.clients, config.max_examples, config.public_examples)
         if {row, deal} <= looked_at:
             continue
         looked_at |= {row, deal}
         try:
             if key not in sources:
-                sources[key] = load_source(
-                    config.data, seed=config.seed, eval_split=config.eval_split, names=columns_of(config)
-                )
+                sources[key] = read_source(config)
             checked, _ = check_all(config, source=sources[key])
             contents[run.row.name] = checked.contents
         except InputError as error:
@@ -128,7 +133,8 @@ def check_runs(grid: Grid, out: Path) -> None:
 def _data_of(run: Run) -> tuple[Any, ...]:
     """What the rows of train and test depend on."""
     config = run.config
-    return config.data, config.eval_split, config.text_column, config.label_column, config.task, config.seed
+    tested_on = config.eval_data, config.eval_split
+    return config.data, *tested_on, config.text_column, config.label_column, config.task, config.seed
 
 
 def differences(runs: Sequence[Run], out: Path) -> list[str]:
@@ -163,7 +169,7 @@ def _other_data(runs: Sequence[Run], out: Path, sha256: Mapping[tuple[Any, ...],
     for run in runs:
         now = sha256.get(_data_of(run))
         summary = Folder.of(run, out).summary() if now is not None else None
-        if summary is not None and summary.get("data_sha256") != now:
+        if summary is not None and Folder.of(run, out).data_sha256(summary) != now:
             given = shorten(run.config.data)
             found.append((run.name, f"data: {given}: its content is not what runs in {out} had; give another --out"))
     return together(found, {run.name for run in runs})

@@ -6,6 +6,8 @@ Files name it so, since nothing else on disk is it: whoever reads them again has
 PREFIX = "own:"
 DIGITS = 12
 """Of a SHA-256 in such a name."""
+HIDDEN = f"{PREFIX}hidden"
+"""What data of the caller's are called that a run hides: their hash would confirm a guess at them."""
 FIELDS = ("data", "model", "task")
 """Arguments of `run_simulation`, and the fields of the configuration they stand for."""
 

@@ -25,12 +25,14 @@ def path_problems(
     init_adapter: str | None = None,
     task: str = "auto",
     public_data: str | None = None,
+    eval_data: str | None = None,
 ) -> Iterator[tuple[str, str]]:
     """What is wrong, as pairs of the configuration's field and one line; nothing where all is well."""
     for field, found in (
         ("model", _model_problems(model)),
         ("data", _data_problems(data)),
         ("public_data", iter(()) if public_data is None else _data_problems(public_data)),
+        ("eval_data", iter(()) if eval_data is None else _data_problems(eval_data)),
         ("task", iter([bring_again("task")] if is_own(task) else [])),
         ("init_adapter", _adapter_problems(init_adapter)),
         ("strategy", _strategy_problems(strategy)),

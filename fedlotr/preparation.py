@@ -22,6 +22,7 @@ from fedlotr.configuration import SimulationConfig
 from fedlotr.contents import Content, model_content, strategy_content
 from fedlotr.data import (
     Names,
+    OwnData,
     OwnTask,
     Source,
     Task,
@@ -46,10 +47,11 @@ from fedlotr.model_source import (
     read_architecture,
     supported_folder,
 )
-from fedlotr.own import other_than_named
+from fedlotr.own import HIDDEN, other_than_named
 from fedlotr.own_model import OwnModel, keep_model, move_model
 from fedlotr.preflight import if_moved
 from fedlotr.privacy.dp_sgd import ExampleNoise
+from fedlotr.public_rows import check_public, check_scored
 from fedlotr.said import say
 from fedlotr.skeleton import build_skeleton, try_out
 from fedlotr.streams import generator
@@ -146,6 +148,17 @@ def columns_of(config: SimulationConfig) -> Names:
     return Names(text, config.label_column, config.task == "causal-lm")
 
 
+def read_source(config: SimulationConfig, data: OwnData | None = None) -> Source:
+    """The rows that a configuration names, or the caller's own. Raises InputError as `load_source` does."""
+    return load_source(
+        config.data if data is None else data,
+        seed=config.seed,
+        eval_split=config.eval_split,
+        names=columns_of(config),
+        eval_data=config.eval_data,
+    )
+
+
 def check(
     config: SimulationConfig,
     wrong: Collection[str] = (),
@@ -178,18 +191,20 @@ def check(
         problems.extend([problem] if problem else [])
         return config.model_copy(update={field: name})
 
-    named = config.data if brought.data is None else brought.data
     source = source or attempt(
-        lambda: load_source(named, seed=config.seed, eval_split=config.eval_split, names=columns_of(config)),
-        *("data", "eval_split", "text_column", "label_column"),
+        lambda: read_source(config, brought.data),
+        *("data", "eval_data", "eval_split", "text_column", "label_column"),
     )
     task = tokenizer = labels = dealt = spec = core = start = None
     if source is not None and brought.data is not None:
+        if config.privacy != "none":
+            source = replace(source, name=HIDDEN)
         config = names_brought("data", source.name)
     own_task = attempt(lambda: check_task(brought.task)) if brought.task is not None else None
     if own_task is not None:
         config = names_brought("task", task_name(own_task))
-        if unread := [option for option in ("text_column", "label_column") if getattr(config, option) is not None]:
+        options = ("text_column", "label_column", "label_names")
+        if unread := [option for option in options if getattr(config, option) is not None]:
             problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
         if METHODS[config.method].personal and own_task.metric_name is not None:
             problems.append(
@@ -200,13 +215,16 @@ def check(
         raw = source
         source, task = attempt(lambda: apply_task(own_task, raw)) or (None, None)
     elif source is not None and brought.task is None:
-        task = attempt(lambda: resolve_task(config.task, source), "task")
+        told = config.privacy == "none"
+        task = attempt(lambda: resolve_task(config.task, source, config.labels, told=told), "task", "label_names")
     if source is not None:
         if task is not None and task.kind == "causal-lm" and config.method == "head":
             problems.append(
                 "--method head: a language model has no classification head; choose a method that adapts layers"
             )
         labels = None if task is None else attempt(lambda: task.labels(source.train))
+        if task is not None:
+            attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
         if labels is not None:
             dealt = attempt(
                 lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
@@ -215,6 +233,8 @@ def check(
     if config.public_data is not None and task is not None:
         given_task = task
         public_source = attempt(lambda: _public_source(config, given_task, own_task), "public_data", "data")
+        if public_source is not None and source is not None:
+            attempt(lambda: check_public(config, public_source, source, given_task), "privacy")
     # A model is not fetched for a run that will not start.
     own = attempt(lambda: keep_model(brought.model, brought.folder)) if brought.model is not None else None
     if own is not None:
@@ -450,7 +470,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
         missing = [column for column in task.columns if column not in source.train.column_names]
         if missing or (task.kind == "classification" and "label" not in source.train.column_names):
             raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
-        resolve_task(task.kind, source)
+        resolve_task(task.kind, source, task.label_names or None)
         task.labels(source.train)
     except InputError as error:
         raise InputError([problem.replace("--data", name.split()[0], 1) for problem in error.problems]) from error

@@ -18,6 +18,7 @@ from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard
 from fedlotr.privacy.ledger import NAME, Ledger, Promise
+from fedlotr.public_rows import scored_on
 
 log = logging.getLogger("fedlotr")
 
@@ -30,13 +31,25 @@ DELTA_SHARE = 0.1
 """Of 1/n, where --delta does not say."""
 
 SEES = {
-    "example": "every message of every client: the server too; not its raw data, nor this run's own directory",
-    "client": "the model of every round and what is measured of it; not the server, which is trusted, nor this run's "
-    "own directory, which names the clients of each round",
+    "example": "every message of every client: the server too; not its raw data, nor what only this run's directory "
+    "holds (checkpoints, log.txt, the data's hash)",
+    "client": "the model of every round and what is measured of it; not the server, which is trusted, nor what only "
+    "its directory holds (checkpoints, ledger and log.txt name the clients of each round), nor how long a round takes",
 }
 
-_TESTED = "metrics on the test split, which is taken as public; what the adapter of --init-adapter was trained on"
-NOT_HIDDEN = {"example": f"how many examples each client holds; {_TESTED}", "client": _TESTED}
+PUBLIC = {
+    "example": "how many examples each client holds (n), and with it its sampling rate, its number of steps and its "
+    "weight: the removal of an example does not change them",
+    "client": "how many clients there are, and with it the sampling rate: the removal of a client does not change it",
+}
+"""What adjacent data have in common."""
+REMOVED = {
+    "example": "in each step of its client the sum of clipped gradients, with the probability of the sampling rate, "
+    "by a norm of at most clip_norm; the noise on that sum has the deviation noise_multiplier * clip_norm",
+    "client": "in each round the sum of clipped updates, with the probability of the sampling rate, by a norm of at "
+    "most clip_norm; the noise on that sum has the deviation noise_multiplier * clip_norm",
+}
+"""What the removal of one unit changes."""
 
 
 def guard_of(checked: Checked, folder: Path) -> Guard | None:
@@ -62,9 +75,9 @@ def guard_of(checked: Checked, folder: Path) -> Guard | None:
         assert config.clip_norm is not None
         adaptive = None if config.clip_quantile is None else Adaptive(config.clip_quantile)
         return ClientGuard(
-            ledger, _facts(config), config.clients, config.clip_norm, config.seed, adaptive, config.noise_cohort
+            ledger, _facts(checked), config.clients, config.clip_norm, config.seed, adaptive, config.noise_cohort
         )
-    return Guard(ledger, _facts(config))
+    return Guard(ledger, _facts(checked))
 
 
 def example_noise(config: SimulationConfig, guard: Guard | None) -> ExampleNoise | None:
@@ -145,14 +158,32 @@ def unmet_privacy(strategy: FlowerStrategy, config: SimulationConfig) -> Iterato
         )
 
 
-def _facts(config: SimulationConfig) -> dict[str, Any]:
+def _not_hidden(checked: Checked) -> str:
+    """What this run tells of its data all the same."""
+    config, source = checked.config, checked.source
+    told = [f"metrics on {scored_on(config, source)} (of a row of train that stands there too, they tell)"]
+    if config.privacy == "example":
+        told.insert(0, "how many examples each client holds, and which clients take part")
+    if checked.task.label_names and config.labels is None and checked.own_task is None and source.label_names is None:
+        told.append("which labels occur in the data (--label-names would settle them without looking)")
+    if config.init_adapter is not None:
+        told.append("what the adapter of --init-adapter was trained on")
+    return "; ".join(told)
+
+
+def _facts(checked: Checked) -> dict[str, Any]:
     """What summary.json says of a promise beside its numbers."""
+    config = checked.config
     basis = config.basis or METHODS[config.method].basis
     made = {"update": "a gradient on the public data", "random": "the seed"}.get(basis, "the base model")
     found: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "adversary_sees": SEES[config.privacy],
-        "not_hidden": NOT_HIDDEN[config.privacy],
+        "not_hidden": _not_hidden(checked),
+        "removal_changes": REMOVED[config.privacy],
+        "taken_as_public": PUBLIC[config.privacy],
+        "scored_on": scored_on(config, checked.source),
+        "other_runs": "the budget of every other run over the same data adds to this one's",
         "bases_from": made if METHODS[config.method].freezes else "nothing frozen that was learnt",
         "public_data": config.public_data,
         "init_adapter": config.init_adapter,

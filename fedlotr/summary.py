@@ -16,14 +16,19 @@ import fedlotr
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import factored_layers, projection_type
+from fedlotr.billing import bills
 from fedlotr.communication import Entry, communication_summary
+from fedlotr.communication.ledger import payload_bytes
 from fedlotr.configuration import SimulationConfig
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
+from fedlotr.federation import federation
 from fedlotr.flower.carried import model_sha256
 from fedlotr.flower.loop import State
+from fedlotr.formulas import Layer, Shapes
 from fedlotr.preparation import Checked, Prepared
+from fedlotr.public_rows import scored_on
 from fedlotr.training.models import adaptable_layers, count_parameters
 from fedlotr.training.supported import form_of_weights
 
@@ -38,20 +43,18 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     head = sum(sizes[name] for name in model.head_names)
     names = checked.task.label_names
     config = checked.config
-    clients = None
-    if config.baseline != "central":  # whose only part is of all clients
-        clients = client_names(config.partition, checked.source.train, checked.parts)
     metric, better = next(iter(metrics_of(prepared).items()))
+    hides_clients = config.privacy == "client"
     found: dict[str, Any] = {
         "versions": versions(checked),
-        "data_sha256": checked.source.sha256,
+        **_fingerprint(checked),
         "parameters": count_parameters(model.module),
         "trained_adapter": sum(sizes.values()) - head,
         "trained_head": head,
-        "train_examples": sum(map(len, checked.parts)),
+        "train_examples": None if hides_clients else sum(map(len, checked.parts)),
         "test_examples": len(checked.test_rows),
         "task": checked.task.kind,
-        "steps": checked.training.steps_of(len(checked.parts[0])),
+        "steps": None if hides_clients else checked.training.steps_of(len(checked.parts[0])),
         "batch_size": checked.training.batch_size,
         "labels": names,
         "metric": metric,
@@ -59,15 +62,10 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "losses": losses_in_words(prepared),
         "clients_per_round": config.clients_per_round,
         "shapes": _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names))),
-        "partition": [
-            {
-                "client": clients[held.client] if clients else held.client,
-                "examples": held.examples,
-                "labels": held.labels,
-            }
-            for held in describe(checked.parts, checked.labels, names)
-        ],
+        "partition": [] if hides_clients else _partition(checked),
     }
+    if config.privacy != "none":
+        found["scored_on"] = scored_on(config, checked.source)
     if names:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
@@ -79,6 +77,48 @@ def _shapes(module: nn.Module, targets: str, heads: tuple[int, ...]) -> dict[str
     names = list(factored_layers(module)) or adaptable_layers(module, targets)
     shapes = {name: widths(module.get_submodule(name)) for name in names}
     return {"layers": [(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()], "heads": heads}
+
+
+def _fingerprint(checked: Checked) -> dict[str, str]:
+    """The data's hash; not of data that the run hides, since it would confirm a guess at them."""
+    return {"data_sha256": checked.source.sha256} if checked.config.privacy == "none" else {}
+
+
+def _partition(checked: Checked) -> list[dict[str, Any]]:
+    """What each client holds; of examples that are hidden their number alone."""
+    config, clients = checked.config, None
+    if config.baseline != "central":  # whose only part is of all clients
+        clients = client_names(config.partition, checked.source.train, checked.parts)
+    return [
+        {
+            "client": clients[held.client] if clients else held.client,
+            "examples": held.examples,
+            **({"labels": held.labels} if config.privacy == "none" else {}),
+        }
+        for held in describe(checked.parts, checked.labels, checked.task.label_names)
+    ]
+
+
+def _reckoned(prepared: Prepared) -> dict[str, Any]:
+    """What a client and round cost where clients are hidden: in closed form, since a sum would tell who came."""
+    config, sizes, model = prepared.checked.config, prepared.model.sizes(), prepared.model
+    known = _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names)))
+    shapes, strategy = Shapes(tuple(Layer(*layer) for layer in known["layers"]), known["heads"]), str(config.strategy)
+    rows, _ = bills(
+        shapes,
+        [config.method],
+        (config.rank, config.rank),
+        config.clients_per_round,
+        config.rounds,
+        config.coding,
+        {strategy: config.strategy_arg},
+    )
+    basis = federation(config, prepared).basis
+    return {name: None for name in communication_summary([])} | {
+        "upload_payload_bytes_per_client_round": rows[0].bill.round_up if rows else None,
+        "download_payload_bytes_per_client_round": rows[0].bill.round_down if rows else None,
+        "one_off_bytes_per_client": 0 if basis is None else payload_bytes(basis),
+    }
 
 
 def summarise(
@@ -104,18 +144,14 @@ def summarise(
     metric, better = next(iter(metrics.items()))
     best = better([row for row in evaluated if row[metric] is not None] or evaluated[-1:], key=lambda row: row[metric])
     errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
-    seconds = sum(row["train_seconds"] for row in history)
-    trained = [entry.client for entry in entries if entry.kind == "update"]
-    if config.baseline is not None:  # it sends nothing, and all that there are train in every round
-        trained = [k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"]]
-    examples = sum(checked.training.examples_of(len(checked.parts[client])) for client in trained)
+    hides_clients = config.privacy == "client"
     return {
         "method": config.method,
         "strategy": config.strategy,
         "baseline": config.baseline,
         "model": checked.base_name,
         "data": checked.source.name,
-        "data_sha256": checked.source.sha256,
+        **_fingerprint(checked),
         "test_split": checked.source.test_split,
         "clients": config.clients,
         "rounds": state.round,
@@ -128,9 +164,9 @@ def summarise(
         "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
         "client_evaluation": evaluated[-1].get("client_evaluation"),
         "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
-        "failed_clients": sum(row["failed"] for row in history),
+        "failed_clients": None if hides_clients else sum(row["failed"] for row in history),
         "failures": _failures(history),
-        "communication": communication_summary(entries),
+        "communication": _reckoned(prepared) if hides_clients else communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
         "aggregation_error_reason": None if errors else _no_certificate(config),
         "codec": _codec(config, history),
@@ -138,13 +174,11 @@ def summarise(
         "privacy": privacy,
         "warnings": list(warnings),
         "timing": {
-            "seconds_total": time.monotonic() - started,
-            "train_seconds_per_round_median": statistics.median(row["train_seconds"] for row in history),
+            **_pace(checked, history, entries, started),
             "evaluate_seconds_per_round_median": statistics.median(row["evaluate_seconds"] for row in evaluated),
-            "examples_per_second": examples / seconds,
             "base_model_loads": len(prepared.workplace.loads()),
             "workers": grid.workers,
-            "worker_restarts": grid.restarts,
+            "worker_restarts": None if hides_clients else grid.restarts,
             "threads": config.threads,
             "cohort": config.cohort,
             "device": config.device,
@@ -154,6 +188,25 @@ def summarise(
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),
         "versions": versions(prepared.checked),
+    }
+
+
+def _pace(
+    checked: Checked, history: Sequence[dict[str, Any]], entries: Sequence[Entry], started: float
+) -> dict[str, float | None]:
+    """How long training took; where clients are hidden nothing, since it would tell how many came."""
+    config = checked.config
+    if config.privacy == "client":
+        return dict.fromkeys(("seconds_total", "train_seconds_per_round_median", "examples_per_second"))
+    seconds = [row["train_seconds"] for row in history]
+    trained = [entry.client for entry in entries if entry.kind == "update"]
+    if config.baseline is not None:  # it sends nothing, and all that there are train in every round
+        trained = [k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"]]
+    examples = sum(checked.training.examples_of(len(checked.parts[client])) for client in trained)
+    return {
+        "seconds_total": time.monotonic() - started,
+        "train_seconds_per_round_median": statistics.median(seconds),
+        "examples_per_second": examples / sum(seconds),
     }
 
 

@@ -1,13 +1,15 @@
 """How single values of a configuration are read: each a function that returns the value or raises ValueError."""
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import AfterValidator
 
-from fedlotr.errors import nearest, written
+from fedlotr.errors import nearest, shorten, written
 from fedlotr.own import is_own
 
 PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
@@ -24,6 +26,10 @@ MAX_WEIGHT = 1e15
 """Of one client: the weights of all that there can be sum to a number with all its digits."""
 MAX_ROUNDS = 99_999
 """The files of a round are in order by their names, which have five digits."""
+MAX_LABELS = 10_000
+"""Classes; more names than that are no label set."""
+MAX_NAMES_BYTES = 10**7
+"""Read of a file of them."""
 MAX_PROCESSES = 1024
 """Workers, or threads of one: more is a slip of the finger, and would take the machine down."""
 
@@ -110,6 +116,56 @@ def read_client_rank(given: object) -> object:
     if not any(re.fullmatch(f"{one}(,{one})*", text) for one in (turns, shares)):
         raise ValueError("expected ranks with commas, such as '4,8,16', or with shares, such as '4:0.5,8:0.3,16:0.2'")
     return text
+
+
+def read_label_names(given: object) -> object:
+    """Names of classes in their order as one text: with commas, or as a JSON list where a name has a comma.
+
+    given: such a text, a list, or the name of a file with a name a line.
+    """
+    if not isinstance(given, str | list | tuple):
+        return given
+    names = [str(name) if type(name) is int else name for name in (_names_of(given) if type(given) is str else given)]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("expected names of classes, none of them empty")
+    names = [name.strip() for name in names]
+    if len(names) < 2:
+        raise ValueError(
+            "expected two names or more with commas (no,maybe,yes), or a file that is there, a name a line"
+        )
+    if twice := next((name for at, name in enumerate(names) if name in names[:at]), None):
+        raise ValueError(f"{shorten(twice)} stands there twice")
+    if len(names) > MAX_LABELS:
+        raise ValueError(f"{len(names):,} names; expected {MAX_LABELS:,} or fewer")
+    for name in names:
+        check_text(name, lines=False)
+    return json.dumps(names) if any("," in name or name.startswith("[") for name in names) else ",".join(names)
+
+
+def label_names_of(text: str) -> tuple[str, ...]:
+    """The names in what `read_label_names` gave."""
+    return tuple(json.loads(text) if text.startswith("[") else text.split(","))
+
+
+def _names_of(text: str) -> list[Any]:
+    if text.startswith("["):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, list):
+            return found
+    try:
+        path = Path(text).expanduser()
+        if not path.is_file():
+            return text.split(",")
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read(MAX_NAMES_BYTES).splitlines()
+    except (OSError, ValueError, RuntimeError) as error:
+        if "," in text and not isinstance(error, UnicodeError):
+            return text.split(",")
+        raise ValueError("expected names of classes with commas, or a file of text in UTF-8, a name a line") from None
+    return [line for line in lines if line.strip()]
 
 
 def check_targets(given: str) -> str:

@@ -73,9 +73,9 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["the cat sat", "a cat ran", "my cat ate and slept"],
         ["dogs bark", "one dog barked", "big dog"],
     )
-    for split, count in (("train", 120), ("test", 24)):
+    for split, count, first in (("train", 120, 0), ("test", 24, 70)):  # no text is in both
         rows = [
-            {"text": f"{(cats, dogs)[i % 2][i % 3]} {i % 7}", "label": i % 2, "client": f"farm {i % 5}"}
+            {"text": f"{(cats, dogs)[i % 2][i % 3]} {first + i % 7}", "label": i % 2, "client": f"farm {i % 5}"}
             for i in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -39,6 +39,7 @@ FLOORS = (
             "preparation",
             "processes",
             "promise",
+            "public_rows",
             "resumption",
         ),
         *("rounds", "run_directory", "run_log", "simulation", "skeleton", "summary", "unmet", "warm_start"),

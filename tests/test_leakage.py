@@ -98,8 +98,8 @@ def test_a_space_that_is_everything_or_nothing_names_nothing() -> None:
 def test_a_run_says_once_that_its_steps_can_be_read_and_privacy_ends_both(stories: Path, tmp_path: Path) -> None:
     text = "Once upon a time there was a cat."
     (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    for split, told in (("train", text), ("test", "There was a dog.")):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": told}) + "\n", encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(stories)(text)["input_ids"]
     words = f"--model {stories} --data {tmp_path / 'data'} --clients 1 --rounds 2 --method lora-xs --rank 32 --quiet"
     words += " --local-steps 1 --optimizer sgd --lr 1 --batch-size 1 --partition iid --public-examples 0"

@@ -1,4 +1,4 @@
-"""Privacy as a user meets it: what a run promises, what it spends, what it refuses, and what an attacker can tell."""
+"""Privacy as a user meets it: what a run promises, what it spends, and what it refuses."""
 
 import json
 import signal
@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from scipy.stats import beta
 
+from fedlotr.communication import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.privacy.accounting import Releases, calibrate, epsilon, epsilon_by_prv, epsilon_by_rdp
 from fedlotr.privacy.guard import Adaptive, ClientGuard
 from fedlotr.privacy.ledger import Ledger, Promise
-from fedlotr.privacy.noise import NoiseStream
 from fedlotr.simulate import main
 from tests.support import Simulate, read_run
 
@@ -105,8 +104,10 @@ def test_opacus_is_an_engine_of_its_own(run: Run) -> None:
 def test_clients_are_hidden_by_the_server_also_when_nobody_comes(run: Run) -> None:
     options = ("--privacy", "client", "--clip-norm", 1, "--sample", 1, "--rounds", 6, "--strategy", "fedadam")
     summary, rows, folder = run(*options, "--noise-multiplier", 1, "--reproducible-noise", "--strategy-arg", "eta=0.01")
-    sizes = [row["clients"] for row in rows]
+    sent = read_ledger(folder / "ledger")
+    sizes = [len({entry.client for entry in sent if entry.round == number}) for number in range(1, 7)]
     assert 0 in sizes and max(sizes) > 1  # cohorts are drawn client by client
+    assert all(row["clients"] is None for row in rows)  # which nobody is told
     assert all(row["aggregation_error"] is None and row["train_loss"] is None for row in rows)
     assert "tell of them" in summary["aggregation_error_reason"]
     assert len(ledger_of(folder)) == 1 + 6  # also of rounds in which nobody came
@@ -171,7 +172,7 @@ def test_a_cohort_that_crashes_as_a_whole_is_no_private_round(
     private = ["--privacy", "client", "--clip-norm", "1", "--noise-multiplier", "1", "--sample", "6", "--quiet"]
     words = [*words, *private, "--out", str(tmp_path / "run"), "--strategy", f"{tmp_path / 'crashes.py'}:Crashes"]
     assert main(words) == 1
-    assert "6 of 6 clients failed" in capsys.readouterr().err
+    assert "all clients failed" in capsys.readouterr().err
     assert len(ledger_of(tmp_path / "run")) == 2  # it was charged all the same
 
 
@@ -281,110 +282,3 @@ def test_a_round_that_was_released_and_lost_is_paid_twice(words: list[str], tmp_
     assert rows[0]["epsilon"] < rows[1]["epsilon"] == summary["privacy"]["epsilon"]
     assert "allows no round 3" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
     assert (tmp_path / "run" / "adapter").is_dir()
-
-
-# The game: one run of several hundred clients, each of whom is a run of DP-SGD by itself. Half of them hold one example
-# more than the others, and the adversary, who sees every upload, has to tell which.
-PLAYERS = 300
-STEPS = 16
-SPY = """
-import numpy as np
-from fedlotr.flower import Strategy, weighted_mean
-
-class Spy(Strategy):
-    def __init__(self, out: str) -> None:
-        self.out = out
-    def combine(self, updates, server_round):
-        np.save(self.out, np.array([np.concatenate([u.arrays[n].ravel() for n in sorted(u.arrays)]) for u in updates]))
-        return weighted_mean(updates)
-"""
-
-
-def lower_bound(scores: np.ndarray, present: np.ndarray, delta: float) -> float:
-    """Of epsilon, with 95 % confidence: a threshold from one half of the players, its error rates from the other.
-
-    Clopper-Pearson on both rates, as in Nasr et al. 2021 (arXiv:2101.04535).
-    """
-    first = np.arange(len(scores)) % 4 < 2
-
-    def bound(threshold: float, held: np.ndarray, sign: int) -> float:
-        over = sign * scores[held] > sign * threshold
-        hits, alarms = int(over[present[held]].sum()), int(over[~present[held]].sum())
-        yes, no = int(present[held].sum()), int((~present[held]).sum())
-        tpr = beta.ppf(0.025, hits, yes - hits + 1) if hits else 0.0
-        fpr = beta.ppf(0.975, alarms + 1, no - alarms) if alarms < no else 1.0
-        return float(np.log(max(tpr - delta, 1e-12) / fpr)) if tpr > delta else 0.0
-
-    choices = [(t, sign) for t in scores[first] for sign in (1, -1)]
-    threshold, sign = max(choices, key=lambda choice: bound(choice[0], first, choice[1]))
-    return max(0.0, bound(threshold, ~first, sign))
-
-
-def play(words: list[str], tmp_path: Path) -> tuple[float, float]:
-    """(lower bound that the adversary reaches, epsilon that was claimed)."""
-    (tmp_path / "spy.py").write_text(SPY, encoding="utf-8")
-    data = tmp_path / "game"
-    data.mkdir()
-    common = [("the cat sat", 0), ("dogs bark", 1), ("a cat ran", 0)]
-    canary = ("zebra zebra zebra", 1)
-    rows = [
-        {"text": text, "label": label, "client": f"{player:04d}"}
-        for player in range(PLAYERS)
-        # How many examples a client holds is public: in place of the canary the other half holds a copy of another.
-        for text, label in (*common, canary if player % 2 else common[0])
-    ]
-    for split, held in (("train", rows), ("test", rows[:8])):
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held), encoding="utf-8")
-    options = {"data": data, "clients": PLAYERS, "sample": PLAYERS, "partition": "natural:client", "batch-size": 2}
-    options |= {"local-steps": STEPS, "local-epochs": "none", "rounds": 1, "optimizer": "sgd", "lr": 0.01}
-    options |= {
-        "head-lr": 0.01,
-        "privacy": "example",
-        "noise-multiplier": 4,
-        "clip-norm": 0.05,
-        "out": tmp_path / "run",
-    }
-    options |= {"strategy": f"{tmp_path / 'spy.py'}:Spy", "strategy-arg": f"out={tmp_path / 'seen.npy'}"}
-    options |= {"lr-schedule": "constant", "delta": 1e-3}
-    assert main([*words, "--quiet", *(str(w) for name, value in options.items() for w in (f"--{name}", value))]) == 0
-    seen, present = np.load(tmp_path / "seen.npy"), np.arange(PLAYERS) % 2 == 1
-    # The direction that tells them apart, from the first half of the players; the scores of all along it.
-    first = np.arange(PLAYERS) % 4 < 2
-    direction = seen[first & present].mean(0) - seen[first & ~present].mean(0)
-    scores = seen @ direction
-    claimed = read_run(tmp_path / "run")[0]["privacy"]["epsilon"]
-    return lower_bound(scores, present, 1e-3), claimed
-
-
-@pytest.mark.slow
-def test_an_adversary_stays_below_the_claim(words: list[str], tmp_path: Path) -> None:
-    reached, claimed = play(words, tmp_path)
-    print(f"lower bound {reached:.2f}, claimed {claimed:.2f}")
-    assert 1 < claimed < 2 and reached < claimed
-
-
-def no_clipping(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("fedlotr.privacy.dp_sgd.clipped", lambda each, bound: each)
-
-
-def noise_over_the_batch(patch: pytest.MonkeyPatch) -> None:
-    normal = NoiseStream.normal
-    patch.setattr(NoiseStream, "normal", lambda self, like: normal(self, like) / 20)
-
-
-def one_noise_for_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("fedlotr.flower.client_app.client_stream", lambda *_: NoiseStream("shared"))
-
-
-BROKEN = {defect.__name__: defect for defect in (no_clipping, noise_over_the_batch, one_noise_for_all)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("defect", BROKEN)
-def test_an_adversary_refutes_a_broken_mechanism(
-    defect: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    BROKEN[defect](monkeypatch)
-    reached, claimed = play(words, tmp_path)
-    print(f"{defect}: lower bound {reached:.2f}, claimed {claimed:.2f}")
-    assert reached > claimed

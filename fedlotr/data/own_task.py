@@ -127,6 +127,7 @@ def apply_task(task: OwnTask, source: Source) -> tuple[Source, Task]:
         {**others["test"], **made["test"]},
         source.test_split,
         tuple(task.labels) or None,
+        source.drawn,
     )
     texts = tuple(column for column in columns if column != "label")
     kind = "classification" if task.labels else "causal-lm"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.readers import READERS, Columns, Table, checked_columns, read_files
-from fedlotr.data.splits import HELD_OUT, choose_test, split_files, split_tenth
+from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_files, split_tenth
 from fedlotr.errors import InputError, nearest
 from fedlotr.hub import fetch_data, is_data_id
 from fedlotr.own import own_name
@@ -33,6 +33,7 @@ class Source:
     name: "pydoc", the folder's or file's name, the hub id, or own:HASH. train: rows in file order. test: the
     split to evaluate on, with those of its columns that train has too. test_split: where test came from, in words.
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
+    drawn: whether test is a part of what is otherwise trained on, and no split of its own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Source:
     test_split: str
     label_names: tuple[str, ...] | None
     sha256: str
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,25 @@ _TEXTS = ("text", "text_a", "text_b", "prompt", "answer")
 
 
 def load_source(
-    data: str | OwnData, *, seed: int = 0, eval_split: str | None = None, names: Names | None = None
+    data: str | OwnData,
+    *,
+    seed: int = 0,
+    eval_split: str | None = None,
+    names: Names | None = None,
+    eval_data: str | None = None,
 ) -> Source:
     """Load "pydoc", a folder with a split train, a single file, a data set on the hub, or splits of one's own.
 
     The test split is `eval_split`, or the first with labels (where train has some) of `test`, `eval*`, `dev`, `val` and
-    `validation`, or a tenth of train drawn with `seed`. A column that a row lacks is None. Nothing is written beside
-    the data. Raises InputError for what is missing, and for what cannot be read.
+    `validation`, or a tenth of train drawn with `seed`. eval_data: what else, named like `data`, has that split; its
+    only one serves whatever its name, and none is drawn of train. A column that a row lacks is None. Nothing is
+    written beside the data. Raises InputError for what is missing, and for what cannot be read.
     """
-    if not isinstance(data, str):
-        return _load_own(data, seed, eval_split, names or Names())
-    if data == "pydoc":
-        return _load_pydoc(eval_split, seed)
     names = names or Names()
+    if not isinstance(data, str):
+        return _load_own(data, seed, eval_split, names, eval_data)
+    if data == "pydoc":
+        return _load_pydoc(eval_split, seed, names, eval_data)
     path, given = Path(data).expanduser(), f"--data {data}"
     name = path.resolve().name.split(".")[0] if path.is_file() else path.resolve().name
     if not path.exists() and is_data_id(data):
@@ -114,6 +122,7 @@ def load_source(
         eval_split,
         names,
         given,
+        eval_data,
     )
 
 
@@ -125,38 +134,68 @@ def _assemble(
     eval_split: str | None,
     names: Names,
     given: str,
+    eval_data: str | None,
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
     table: Table = read("train")
     train, label_names = names.apply(table.columns, "train"), table.label_names
+    if eval_data is not None:
+        return _evaluated_on(eval_data, eval_split, names, name, train, label_names)
     others = [split for split in splits if split != "train"]
-
-    def named(split: str) -> Columns:
-        columns: Columns = read(split).columns
-        if not {*names.text, names.label} - {None} <= set(columns):  # the task says what this split lacks
-            return columns
-        return names.apply(columns, split)
-
-    test, words = choose_test(others, named, train, eval_split)
+    test, words = choose_test(others, lambda split: _named(names, read(split).columns, split), train, eval_split)
+    drawn = test is None
     if test is None:
         train, test = split_tenth(train, seed, given)
-    return source_of(name, train, test, words, label_names)
+    return source_of(name, train, test, words, label_names, drawn)
 
 
-def _load_pydoc(eval_split: str | None, seed: int) -> Source:
-    if eval_split not in (None, "test", HELD_OUT):
+def _named(names: Names, columns: Columns, split: str) -> Columns:
+    if not {*names.text, names.label} - {None} <= set(columns):  # the task says what this split lacks
+        return columns
+    return names.apply(columns, split)
+
+
+def _evaluated_on(
+    eval_data: str, eval_split: str | None, names: Names, name: str, train: Columns, labels: tuple[str, ...] | None
+) -> Source:
+    """A source whose test split comes from elsewhere. labels: the names of the classes, where train's form has them."""
+    given = f"--eval-data {eval_data}"
+    if eval_data == "pydoc":
+        public = _load_pydoc(None, 0, Names(), None)
+        there = {"test": Table(public.test.to_dict(), public.label_names)}
+    else:
+        path = Path(eval_data).expanduser()
+        if not path.exists() and is_data_id(eval_data):
+            path = fetch_data(eval_data, READERS, given)
+        files = split_files(path, given, train=False)
+        chosen = [split for split in files if eval_split in (None, split)] or list(files)
+        there = {split: read_files(files[split], given, names.label_column) for split in chosen}
+    read = {split: _named(names, table.columns, f"{given}, {split}") for split, table in there.items()}
+    test, words = choose_only(list(read), read.__getitem__, train, eval_split, given)
+    own = next((there[split].label_names for split in there if words.startswith(split)), None)
+    if labels is not None and own is not None and labels != own:
+        raise InputError(
+            f"{given}: its classes are {', '.join(own[:5])}…, and those of --data {', '.join(labels[:5])}…"
+        )
+    return source_of(name, train, test, f"{words} of {given}", labels)
+
+
+def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str | None) -> Source:
+    if eval_data is None and eval_split not in (None, "test", HELD_OUT):
         raise InputError(f"--eval-split {eval_split}: pydoc has no such split{nearest(eval_split, ['test', HELD_OUT])}")
     rows, label_names = build_pydoc()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     train, test = split_tenth(columns, PYDOC_SPLIT_SEED, "--data pydoc")
+    if eval_data is not None:
+        return _evaluated_on(eval_data, eval_split, names, "pydoc", train, label_names)
     words = "a fixed tenth of the paragraphs"
     if eval_split == HELD_OUT:
         train, test = split_tenth(train, seed, "--data pydoc")
         words = "a seeded tenth of the other paragraphs, held out"
-    return source_of("pydoc", train, test, words, label_names)
+    return source_of("pydoc", train, test, words, label_names, eval_split == HELD_OUT)
 
 
-def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) -> Source:
+def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, eval_data: str | None) -> Source:
     splits = dict(data) if isinstance(data, Mapping) else {"train": data}
     for split, given in splits.items():
         if isinstance(given, str) or not (hasattr(given, "column_names") or isinstance(given, Iterable)):
@@ -181,11 +220,13 @@ def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names) ->
         found = {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
         return Table(checked_columns(f"data['{split}']", found))
 
-    source = _assemble("", list(splits), read, seed, eval_split, names, "data")
+    source = _assemble("", list(splits), read, seed, eval_split, names, "data", eval_data)
     return replace(source, name=own_name(source.sha256))
 
 
-def source_of(name: str, train: Columns, test: Columns, words: str, label_names: tuple[str, ...] | None) -> Source:
+def source_of(
+    name: str, train: Columns, test: Columns, words: str, label_names: tuple[str, ...] | None, drawn: bool = False
+) -> Source:
     """A source of these columns; of test those that train has too."""
     import datasets
 
@@ -194,4 +235,4 @@ def source_of(name: str, train: Columns, test: Columns, words: str, label_names:
     for columns in (train, test):
         digest.update(json.dumps(columns, sort_keys=True).encode())
     splits = [datasets.Dataset.from_dict(columns) for columns in (train, test)]
-    return Source(name, splits[0], splits[1], words, label_names, digest.hexdigest())
+    return Source(name, splits[0], splits[1], words, label_names, digest.hexdigest(), drawn)

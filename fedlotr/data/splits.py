@@ -23,11 +23,12 @@ SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 FORMS = ", ".join(READERS)
 
 
-def split_files(folder: Path, given: str) -> dict[str, list[Path]]:
+def split_files(folder: Path, given: str, *, train: bool = True) -> dict[str, list[Path]]:
     """Split name -> its files, in the order of the names.
 
     A single file is a split called train. Of a folder without such files the one folder in it that has some is taken
-    (`data/` in a repository on the hub). given: the option and its value, for messages.
+    (`data/` in a repository on the hub). given: the option and its value, for messages. train: whether there must be
+    a split to train on.
     Raises InputError for what is missing, and for two forms of one split.
     """
     if folder.is_file():
@@ -45,11 +46,10 @@ def split_files(folder: Path, given: str) -> dict[str, list[Path]]:
                 f"them, as {inner[0]}, or {inner[0].name} after a colon for a data set on the hub"
             )
         files = _files(inner[0], given) if inner else {}
-    if "train" not in files:
+    if not files or (train and "train" not in files):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
-        raise InputError(
-            f"{given}: no split to train on; expected train with one of the endings {FORMS}, found {found}"
-        )
+        wanted = "no split to train on; expected train" if train else "no split to evaluate on; expected test"
+        raise InputError(f"{given}: {wanted} with one of the endings {FORMS}, found {found}")
     return files
 
 
@@ -116,6 +116,27 @@ def _reasons(passed_over: list[str]) -> list[str]:
     if not passed_over:
         return []
     return [f"({' and '.join(passed_over)} {'has' if len(passed_over) == 1 else 'have'} no labels)"]
+
+
+def choose_only(
+    splits: Sequence[str], read: Callable[[str], Columns], train: Columns, eval_split: str | None, given: str
+) -> tuple[Columns, str]:
+    """As `choose_test`, of data that are there to be evaluated on: their one split serves too, whatever its name.
+
+    given: the option and its value, for messages. Raises InputError where none serves.
+    """
+    try:
+        test, words = choose_test(splits, read, train, eval_split)
+    except InputError as error:
+        raise InputError([f"{given}: {problem}" for problem in error.problems]) from error
+    if test is not None:
+        return test, words
+    if len(splits) > 1:
+        raise InputError(f"{given}: which of its splits is meant ({', '.join(splits[:10])}); say so by --eval-split")
+    test = read(splits[0])
+    if labelled(train) and not labelled(test):
+        raise InputError(f"{given}: it has no labels; train has")
+    return test, splits[0]
 
 
 def labelled(columns: Mapping[str, Sequence[object]]) -> bool:

@@ -36,12 +36,14 @@ class Task:
     """What is learnt from which columns.
 
     columns: the text columns it reads. label_names: the classes in the order of their indices; empty for a causal
-    language model.
+    language model. by_name: whether a number in the data is the name of a class, as of `--label-names 1,2,3`, and not
+    its index.
     """
 
     kind: Literal["classification", "causal-lm"]
     columns: tuple[str, ...]
     label_names: tuple[str, ...]
+    by_name: bool = False
 
     def labels(self, rows: datasets.Dataset) -> npt.NDArray[np.int64]:
         """(rows,) class indices; zeros for a causal language model.
@@ -50,24 +52,32 @@ class Task:
         """
         if self.kind == "causal-lm":
             return np.zeros(len(rows), np.int64)
-        indices, problems = _class_indices("--data", rows["label"][:], self.label_names)
+        indices, problems = _class_indices("--data", rows["label"][:], self.label_names, by_name=self.by_name)
         if problems:
             raise InputError(problems)
         return indices
 
 
-def resolve_task(kind: str, source: Source) -> Task:
+def resolve_task(kind: str, source: Source, label_names: tuple[str, ...] | None = None, *, told: bool = True) -> Task:
     """The task that `kind` ("auto", "classification" or "causal-lm") is on this source, every row checked.
 
     "auto" is classification where train has a column `label`. Numbers as labels are class indices from 0 to the largest
     in train or test, named by the source or by their number; names as labels are classes in sorted order.
+    label_names: the classes in their order, where they are settled whatever the rows hold. told: whether a message may
+    say of a row that it has none of these.
     Raises InputError for an unknown kind, missing columns, rows without text and rows without a valid label.
     """
     if kind not in ("auto", *COLUMNS):
         raise InputError(f"--task {kind}: no such task{nearest(kind, ['auto', *COLUMNS])}")
     if kind == "causal-lm" or (kind == "auto" and "label" not in source.train.column_names):
+        if label_names is not None:
+            raise InputError("--label-names: a language model has no labels; leave it out, or give --label-column")
         return Task("causal-lm", _text_columns("causal-lm", (), source), ())
     columns = _text_columns("classification", ("label",), source)
+    if label_names is not None:
+        task = Task("classification", columns, label_names, source.label_names is None and _are_numbers(label_names))
+        _check_labels(source, task, told=told)
+        return task
     return Task("classification", columns, _label_names(source))
 
 
@@ -99,6 +109,27 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
     return usable[0]
 
 
+def _are_numbers(names: tuple[str, ...]) -> bool:
+    return all(name.isdecimal() for name in names)
+
+
+def _check_labels(source: Source, task: Task, *, told: bool) -> None:
+    """Raises InputError where a row has another label than one of the task's, by its name or its index."""
+    names, own = task.label_names, source.label_names
+    if own is not None and own != names:  # what the rows hold are indices of these
+        raise InputError(
+            f"--label-names: --data {source.name} names its classes {', '.join(own[:10])}; give just these"
+        )
+    problems: list[str] = []
+    for where, rows in _splits(source):
+        found = _class_indices(where, rows["label"][:], names, by_name=task.by_name)[1]
+        if found and not told:
+            found = [f"{where}: some label is none of the {len(names)} that --label-names gives (which, is private)"]
+        problems += found
+    if problems:
+        raise InputError(problems)
+
+
 def _label_names(source: Source) -> tuple[str, ...]:
     """The classes, once every row of both splits has one."""
     splits = [(where, rows["label"][:]) for where, rows in _splits(source)]
@@ -125,10 +156,12 @@ def _in_order(name: str) -> tuple[bool, int, str]:
     return (False, int(name), name) if name.isdecimal() and len(name) < 19 else (True, 0, name)
 
 
-def _class_indices(where: str, values: list[Any], names: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], list[str]]:
+def _class_indices(
+    where: str, values: list[Any], names: tuple[str, ...], *, by_name: bool = False
+) -> tuple[npt.NDArray[np.int64], list[str]]:
     """(values,) class indices, and what is wrong with the values that are no class."""
     classes: dict[str | float | None, int] = {name: index for index, name in enumerate(names)}
-    classes |= {index: index for index in range(len(names))}
+    classes |= {int(name) if by_name else index: index for index, name in enumerate(names)}
     bad = {row: value for row, value in enumerate(values) if value not in classes}
     expected = f"one of the classes {names[0]} to {names[-1]}" if names else "a class index from 0, or a name"
     indices = np.array([classes.get(value, -1) for value in values], np.int64)

@@ -222,6 +222,10 @@ def worker(folder: str) -> Worker:
     return Worker(Workplace(Path(folder)))
 
 
+class HiddenError(Exception):
+    """What a client says that failed and hides its examples: of which kind the error was, and nothing that it held."""
+
+
 class CohortClientApp(ClientApp):
     """A ClientApp that can also train several clients in one call, where an engine offers them together."""
 
@@ -232,7 +236,12 @@ class CohortClientApp(ClientApp):
         states = [context.state for context in contexts]
         for message, state in zip(messages, states, strict=True):
             here.decode(message, state)
-        trained = here.train(messages, clients, states)
+        try:
+            trained = here.train(messages, clients, states)
+        except Exception as error:
+            if here.workplace.recipe.noise is None:
+                raise
+            raise HiddenError(f"{type(error).__name__}; what it said may tell of the examples") from None
         return [self._reply(here, *of_one) for of_one in zip(messages, clients, states, trained, strict=True)]
 
     def _reply(self, here: Worker, message: Message, client: int, state: RecordDict, one: Trained) -> Message:

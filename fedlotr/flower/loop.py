@@ -51,6 +51,12 @@ SHOWN_KINDS, SHOWN_REASON = 8, 300
 """Of failures in an error: how many kinds, and characters of each one's reason."""
 
 
+TELLS_WHO_CAME = (
+    *("clients", "failed", "failures", "train_loss", "bytes_up", "bytes_down", "broadcast_error", "train_seconds"),
+)
+"""Of a row of metrics.jsonl, what grows with the round's cohort or says what it was like."""
+
+
 class BudgetSpentError(FedlotrError):
     """Nobody who was to train in the round has enough of the privacy budget left."""
 
@@ -125,7 +131,8 @@ class State:
 class Round:
     """A finished round: its row of metrics.jsonl, its rows of the ledger, and why which client failed.
 
-    replies: what each of the others said of its training.
+    replies: what each of the others said of its training. Where whole clients are hidden, the row has nothing of what
+    `TELLS_WHO_CAME`, and no client is named.
     """
 
     metrics: dict[str, Any]
@@ -226,7 +233,9 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     # Where clients are hidden, one that failed counts as one that changed nothing: stopping for it would tell of it.
     if all_lost(messages, replies) if central else not good or len(failures) > federation.max_failed * len(messages):
         raise TooManyFailuresError(
-            f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
+            f"round {number}: all clients failed, which is the program's fault; log.txt has their reasons"
+            if central
+            else f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
             f"{federation.max_failed}); {_some(failures)}{_likely_cause(number, failures, messages, state.watch)}"
         )
     watch = replace(state.watch, told=set(state.watch.told))
@@ -286,6 +295,9 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
+    if central:
+        log.info("round %d: %s", number, {name: row[name] for name in TELLS_WHO_CAME if name in row})
+        row |= {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
     if federation.mean_moments:
         state.moments = mean_moments(good, state.moments)
     state.arrays, state.round = sent, number
@@ -295,6 +307,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         answered = [view.nodes[message.metadata.src_node_id] for message in good]
         state.held |= {client: coder.sent[client] for client in answered if client in coder.sent}
     state.carry, state.watch = carry, watch
+    if central:  # who came is not told of either
+        return Round(row, view.entries, {})
     said = [(int(reply.content["client"]["client"]), dict(reply.content["metrics"])) for reply in good]  # type: ignore[arg-type]
     return Round(row, view.entries, failures, dict(said))
 

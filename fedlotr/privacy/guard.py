@@ -89,7 +89,9 @@ class Guard:
         )
         found: dict[str, Any] = {
             "unit": promise.unit,
-            "adjacency": f"add or remove one {promise.unit}",
+            "adjacency": "add or remove one example of one client"
+            if promise.unit == "example"
+            else "add or remove one client with all its examples",
             "epsilon": None if void else worst,
             "epsilon_reason": void,
             "epsilon_median": None if void else middle,

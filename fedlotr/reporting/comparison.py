@@ -15,6 +15,7 @@ from rich.console import Console
 from fedlotr.errors import InputError, shorten
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table
+from fedlotr.reporting.grid_table import spending
 from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
 from fedlotr.reporting.report import flat, points
 from fedlotr.reporting.run_record import RunRecord, read_run
@@ -163,9 +164,12 @@ def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
     row |= {key: run.config.get(key) for key in ("method", "strategy", "model", "data", "seed")}
     if metric is not None:
         row |= {metric: last.get(metric), f"best_{metric}": best.get(metric)}
-    row |= {"loss": last.get("loss"), "bytes": _bytes(run)}
-    row |= {f"bytes_{way}": sum(line[f"bytes_{way}"] for line in run.rows) for way in ("up", "down")}
-    row |= {"epsilon": _spent(run), "failed": sum(line.get("failed") or 0 for line in run.rows)}
+    told_of = not run.hides_clients
+    row |= {"loss": last.get("loss"), "bytes": _bytes(run) if told_of else None}
+    ways = {f"bytes_{way}": sum(line[f"bytes_{way}"] or 0 for line in run.rows) for way in ("up", "down")}
+    row |= ways if told_of else dict.fromkeys(ways)
+    failed = sum(line.get("failed") or 0 for line in run.rows)
+    row |= {"epsilon": _spent(run), "failed": failed if told_of else None}
     return row | {key.rpartition(".")[2]: told.get(key) for key in TOLD}
 
 
@@ -198,7 +202,7 @@ def _groups(runs: Mapping[str, RunRecord], metric: str | None, keys: Sequence[st
                 tuple(run.config.get("seed") for _, run in inside),
                 statistics.mean(values) if values else None,
                 statistics.stdev(values) if len(values) > 1 else None,
-                None if inside[0][1].baseline else statistics.mean(_bytes(run) for _, run in inside),
+                None if not inside[0][1].tells_bytes else statistics.mean(_bytes(run) for _, run in inside),
                 max(spent) if spent else None,
             )
         )
@@ -212,6 +216,7 @@ def _warnings(runs: Mapping[str, RunRecord], differing: Mapping[str, Sequence[An
     if len(hashes) > 1 or tested:
         by = f" ({', '.join(tested)} differ)" if tested else ""
         found.append(f"The runs are not of the same data{by}: their metrics are of different examples.")
+    found += spending([run.summary for run in runs.values() if run.summary is not None])
     open_runs = [name for name, run in runs.items() if not run.finished]
     if open_runs:
         found.append(f"Not finished: {', '.join(open_runs)}; what is shown is as far as they came.")
@@ -297,13 +302,13 @@ def as_page(found: Comparison) -> str:
                     label, points(run.rows, metric, None if title == "rounds" else list(map(float, run.bytes_so_far)))
                 )
                 for label, run in list(found.runs.items())[:COLOURS]
-                if title == "rounds" or not run.baseline
+                if title == "rounds" or run.tells_bytes
             ]
             form = short if title == "rounds" else readable_bytes
             x = "round" if title == "rounds" else "bytes on the wire, both ways"
             note = f"The first {COLOURS} of {len(found.runs)} runs." if len(found.runs) > COLOURS else ""
             rows = [
-                [label, row["round"], total, row.get(metric)]
+                [label, row["round"], None if run.hides_clients else total, row.get(metric)]
                 for label, run in found.runs.items()
                 for row, total in zip(run.rows, run.bytes_so_far, strict=True)
             ]

@@ -124,23 +124,26 @@ class Console:
         parts = [
             f"round {number:{width}}/{self._rounds}",
             *_results(record, self._metric),
-            f"{record.get('clients', 0)} clients",
         ]
+        told = record.get("clients", 0) is not None  # of hidden clients nothing is that grows with their number
+        if told:
+            parts.append(f"{record.get('clients', 0)} clients")
         if failed:
             parts.append(f"{failed} FAILED")
-        parts += [f"up {readable_bytes(record.get('bytes_up') or 0)}"]
-        parts += [f"down {readable_bytes(record.get('bytes_down') or 0)}"]
+        if told:
+            parts += [f"{way} {readable_bytes(record.get(f'bytes_{way}') or 0)}" for way in ("up", "down")]
         if record.get("epsilon") is not None:
             parts.append(f"epsilon {record['epsilon']:.3g}")
         if record.get("aggregation_error") is not None:
             parts.append(f"aggregation error {record['aggregation_error']:.1e}")
-        seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
-        parts.append(f"{seconds:.1f} s")
+        if told:
+            seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
+            parts.append(f"{seconds:.1f} s")
         # In a file a round is a line.
         line = filled(parts, self._out.width, indent="    ", gap="  ") if self._live else "  ".join(parts)
         self._out.print(line, soft_wrap=True)
         if self._progress is not None:
-            latest = "  ".join([*_results(record, self._metric), readable_bytes(self._bytes)])
+            latest = "  ".join([*_results(record, self._metric), *([readable_bytes(self._bytes)] if told else [])])
             self._progress.update(self._task, completed=self.finished_rounds, latest=latest)
             self._show_bar()
 
@@ -202,6 +205,7 @@ class Console:
 
     def _show_partition(self, partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
         """Examples a client, and of each label where these have room."""
+        labels = labels if all("labels" in client for client in partition) else ()  # else they are not told
         for names in (list(labels), []):
             if len(names) <= SHOWN_LABELS:
                 head, rows, summed = _partition_rows(partition, labels, names)
@@ -335,6 +339,8 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
         rows.append(("baseline", "local: each client alone; results are means over the clients"))
     if facts.get("privacy"):
         rows.append(("privacy", facts["privacy"]))
+    if facts.get("scored_on"):
+        rows.append(("scored on", facts["scored_on"]))
     rows += [
         (
             "clients",
@@ -423,7 +429,7 @@ def _undefined(summary: Mapping[str, Any]) -> str:
     return f"not defined: {reason}" if reason else "not defined"
 
 
-def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, str]]:
+def _closing_rows(summary: Mapping[str, Any], failed: int | None) -> list[tuple[str, str]]:
     final, best = summary.get("final") or {}, summary.get("best") or {}
     traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
     rows: list[tuple[str, str]] = []
@@ -474,7 +480,8 @@ def _closing_rows(summary: Mapping[str, Any], failed: int) -> list[tuple[str, st
             )
             if coded[key] is not None
         ]
-    rows.append(("failed clients", f"{failed:,}"))
+    if failed is not None:
+        rows.append(("failed clients", f"{failed:,}"))
     rows += [(f"  {kind}", _named(clients)) for kind, clients in (summary.get("failures") or {}).items()]
     if (reckoned := summary.get("simulated")) is not None:
         each, half = reckoned["seconds_per_round_median"], reckoned["median_client_seconds_median"]

@@ -21,7 +21,7 @@ class Line:
     """What there is of a row: the summaries of its finished runs, and why others failed, by seed.
 
     options: what the row says beside the base. planned: the number of its runs. chosen: values that trials chose.
-    notes: what the table says of the row below.
+    notes: what the table says of the row below. trials: the summaries of those that are finished.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Line:
     failed: Mapping[int, str]
     chosen: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    trials: Sequence[Summary] = ()
 
     def values(self, read: Callable[[Summary], Any]) -> list[float]:
         """One number of each finished run that has it."""
@@ -62,7 +63,8 @@ def as_markdown(lines: Sequence[Line]) -> str:
     rows = [head, ["---", *("---:" for _ in head[1:])], *([_escape(cell) for cell in row] for row in body)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     said = [note for line in lines for note in line.notes]
-    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *said, *failures(lines)])
+    spent = spending([run for line in lines for run in [*line.finished.values(), *line.trials]])
+    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *said, *spent, *failures(lines)])
     return f"{text}\n{notes}" if notes else text
 
 
@@ -70,7 +72,42 @@ def cells(lines: Sequence[Line]) -> list[list[str]]:
     """The table as text, its head first."""
     metric = metric_of(lines)
     head = ["row", "seeds", metric, "loss", "trained", "up", "down", "one-off", "certificate", "seconds"]
-    return [head, *(_cells(line, metric) for line in lines)]
+    rows = [_cells(line, metric) for line in lines]
+    if any(run.get("privacy") for line in lines for run in line.finished.values()):
+        head.insert(4, "epsilon")
+        for line, row in zip(lines, rows, strict=True):
+            row.insert(4, _epsilon(line))
+    return [head, *rows]
+
+
+def _epsilon(line: Line) -> str:
+    """Of the row's dearest run."""
+    private = [run["privacy"] for run in line.finished.values() if run.get("privacy")]
+    claimed = [promise["epsilon"] for promise in private]
+    return "" if not private else "none claimed" if None in claimed else f"{max(claimed):.3g}"
+
+
+def spending(runs: Iterable[Summary]) -> list[str]:
+    """What runs that hide the same data spent together, one line for each data set and unit of more than one run.
+
+    By basic composition: epsilons and deltas add up, whatever the runs were.
+    """
+    spent: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run.get("privacy"):
+            spent.setdefault((str(run.get("data")), run["privacy"]["unit"]), []).append(run["privacy"])
+    notes = []
+    for (data, unit), promises in spent.items():
+        claimed = [(promise["epsilon"], promise["delta"]) for promise in promises if promise["epsilon"] is not None]
+        if len(promises) < 2 or not claimed:
+            continue
+        together = f"epsilon {sum(e for e, _ in claimed):.3g} at delta {sum(d for _, d in claimed):.2g}"
+        void = f", and {len(promises) - len(claimed)} that claim none" if len(claimed) < len(promises) else ""
+        notes.append(
+            f"privacy: budgets of runs over the same data add up: of one {unit} of {data} these {len(claimed)} runs, "
+            f"trials included, tell {together} together{void}; an epsilon above is that of its run alone"
+        )
+    return notes
 
 
 def failures(lines: Sequence[Line]) -> list[str]:
@@ -149,6 +186,12 @@ def _record(line: Line) -> dict[str, Cell]:
         found = line.values(read)
         value = combine(found) if found else None
         record[column] = int(value) if value is not None and value.is_integer() else value
+    every = [run["privacy"] for run in [*line.finished.values(), *line.trials] if run.get("privacy")]
+    if every:
+        found = line.values(lambda run: (run.get("privacy") or {}).get("epsilon"))
+        record["epsilon"] = max(found) if found else None
+        record["delta"] = max(promise["delta"] for promise in every)
+        record["epsilon_together"] = sum(promise["epsilon"] or 0.0 for promise in every)
     record["failed"] = "; ".join(f"seed {seed}: {reason}" for seed, reason in line.failed.items())
     return record
 

@@ -166,7 +166,9 @@ class MLflow:
         told, note = 0, self._folder / "mlflow.json"
         try:
             self._id = json.loads(note.read_text(encoding="utf-8"))["run_id"]
-            told = max((point.step for point in self._client.get_metric_history(self._id, "bytes_up")), default=0)
+            series = self._client.get_run(self._id).data.metrics
+            steps = [point.step for name in series for point in self._client.get_metric_history(self._id, name)]
+            told = max(steps, default=0)
             self._client.set_terminated(self._id, "RUNNING")
             if (named := os.environ.get("MLFLOW_RUN_ID", self._id)) != self._id:
                 say(f"--mlflow goes on in the run {self._id}, where it began, and not in MLFLOW_RUN_ID's {named}")

@@ -27,6 +27,7 @@ CARRYING = ("flora", "fedex-lora")
 
 NOT_LISTED = ("partition", "labels", "versions", "shapes", "losses")
 """Facts that have tables of their own, or are none for the eye."""
+NOT_TOLD = "Not told: it would tell which clients took part, and they are hidden."
 
 Points = list[tuple[float, float]]
 
@@ -85,13 +86,15 @@ def _outcome(run: RunRecord) -> Section:
             rows.append((f"{run.metric}, {title} (round {row['round']})", row[run.metric]))
     if run.last is not None:
         rows.append((f"loss, as tested, last (round {run.last['round']})", run.last["loss"]))
-    rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
+    if not run.hides_clients:
+        rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
     if run.summary is not None:
         about = run.summary
         rows += [(key.replace("_", " "), value) for key, value in about["communication"].items()]
         rows.append(("largest aggregation error", about["aggregation_error_max"]))
         rows.append(("seconds in all", about["timing"]["seconds_total"]))
-    rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
+    if not run.hides_clients:
+        rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
     figures = [Figure("outcome", "In numbers", table=Table(["what", "value"], rows), open=True, wide=True)]
     if said := (run.summary or {}).get("warnings"):
         figures.append(
@@ -105,7 +108,8 @@ def _learning(run: RunRecord) -> Section:
     across = [float(value) for value in run.bytes_so_far]
     loss = [Series("loss, as tested", points(run.rows, "loss"))]
     loss += [Series("train_loss, of the clients as they train", points(run.rows, "train_loss"))]
-    columns = ["round", "loss", "train_loss", *([metric] if metric else []), "clients", "failed"]
+    columns = ["round", "loss", "train_loss", *([metric] if metric else [])]
+    columns += [] if run.hides_clients else ["clients", "failed"]
     every = [[row.get(key) for key in columns] for row in run.rows]
     figures = []
     if metric is not None:
@@ -143,7 +147,7 @@ def _learning(run: RunRecord) -> Section:
             _over_bytes(run, "loss", "train_loss"),
         ),
     ]
-    if run.baseline:  # no bytes to draw over
+    if not run.tells_bytes:  # nothing to draw over
         figures = [figure for figure in figures if not figure.name.endswith("-bytes")]
     losses = (run.facts or {}).get("losses") or {}
     text = " ".join(f"{key}, in nats, is {words}." for key, words in losses.items())
@@ -162,6 +166,8 @@ def _lines(series: Sequence[Series], y: str, *, log: bool = False) -> Any:
 def _communication(run: RunRecord, traffic: Traffic) -> Section:
     if run.baseline:
         return Section("Communication", text="None: a baseline sends nothing.")
+    if run.hides_clients:
+        return Section("Communication", text=f"{NOT_TOLD} Of one client and round, 'In numbers' tells.")
     names = {key: f"{key[1]}, {key[0]}" for key in traffic.kinds}
     kinds = [(names[key], {"wire bytes": float(amounts[2])}) for key, amounts in traffic.kinds.items()]
     ways = [Series(way, points(run.rows, f"bytes_{way}")) for way in ("up", "down")]
@@ -298,12 +304,16 @@ def _client_names(run: RunRecord) -> dict[int, str]:
 
 
 def _clients(run: RunRecord) -> Section:
+    if run.hides_clients:
+        return Section("Data of the clients", text="Not told: the clients are hidden.")
     if not run.facts or not run.facts.get("partition"):
         return Section(
             "Data of the clients", text="The run directory has no facts.json, which tells what clients hold."
         )
     facts = run.facts
     held, labels = facts["partition"], list(facts.get("labels") or ())
+    if any("labels" not in client for client in held):  # where examples are hidden
+        labels = []
     sums = {label: sum(client["labels"].get(label, 0) for client in held) for label in labels}
     drawn = labels
     if len(labels) > COLOURS:
@@ -317,7 +327,7 @@ def _clients(run: RunRecord) -> Section:
     narrow = len(labels) <= LABEL_COLUMNS
     rows: list[list[Any]] = []
     for number, client in enumerate(held):
-        counts = client["labels"]
+        counts = client.get("labels", {})
         most = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:4])
         details = [counts.get(label, 0) for label in labels] if narrow else [len(counts), most]
         rows.append([number, str(client["client"]), client["examples"], *details])
@@ -352,6 +362,8 @@ def _spread_note(count: int) -> str:
 
 
 def _failed(run: RunRecord) -> Section:
+    if run.hides_clients:
+        return Section("Clients that failed", text=NOT_TOLD)
     named = _client_names(run)
     rows = [
         [named.get(int(client), client), kind, len(rounds), ", ".join(map(str, rounds))]
@@ -365,7 +377,7 @@ def _failed(run: RunRecord) -> Section:
 
 
 def _time(run: RunRecord) -> Section:
-    keys = ("train_seconds", "evaluate_seconds")
+    keys = ("evaluate_seconds",) if run.hides_clients else ("train_seconds", "evaluate_seconds")
     series = [Series(key.removesuffix("_seconds"), points(run.rows, key)) for key in keys]
     table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
     figures = [Figure("time", "Seconds each round", _lines(series, "seconds"), table)]

@@ -51,6 +51,16 @@ class RunRecord:
         return self.config.get("baseline")
 
     @property
+    def tells_bytes(self) -> bool:
+        """Whether bytes were counted: a baseline sends nothing, and of hidden clients they would tell who came."""
+        return self.baseline is None and not self.hides_clients
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether nothing is told of which clients took part."""
+        return self.config.get("privacy") == "client"
+
+    @property
     def finished(self) -> bool:
         """Whether all rounds that the configuration asks for are there, and the summary of just these."""
         return self.summary is not None and len(self.rows) == self.summary["rounds"] == self.config.get("rounds")
@@ -73,7 +83,7 @@ class RunRecord:
         """All bytes on the wire, both directions, up to and with each round."""
         total, found = 0, []
         for row in self.rows:
-            total += row["bytes_up"] + row["bytes_down"]
+            total += (row["bytes_up"] or 0) + (row["bytes_down"] or 0)
             found.append(total)
         return found
 
@@ -116,7 +126,7 @@ class RunRecord:
                 reason = shorten(str(error).splitlines()[0])
                 raise InputError(f"{path} cannot be read ({reason}); bring it back from a copy") from None
             sums.append(part.group_by(keys).aggregate([("client", "count"), *((name, "sum") for name in AMOUNTS)]))
-        if not sums:
+        if not sums or self.hides_clients:
             return Traffic({}, {})
         table = pa.concat_tables(sums).group_by(keys)
         table = table.aggregate([("client_count", "sum"), *((f"{name}_sum", "sum") for name in AMOUNTS)])
