@@ -170,7 +170,7 @@ def test_tensors_in_another_order_are_put_right_for_strategies_that_go_by_it() -
     def turned(content: Any) -> None:
         content["arrays"] = ArrayRecord({name: content["arrays"][name] for name in ("head", "C")})
 
-    honest, lying = (a_round(lies, f"{FLOWER}Bulyan", clients=8)[1] for lies in ({}, {3: turned, 4: turned}))
+    honest, lying = (a_round(lies, f"{FLOWER}Bulyan", clients=8)[1] for lies in ({}, {0: turned, 1: turned}))
     assert {n: a.data for n, a in honest.arrays.items()} == {n: a.data for n, a in lying.arrays.items()}
 
 
