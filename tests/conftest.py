@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+SEED = int(os.environ.get("FEDLOTR_TEST_SEED", "0"))
+"""Of what a test draws without a generator of its own; a test that fails says it."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Every test draws alike, whichever ran before it."""
+    random.seed(SEED)
+    for module, seeding in (("numpy", lambda np: np.random.seed(SEED)), ("torch", lambda t: t.manual_seed(SEED))):
+        if module in sys.modules:
+            seeding(sys.modules[module])
+    item.add_report_section("call", "seed", f"FEDLOTR_TEST_SEED={SEED}")
 
 
 @pytest.fixture(scope="session")

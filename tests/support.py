@@ -7,17 +7,74 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from fedlotr import SimulationConfig
 
+if TYPE_CHECKING:
+    from fedlotr.preparation import Checked, Prepared
+
 Simulate = Callable[..., "subprocess.CompletedProcess[str]"]
 """Runs `python -m fedlotr.simulate` with the given words."""
+
+
+UNIT = 2.0**-24
+"""Of float32: the most by which one operation is off, of its result."""
+
+
+def float32_bound(terms: int, magnitude: torch.Tensor | float) -> torch.Tensor:
+    """How far two float32 computations of the same sums and products may be apart, whatever the order they add in.
+
+    A chain of matrix products and sums of n terms in all is off by at most n u / (1 - n u) of the same chain of
+    absolute values, entry by entry, in any order and with or without fused operations (Higham 2002, Accuracy and
+    Stability of Numerical Algorithms, section 3.5). Two of them: twice that, on any processor.
+
+    terms: the lengths of its sums, added up. magnitude: the chain of absolute values. A value in float64 beside one in
+    float32 is half as far; what is stored in float32 is one term more.
+    """
+    return torch.as_tensor(magnitude, dtype=torch.float64) * (2 * terms * UNIT / (1 - terms * UNIT))
+
+
+def assert_within(found: torch.Tensor, wanted: torch.Tensor, bound: torch.Tensor) -> None:
+    """Entry by entry."""
+    over = (found.detach().double() - wanted.detach().double()).abs() / bound
+    assert not over.isnan().any() and float(over.max()) <= 1, f"{float(over.max()):.3g} times as far apart as may be"
+
+
+def network_bound(products: int, terms: int) -> float:
+    """How far two float32 runs of the same passes may be apart, relative to the norm of what comes out.
+
+    Of a product with sums of n terms, roundings of random sign make √n u (Higham & Mary 2019, A New Approach to
+    Probabilistic Rounding Error Analysis: λ √n u but for a chance of 2 exp(-λ²/2)); those of k products in a row add up
+    as random signs do too, √(k n) u. λ = 4; and twice, for two runs. The worst case, k n u, is never met.
+
+    products: matrix products that a number goes through, forward and backward. terms: of the longest of their sums.
+    """
+    return 2 * 4 * float(np.sqrt(products * terms)) * UNIT
+
+
+def rounding(model: torch.nn.Module) -> float:
+    """`network_bound` of a forward and a backward through a model: of gradients, and of a few steps along them."""
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    # A factored layer is three products; a block of attention has two without weights for its four to seven.
+    return network_bound(2 * 3 * len(weights), max(max(weight.shape) for weight in weights))
+
+
+def assert_logits(found: torch.Tensor, wanted: torch.Tensor, *, layers: int = 36, width: int = 172) -> None:
+    """Logits of one model computed in two ways, merged and unmerged.
+
+    layers, width: of the model, each layer three products; those of the largest model of these tests but MiniLM.
+    A merged weight is rounded once more, and is a sum of the rank's terms more; both are far below the products' own.
+    """
+    most = max(1.0, float(wanted.abs().max()))
+    assert float((found - wanted).abs().max()) <= network_bound(3 * layers, width) * most, "not the same model"
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -47,15 +104,34 @@ def plain_logits(*adapters: Path) -> list[torch.Tensor]:
     return [load_file(out / f"logits-{at}.safetensors")["logits"] for at in range(len(adapters))]
 
 
+def prepare_again(checked: "Checked", place: Path) -> "Prepared":
+    """What a run prepares, as the run did: the number of threads decides the bits of a gradient.
+
+    With them go the signs that the basis `update` is made of, and where the fit of the head ends. So it is the run's
+    number, whatever this process has.
+    """
+    from fedlotr.preparation import prepare
+    from fedlotr.simulation import limited_threads
+
+    with limited_threads(checked.config.threads):
+        return prepare(checked, place)
+
+
 def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) -> torch.Tensor:
     """The trained model's logits, from our layers and the last checkpoint, unmerged and in float32."""
     from fedlotr.flower.carried import restored
-    from fedlotr.preparation import check, prepare
+    from fedlotr.preparation import check
+    from fedlotr.resumption import saved_configuration
     from fedlotr.simulation import resolve
     from fedlotr.training.examples import Batch
 
-    checked = check(resolve(config.model_copy(update={"out": None})))
-    model = prepare(checked, run_dir / "again").model
+    ran = saved_configuration(run_dir)
+    assert ran is not None
+    same = {"out": None, "threads": ran.threads, "dtype": ran.dtype, "device": ran.device}
+    checked = check(resolve(config.model_copy(update=same)))
+    prepared = prepare_again(checked, run_dir / "again")
+    model = prepared.model
+    assert prepared.bases_sha256 == read_run(run_dir)[0]["bases_sha256"], "other bases than the run's"
     last = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
     model.assign(load_file(last))
     about = json.loads(last.with_suffix(".json").read_text(encoding="utf-8")).get("carry")

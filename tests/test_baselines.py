@@ -13,13 +13,13 @@ from fedlotr import SimulationConfig, cli, run_simulation, simulate
 from fedlotr.baselines import over_clients, pooled
 from fedlotr.federation import LR_FACTORS
 from fedlotr.flower.personal import summary_of
-from fedlotr.preparation import check, prepare
+from fedlotr.preparation import check
 from fedlotr.run_directory import RunDirectory
 from fedlotr.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.evaluation import evaluate
-from tests.support import read_run
+from tests.support import prepare_again, read_run
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_local_is_each_client_trained_alone_from_the_common_start(
     config = SimulationConfig(**{**base, "method": method}, baseline="local", out=tmp_path / "run")
     summary = run_simulation(config).summary
     checked = check(resolve(config))
-    prepared = prepare(checked, tmp_path / "again")
+    prepared = prepare_again(checked, tmp_path / "again")
     model, workplace = prepared.model, prepared.workplace
     start, scores = model.values(), []
     checkpoint = RunDirectory(tmp_path / "run").last_checkpoint()

@@ -23,7 +23,7 @@ from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
 from fedlotr.training.penalties import tail_penalty
-from tests.support import read_run
+from tests.support import UNIT, assert_within, float32_bound, read_run, rounding
 from tests.test_carry import WIDTHS
 from tests.test_simulation import flags
 
@@ -83,7 +83,8 @@ def test_the_tail_penaltys_gradient_is_that_of_its_formula() -> None:
     with torch.no_grad():
         found = tail_penalty({"q": {"A": A, "B": B}}, 0.3, 3)(gradients, values)
         for name, gradient in zip(values, wanted, strict=True):
-            torch.testing.assert_close(found[name], 1 + gradient)
+            # Two norms of 7 and 5 numbers, a quotient, two products and a sum, of which none cancels.
+            assert_within(found[name], 1 + gradient, float32_bound(7 + 5 + 6, 1 + gradient.abs()))
             assert torch.equal(gradients[name], torch.ones_like(gradient)), "what was given stays as it was"
         zero = {A: torch.zeros(1, 4, 7), B: torch.ones(1, 5, 4)}
         assert all(t.isfinite().all() for t in tail_penalty({"q": {"A": A, "B": B}}, 0.3, 3)(zero, zero).values())
@@ -163,13 +164,15 @@ def test_a_client_of_rank_k_trains_what_it_would_in_a_model_of_rank_k(method: st
         model = TrainableModel(base, spec, config)
         start = start or {name: block(name, value, 2) for name, value in model.values().items()}
         work = [ClientWork(np.arange(3), np.random.default_rng(k)) for k in range(2)]
-        training = LocalTraining(batch_size=2, lr=0.05, weight_decay=0.1, clip_norm=0.5, epochs=2)
+        # eps: an entry whose gradient is rounding noise must not take a full step of it (as in test_training).
+        training = LocalTraining(batch_size=2, lr=0.05, weight_decay=0.1, clip_norm=0.5, epochs=2, eps=1e-4)
         found.append(train_cohort(model, start, data, work, training))
     for ours, theirs in zip(*found, strict=True):
-        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.loss == pytest.approx(theirs.loss, rel=rounding(model.module))
         for name, value in theirs.tensors.items():
             assert not torch.equal(value, start[name])
-            torch.testing.assert_close(ours.tensors[name], value, rtol=1e-4, atol=1e-5)
+            moved = float((value - start[name]).norm())
+            assert float((ours.tensors[name] - value).norm()) <= rounding(model.module) * moved + UNIT * value.norm()
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,13 @@ from fedlotr.federation import federation
 from fedlotr.flower.loop import Federation, sample_clients
 from fedlotr.flower.personal import summary_of
 from fedlotr.flower.state import load_clients
-from fedlotr.preparation import check, hold_back, prepare
+from fedlotr.preparation import check, hold_back
 from fedlotr.run_directory import RunDirectory
 from fedlotr.simulation import check_all, resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches
 from fedlotr.training.evaluation import evaluate
-from tests.support import Simulate, read_run
+from tests.support import Simulate, prepare_again, read_run
 from tests.test_simulation import assert_same_results, flags, timeless
 
 CLIENTS, ROUNDS, R = 6, 7, 4
@@ -112,7 +112,7 @@ def test_personal_factors_equal_a_plain_sequential_loop(
 ) -> None:
     """A, B and the velocities of every client by torch's own SGD, one client after the other, round by round."""
     config = resolve(SimulationConfig(**personal_options))
-    prepared = prepare(check(config), tmp_path / "work")
+    prepared = prepare_again(check(config), tmp_path / "work")
     model, run, place = prepared.model, federation(config, prepared), prepared.workplace
     begun = {name: model.parameter(name).detach().clone() for name in model.trained}
     shared = {name: value.double() for name, value in begun.items() if not name.endswith("core_B")}

@@ -23,7 +23,7 @@ from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
 from fedlotr.wire_form import UNCODED, Coding
-from tests.support import read_run
+from tests.support import UNIT, read_run, rounding
 
 ROWS = [(method, row.strategy) for method, row in METHODS.items()]
 OTHERS = [
@@ -178,8 +178,11 @@ def test_federated_equals_central(method: str, alpha: float | None, tiny_gpt2: P
     for name, mean in weighted_mean(apart).items():
         moved = central[name].double().numpy()
         steps.append(float(np.abs(moved - start[name].numpy()).max()))
-        np.testing.assert_allclose(mean, moved, rtol=0, atol=1e-6, err_msg=name)
-    assert max(steps) > 1e-3, "the step is far longer than what it may differ by"
+        # The values are float32, so a step that is short beside them is known no better than they are.
+        most = rounding(model.module) * steps[-1] + 2 * UNIT * float(np.abs(moved).max())
+        np.testing.assert_allclose(mean, moved, rtol=0, atol=most, err_msg=name)
+        assert steps[-1] > 100 * most or steps[-1] == 0, "the step is far longer than what it may differ by"
+    assert max(steps) > 1e-3
 
 
 def test_check_strategy_sees_a_sum_where_the_weights_were_forgotten(tmp_path: Path) -> None:

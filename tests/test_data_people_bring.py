@@ -12,7 +12,7 @@ import pytest
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.errors import InputError
 from fedlotr.simulate import main
-from tests.support import TEXTS, our_logits, plain_logits, read_run
+from tests.support import TEXTS, assert_logits, our_logits, plain_logits, read_run
 
 FLAGS = "--clients 4 --sample 2 --rounds 1 --rank 4 --public-examples 32 --max-examples 24 --eval-examples 64 --quiet"
 ENGINE = "--engine local --threads 1 --dtype float32 --max-length 48 --partition iid"
@@ -68,7 +68,7 @@ def test_data_people_have_trains_resumes_and_exports(
     for (name, _), plain in zip(bring.items(), found, strict=True):
         config = SimulationConfig(**(saved(tmp_path / name) | {"out": tmp_path / name}))
         ours = our_logits(config, tmp_path / name, pairs.get(name, TEXTS))
-        assert (plain - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max())), name
+        assert_logits(plain, ours)
     assert found[list(bring).index("banking77")].shape == (2, 77)
     assert "0 = Business, 1 = Sci/Tech" in (tmp_path / "csv" / "adapter" / "README.md").read_text(encoding="utf-8")
     log = (tmp_path / "giant" / "log.txt").read_text(encoding="utf-8")

@@ -16,11 +16,12 @@ from fedlotr.flower.client_app import worker
 from fedlotr.flower.loop import Federation, State, run_round, sample_clients
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record, to_tensors
-from fedlotr.preparation import check, prepare
+from fedlotr.preparation import check
 from fedlotr.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches
 from tests.quadratic_app import CENTRE, CURVATURE, RATE, STEPS, WEIGHT
+from tests.support import prepare_again
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -172,7 +173,7 @@ def test_in_a_cohort_as_in_a_plain_sequential_loop(
     strategy: str, arguments: Any, mu: float, scaffold: bool, tiny_bert: Path, animals: Path, tmp_path: Path
 ) -> None:
     config = configuration(tiny_bert, animals)
-    prepared = prepare(check(resolve(config)), tmp_path / "work")
+    prepared = prepare_again(check(resolve(config)), tmp_path / "work")
     sizes = {len(part) for part in prepared.checked.parts}
     assert len(sizes) > 1, "clients take different numbers of steps"
     wanted = sequential(config, prepared, mu, scaffold)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlotr.resumption import saved_configuration
 from fedlotr.simulate import main
-from tests.support import TEXTS, our_logits, plain_logits, read_run
+from tests.support import TEXTS, assert_logits, our_logits, plain_logits, read_run
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -117,7 +117,7 @@ def assert_plain_peft_agrees(runs: list[Path], texts: list[list[str]]) -> None:
         config = saved_configuration(run)
         assert config is not None
         ours = our_logits(config, run, texts)
-        assert (plain - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max())), run
+        assert_logits(plain, ours)
 
 
 @pytest.mark.slow

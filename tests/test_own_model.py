@@ -22,11 +22,11 @@ from transformers import (
 from fedlotr import SimulationConfig, run_simulation, simulate
 from fedlotr.brought import Brought
 from fedlotr.errors import InputError
-from fedlotr.preparation import check, prepare
+from fedlotr.preparation import check
 from fedlotr.simulation import resolve
 from fedlotr.training.examples import Batch
 from tests.own_models import BagConfig, BagOfWords, DeepClassifier
-from tests.support import TEXTS, plain_logits, read_run
+from tests.support import TEXTS, assert_logits, plain_logits, prepare_again, read_run
 from tests.test_own_data import ROWS, small
 from tests.test_own_task import REVIEWS, Stars
 
@@ -86,14 +86,14 @@ def test_its_adapter_gives_plain_peft_the_logits_of_the_trained_model(
     for (kind, run), plain in zip(runs.items(), plain_logits(*(r / "adapter" for r in runs.values())), strict=True):
         config = small("unused", run, method="fed-sb", rounds=2, lr=0.05)
         brought = Brought({"train": ROWS}, (seeded(OWN[kind]), tokenizer), folder=tmp_path / kind)
-        model = prepare(check(resolve(config), brought=brought), tmp_path / f"work of {kind}").model
+        model = prepare_again(check(resolve(config), brought=brought), tmp_path / f"work of {kind}").model
         model.assign(load_file(sorted((run / "checkpoints").glob("*.safetensors"))[-1]))
         padding = copy.deepcopy(tokenizer)
         padding.pad_token_id, padding.padding_side = model.spec.pad_id, "right"
         batch = padding(*TEXTS, padding=True, return_tensors="pt")
         with torch.inference_mode():
             ours = model.logits(Batch(batch["input_ids"], batch["attention_mask"], None, torch.zeros(0)))
-        assert (plain - ours).abs().max() <= 1e-5 * max(1.0, float(ours.abs().max())), kind
+        assert_logits(plain, ours)
         assert ours.abs().max() > 1e-3, "the comparison can tell"
 
 

@@ -15,6 +15,7 @@ from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining, tra
 from fedlotr.training.examples import Examples
 from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
 from fedlotr.training.ragged import Ragged
+from tests.support import UNIT, rounding
 
 ROWS = {"a": np.arange(0, 9), "b": np.arange(9, 25), "c": np.arange(25, 40)}
 EXAMPLES = some_examples()
@@ -32,6 +33,14 @@ def upper(folder: Path, targets: str) -> TrainableModel:
 def trained(model: TrainableModel, clients: str) -> list[ClientResult]:
     work = [ClientWork(ROWS[client], np.random.default_rng(ord(client))) for client in clients]
     return train_cohort(model, START[len(model.trained)], EXAMPLES, work, TRAINING)
+
+
+def assert_moved_alike(model: TrainableModel, found: ClientResult, wanted: ClientResult) -> None:
+    start = START[len(model.trained)]
+    for name, value in wanted.tensors.items():
+        # The values are float32, so a step that is short beside them is known no better than they are.
+        most = rounding(model.module) * float((value - start[name]).norm()) + 2 * UNIT * float(value.norm())
+        assert float((found.tensors[name] - value).norm()) <= most, name
 
 
 START: dict[int, dict[str, torch.Tensor]] = {}
@@ -59,9 +68,8 @@ def test_training_above_kept_states_is_training_of_the_whole_model(
     found = trained(model, "abc")
     monkeypatch.setitem(model.__dict__, "takes_ragged", False)
     for one, other in zip(found, trained(model, "abc"), strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-5)
-        for name, value in other.tensors.items():
-            torch.testing.assert_close(one.tensors[name], value, rtol=1e-5, atol=1e-6)
+        assert one.loss == pytest.approx(other.loss, rel=rounding(model.module))
+        assert_moved_alike(model, one, other)
 
 
 def test_the_blocks_below_run_once_for_each_client(model: TrainableModel) -> None:
@@ -126,8 +134,7 @@ def test_a_cohort_whose_states_are_too_many_is_trained_without(
         found, prefix = trained(model, "ab"), model.prefix
     assert prefix is not None and not prefix._kept
     for one, other in zip(found, trained(model, "ab"), strict=True):
-        for name, value in one.tensors.items():
-            torch.testing.assert_close(other.tensors[name], value, rtol=1e-5, atol=1e-6)
+        assert_moved_alike(model, other, one)
 
 
 def test_where_the_first_block_is_adapted_nothing_is_kept(tiny_bert: Path) -> None:
