@@ -242,7 +242,11 @@ class SimulationConfig(BaseModel):
         "client, a trusted server hides whole clients from those who see what it publishes",
     )
     epsilon: float | None = Field(
-        default=None, gt=0, le=1000, description="what the whole run may spend; the noise is reckoned from it"
+        default=None,
+        ge=1e-3,
+        le=1000,
+        description="what the whole run may spend; the noise is reckoned from it (with less than 0.001 nothing is "
+        "learnt, and above 1000 nothing is hidden)",
     )
     noise_multiplier: float | None = Field(
         default=None, ge=0.1, le=1e4, description="the noise itself, over --clip-norm, instead of --epsilon"

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlotr.privacy.accounting import epsilon, epsilon_by_prv, epsilon_by_rdp
+from fedlotr.privacy.accounting import Releases, dearest, epsilon, epsilon_by_prv, epsilon_by_rdp, rough
 from fedlotr.privacy.clipping import clip_factors, clipped
 from fedlotr.privacy.ledger import Ledger
 from fedlotr.privacy.noise import NoiseStream
@@ -52,17 +51,21 @@ class Guard:
 
     def epsilon(self) -> float | None:
         """What the dearest account has spent; None where nothing may be claimed."""
-        return None if self.void() else self._by_rank()[0]
+        return None if self.void() else self._dearest()[1]
 
-    def _by_rank(self) -> tuple[float, float]:
-        """(the dearest account's, the median account's) epsilon, by PLD."""
-        ledger, promise = self.ledger, self.ledger.promise
-        accounts = [promise.releases(account, steps) for account, steps in enumerate(ledger.spent)]
-        # The order is the quick bound's, which costs less than a PLD for each; the dearest few are then computed.
-        ranked = sorted(set(accounts), key=lambda spent: epsilon_by_rdp(spent, promise.delta), reverse=True)
-        place = {spent: at for at, spent in enumerate(ranked)}
-        middle = ranked[median_low(place[spent] for spent in accounts)]
-        return max(epsilon(spent, promise.delta) for spent in ranked[:3]), epsilon(middle, promise.delta)
+    def _accounts(self) -> list[Releases]:
+        return [self.ledger.promise.releases(account, steps) for account, steps in enumerate(self.ledger.spent)]
+
+    def _dearest(self) -> tuple[Releases, float]:
+        """What the dearest account has released, and its epsilon."""
+        return dearest(self._accounts(), self.ledger.promise.delta)
+
+    def _median(self) -> float:
+        """The median account's epsilon. The order is a rough reckoning's: a PLD for each would take minutes."""
+        delta = self.ledger.promise.delta
+        return epsilon(
+            sorted(self._accounts(), key=lambda spent: rough(spent, delta))[len(self.ledger.spent) // 2], delta
+        )
 
     def in_words(self) -> str:
         """The promise in a line."""
@@ -82,11 +85,7 @@ class Guard:
     def summary(self) -> dict[str, Any]:
         """The promise and what became of it, for summary.json."""
         promise, void = self.ledger.promise, self.void()
-        worst, middle = self._by_rank()
-        dearest = max(
-            (promise.releases(account, steps) for account, steps in enumerate(self.ledger.spent)),
-            key=lambda spent: epsilon_by_rdp(spent, promise.delta),
-        )
+        most, worst = self._dearest()
         found: dict[str, Any] = {
             "unit": promise.unit,
             "adjacency": "add or remove one example of one client"
@@ -94,16 +93,16 @@ class Guard:
             else "add or remove one client with all its examples",
             "epsilon": None if void else worst,
             "epsilon_reason": void,
-            "epsilon_median": None if void else middle,
+            "epsilon_median": None if void else self._median(),
             "epsilon_budget": promise.target,
             "delta": promise.delta,
             "accountant": "dp-accounting, privacy loss distributions",
-            "epsilon_by_rdp": None if void else epsilon_by_rdp(dearest, promise.delta),
-            "epsilon_by_opacus_prv": None if void else epsilon_by_prv(dearest, promise.delta),
+            "epsilon_by_rdp": None if void else epsilon_by_rdp(most, promise.delta),
+            "epsilon_by_opacus_prv": None if void else epsilon_by_prv(most, promise.delta),
             "noise_multiplier": promise.sigma,
             "sampling": "Poisson",
-            "sampling_rate": dearest.rate,
-            "steps": dearest.steps,
+            "sampling_rate": most.rate,
+            "steps": most.steps,
             "noise": "ChaCha20, from the run's seed"
             if promise.reproducible
             else "ChaCha20, keys from the operating system",
@@ -217,6 +216,6 @@ class ClientGuard(Guard):
             found["simulation"] = {
                 "cohort": self._noise_cohort,
                 "population": population,
-                "epsilon": self._by_rank()[0],
+                "epsilon": self._dearest()[1],
             }
         return found
