@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.serverapp.strategy import Bulyan, QFedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.configuration import SimulationConfig
 from fedlotr.errors import InputError
 from fedlotr.flower.loop import draw_clients
+from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.strategy import Strategy
 from fedlotr.preparation import Checked
 from fedlotr.privacy.accounting import calibrate
@@ -146,11 +148,26 @@ def check_delta(checked: Checked) -> Iterator[str]:
 
 def unmet_privacy(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """Why a strategy cannot do with one noised mean, as one line."""
+    if config.privacy == "none":
+        return
+    for key in MINIMA:
+        if isinstance(least := config.strategy_arg.get(key), int) and least > 1:
+            yield (
+                f"--strategy-arg {key}={least} with --privacy {config.privacy}: a round goes on with whoever is there, "
+                "as clients spend their budgets or cohorts are drawn; leave it out"
+            )
+    if isinstance(strategy, QFedAvg):
+        yield (
+            f"--strategy {config.strategy} with --privacy {config.privacy}: it weighs clients by their training "
+            "losses, which privacy leaves untold; choose another, such as exact-average"
+        )
     if config.privacy_engine == "opacus" and (getattr(strategy, "controls", False) or getattr(strategy, "asks", {})):
         yield f"--privacy-engine opacus with --strategy {config.strategy}: Opacus trains plainly; leave the engine out"
     if config.privacy != "client":
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy} with --privacy client"
+    if isinstance(strategy, Bulyan):
+        yield f"{name}: it combines three updates or more, and is shown the noised mean alone; choose exact-average"
     if isinstance(strategy, Strategy) and (strategy.controls or strategy.merges([1, 1]) or not strategy.averages):
         yield (
             f"{name}: it needs more of every client than what the noised mean tells; choose one that averages, such as "

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flwr.serverapp.strategy
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
@@ -284,6 +285,67 @@ def test_fedavg_trains_a_single_client_where_its_own_minimum_is_two() -> None:
     state = start()
     one = load_strategy("flwr.serverapp.strategy:FedAvg", {}, 1)
     assert run_round(grid(), one, federation(sampled=1), state).metrics["clients"] == 1
+
+
+EVERY = [name for name in flwr.serverapp.strategy.__all__ if name.startswith(("Fed", "Krum", "Multi", "Bulyan"))]
+EVERY.remove("FedXgbBagging")  # it is for trees
+
+
+class Demanding(flwr.serverapp.strategy.FedYogi):
+    """A user's, who wants five clients."""
+
+    def __init__(self) -> None:
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=5, min_available_nodes=6, weighted_by_key="weight")
+
+
+class Around(flwr.serverapp.strategy.DifferentialPrivacyServerSideFixedClipping):
+    """Flower's wrapper of one that wants five."""
+
+    def __init__(self) -> None:
+        super().__init__(Demanding(), 0.0, 1.0, 5)
+
+
+@pytest.mark.parametrize("there", [1, 2, 4])
+@pytest.mark.parametrize("name", [*EVERY, "tests.test_rounds:Demanding", "tests.test_rounds:Around"])
+def test_flowers_strategies_go_on_with_whoever_is_there(
+    name: str, there: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def waits(_: float) -> None:
+        raise AssertionError("it waits for more clients")
+
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", waits)
+    strategy: Any = load_strategy(name if ":" in name else f"flwr.serverapp.strategy:{name}", {}, CLIENTS)
+    before = {key: vars(strategy).get(key) for key in ("min_train_nodes", "min_available_nodes")}
+    # Of six in the plan so many come, as where the others have spent their budget.
+    state = start()
+    done = run_round(grid(), strategy, federation(sampled=there), state)
+    assert done.metrics["clients"] == (1 if name == "FedXgbCyclic" else there)
+    assert {key: vars(strategy).get(key) for key in before} == before
+    told = "Bulyan combined nothing of a round's updates" in caplog.text
+    assert told == (name == "Bulyan" and there < 3) and bool(np.any(state.arrays["C"].numpy())) != told
+
+
+def test_a_strategy_that_waits_all_the_same_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waits(Strategy):
+        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            while len(grid.get_node_ids()) < 3:
+                clock[0] += 1.0
+            return []
+
+        def combine(self, updates: Any, server_round: int) -> Any:
+            raise AssertionError
+
+    clock = [0.0]
+    monkeypatch.setattr("fedlotr.flower.round_grid.time.monotonic", lambda: clock[0])
+    with pytest.raises(
+        StrategyError, match="Waits, configure_train, round 1, .*waits for more clients than this round"
+    ):
+        run_round(grid(), Waits(), federation(sampled=2), start())
+
+
+def test_more_clients_than_a_round_has_cannot_be_asked_for() -> None:
+    with pytest.raises(InputError, match="min_available_nodes=7: a round has 6 clients .*FedProx would wait"):
+        load_strategy("flwr.serverapp.strategy:FedProx", {"min_available_nodes": 7}, CLIENTS)
 
 
 def test_a_strategys_arguments_are_checked() -> None:

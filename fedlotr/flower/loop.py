@@ -31,6 +31,7 @@ from fedlotr.flower.fewest import fewest
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.moments import MOMENTS, add_moments, expected_moments, mean_moments
 from fedlotr.flower.norms import Norms, Watch, begun_with, bounded, look_at
+from fedlotr.flower.plugins import whoever_is_there
 from fedlotr.flower.ranks import Blocks
 from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.released import all_lost, released
@@ -192,7 +193,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     messages: list[Message] = []
     with blaming(strategy, number, federation.method, "configure_train"):
         if clients:  # Flower's strategies would wait for some
-            messages = list(strategy.configure_train(number, state.arrays, config, view))
+            with whoever_is_there(strategy, len(clients)):
+                messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
     kept = ClientStates(grid, clients)
     add_moments(messages, state.moments)
@@ -250,6 +252,11 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
         elif type(strategy).aggregate_train is not Strategy.aggregate_train:
             seen = list(map(_copy, good))  # some of Flower's strategies pop arrays out of the replies
         aggregated, metrics = strategy.aggregate_train(number, seen)
+        if aggregated is None and seen:
+            say(
+                f"{type(strategy).__name__} combined nothing of a round's updates, so the model stayed as it was: some "
+                "of Flower's strategies do that where they have too few"
+            )
         published = _published(aggregated, expected, norms.largest())
         start = to_arrays(state.arrays)
         try:

@@ -7,7 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ GROUP = "fedlotr.strategies"
 """Entry point group in which packages announce their strategies."""
 OURS = "fedlotr.strategies."
 """What the modules of those that come along begin with."""
+MINIMA = ("min_train_nodes", "min_available_nodes")
+"""Of clients: what Flower's strategies wait for until their grid shows as many."""
 
 
 def installed() -> dict[str, EntryPoint]:
@@ -45,15 +48,14 @@ def load_strategy(
     One whose constructor takes `clients` is told how many there are in the federation (default: those of a round).
 
     Flower's own strategies get what lets the loop sample and weigh for them: they train every client that their grid
-    shows, weigh by the record `weight`, and evaluate nothing. `arguments` win over that.
-    Raises InputError for a strategy that cannot be found or made.
+    shows, however few, weigh by the record `weight`, and evaluate nothing. `arguments` win over that.
+    Raises InputError for a strategy that cannot be found or made, or that would wait for more clients than a round has.
     """
     kind = _find(name)
     ours = {
         "fraction_train": 1.0,
         "fraction_evaluate": 0.0,
-        "min_train_nodes": clients_per_round,
-        "min_available_nodes": clients_per_round,
+        **dict.fromkeys(MINIMA, 1),
         "weighted_by_key": "weight",
         "seed": seed,
         "clients": clients if clients is not None else clients_per_round,
@@ -67,6 +69,13 @@ def load_strategy(
                 for key in unknown
             ]
         )
+    for key in MINIMA:
+        least = arguments.get(key, 1)
+        if key in ours.keys() & (parameters or ()) and isinstance(least, int) and least > clients_per_round:
+            raise InputError(
+                f"--strategy-arg {key}={least}: a round has {clients_per_round} clients (--sample), and {kind.__name__}"
+                f" would wait for more; give at most {clients_per_round}, or leave it out"
+            )
     accepted = {key: value for key, value in ours.items() if parameters is None or key in parameters}
     try:
         return kind(**{**accepted, **arguments})
@@ -75,6 +84,28 @@ def load_strategy(
             f"--strategy {name}: {kind.__name__} cannot be made: {_in_a_line(error)}; "
             "its arguments are given by --strategy-arg KEY=VALUE"
         ) from error
+
+
+@contextmanager
+def whoever_is_there(strategy: FlowerStrategy, clients: int) -> Iterator[None]:
+    """Let Flower's strategies, and those around or above one, ask for no more clients than a round has.
+
+    A round has fewer than the configuration says where some have spent their privacy, or where a cohort is drawn.
+    """
+    found: Any = strategy
+    changed: list[tuple[Any, str, int]] = []
+    while isinstance(found, FlowerStrategy) and not any(found is owner for owner, _, _ in changed):
+        for name in MINIMA:
+            least = vars(found).get(name)
+            if isinstance(least, int) and least > clients:
+                changed.append((found, name, least))
+                setattr(found, name, clients)
+        found = vars(found).get("strategy")  # as Flower's wrappers call what they wrap
+    try:
+        yield
+    finally:
+        for owner, name, least in changed:
+            setattr(owner, name, least)
 
 
 def _parameters(kind: type) -> set[str] | None:

@@ -1,5 +1,6 @@
 """A Grid that shows a strategy one round's clients alone, and writes what crosses it into the byte ledger."""
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,11 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlotr.communication.ledger import Direction, Entry, entry
+
+PATIENCE = 10
+"""How often a strategy may look again, each time after a pause, whether there are more clients."""
+PAUSE = 0.5
+"""Seconds between two looks from which on it is waiting: Flower's strategies sleep for one."""
 
 
 class RoundGrid(Grid):
@@ -18,6 +24,7 @@ class RoundGrid(Grid):
     def __init__(self, grid: Grid, server_round: int, nodes: Mapping[int, int]) -> None:
         self._grid, self._round, self.nodes = grid, server_round, dict(nodes)
         self.entries: list[Entry] = []
+        self._waited, self._looked = 0, time.monotonic()
 
     def set_run(self, run: Any) -> None:
         """Handed on."""
@@ -35,7 +42,12 @@ class RoundGrid(Grid):
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> list[int]:
-        """The nodes of this round's clients, in client order."""
+        """The nodes of this round's clients, in client order. Raises TimeoutError for who waits for others."""
+        now = time.monotonic()
+        self._waited = self._waited + 1 if now - self._looked >= PAUSE else 0
+        self._looked = now
+        if self._waited > PATIENCE:
+            raise TimeoutError("it waits for more clients than this round has, and there will be no others")
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
