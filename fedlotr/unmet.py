@@ -56,9 +56,8 @@ def unmet_clients(strategy: FlowerStrategy, config: SimulationConfig) -> Iterato
     if needed is None:
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    if config.privacy == "client" and not isinstance(strategy, Strategy):  # of ours, `promise` says it
-        yield f"{name} with --privacy client: it compares clients, and would see their noised mean alone"
-    elif config.privacy != "client" and config.clients_per_round < needed.clients:
+    # Of hidden clients a strategy sees one mean, however many come: `promise` refuses what cannot do with that.
+    if config.privacy != "client" and config.clients_per_round < needed.clients:
         yield (
             f"{name} with {config.clients_per_round} clients a round: it needs {needed.clients} ({needed.why}); give a "
             "larger --sample, other --strategy-arg, or another strategy"

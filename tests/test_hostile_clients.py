@@ -545,7 +545,7 @@ def test_hidden_clients_are_not_named_and_what_is_spent_stays_spent(
         (f"--strategy {FLOWER}Bulyan --strategy-arg num_malicious_nodes=1", "it needs 7 (Bulyan"),
         (f"--strategy {FLOWER}FedMedian --client-rank 4,2", "with --client-rank: what a client of a lower rank lacks"),
         ("--strategy krum --privacy client --epsilon 8 --clip-norm 1", "needs more of every client"),
-        (f"--strategy {FLOWER}Krum --privacy client --epsilon 8 --clip-norm 1", "would see their noised mean alone"),
+        (f"--strategy {FLOWER}Bulyan --privacy client --epsilon 8 --clip-norm 1", "is shown the noised mean alone"),
         ("--strategy trimmed-mean --strategy-arg beta=0", "expected a share above 0"),
         ("--resume-round 2", "--resume-round 2 with --resume false"),
         ("--on-large-update refuse", "with --max-update-norm none: no update is too large without a bound"),
@@ -557,6 +557,16 @@ def test_what_cannot_hold_is_refused_before_the_run(
 ) -> None:
     assert main([*flags(hostile), *options.split(), "--out", str(tmp_path / "run")]) == 2
     assert problem in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["Krum", "FedTrimmedAvg"])
+def test_a_rule_that_compares_clients_says_that_it_sees_one_mean_where_they_are_hidden(
+    name: str, hostile: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {**hostile, "rounds": 2, "privacy": "client", "noise_multiplier": 1, "clip_norm": 1, "sample": 0.3}
+    assert main([*flags(given), "--strategy", FLOWER + name, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    (said,) = read_run(tmp_path / "run")[0]["warnings"]
+    assert said.startswith(f"{name} compares clients, and where they are hidden it sees their noised mean alone")
 
 
 def test_an_older_run_goes_on(hostile: dict[str, Any], tmp_path: Path) -> None:

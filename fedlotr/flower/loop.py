@@ -244,6 +244,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     if federation.watched and not central:
         look_at(watch, number, good, view.nodes, norms)
         _tell_of_few(watch, number, strategy, good, messages)
+    if central:
+        _tell_of_one(watch, strategy)
     unfit = not_finite(strategy)
     with blaming(strategy, number, federation.method, "aggregate_train"):
         seen = good
@@ -394,6 +396,15 @@ def _tell_of_few(
         say(text)
     else:
         log.warning("%s", text)
+
+
+def _tell_of_one(watch: Watch, strategy: FlowerStrategy) -> None:
+    """Say where a strategy that compares clients is shown one noised mean of them all."""
+    if fewest(strategy) is not None and watch.once("one"):
+        say(
+            f"{type(strategy).__name__} compares clients, and where they are hidden it sees their noised mean alone: "
+            "what it publishes is that mean, and --clip-norm is all that bounds a client"
+        )
 
 
 def _certified(strategy: FlowerStrategy, published: Arrays) -> Arrays:
