@@ -19,6 +19,10 @@ SHARED_MEMORY = Path("/dev/shm")
 HUB = "https://huggingface.co"
 HUB_SECONDS = 3.0
 """How long the model hub may take to answer, the look-up of its name included."""
+NOTICEABLE_SECONDS = 1.0
+"""A shorter wait is not worth a word."""
+MANY_TIMES = 3.0
+"""Seconds to a second of computing, from which on the machine is busy with other things."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -74,6 +78,24 @@ def cores(root: Path = Path("/")) -> Cores:
         if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
             quotas.append(int(words[0]) / int(words[1]))
     return Cores(present, allowed, min(quotas, default=None))
+
+
+def load() -> float | None:
+    """How many processes wanted a core in the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def niceness() -> int:
+    """Of this process: 0 has its share of the cores, 19 what others leave; 0 where there is no such thing."""
+    return os.nice(0) if hasattr(os, "nice") else 0
+
+
+def kept_waiting(seconds: float, computed: float) -> bool:
+    """Whether a process that had work for so many seconds, and computed in so few of them, was kept from the cores."""
+    return seconds >= NOTICEABLE_SECONDS and seconds >= MANY_TIMES * computed
 
 
 def memory(root: Path = Path("/")) -> Memory:

@@ -8,9 +8,13 @@ CLIENT_APP = "fedlotr.flower.client_app:app"
 
 def workers_of(config: SimulationConfig) -> int:
     """On Ray: one for each core that this process may use, unless the configuration says how many."""
-    return config.workers or cores().allowed
+    return config.workers or cores().usable
 
 
 def threads_of(config: SimulationConfig) -> int:
-    """Of a process that trains: all cores for the local engine, which has only one, unless the configuration says."""
-    return config.threads or (cores().allowed if config.engine == "local" else 1)
+    """Of a process that trains: all cores for the local engine, which has only one, unless the configuration says.
+
+    All that this process may use, by affinity and its control group's quota, and never by how busy they are: the number
+    of threads decides the last bits of every result.
+    """
+    return config.threads or (cores().usable if config.engine == "local" else 1)

@@ -31,6 +31,7 @@ from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.scoring import evaluate
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.handover import OwnBase, write_adapter
+from fedlotr.machine import kept_waiting
 from fedlotr.preparation import Prepared
 from fedlotr.privacy.guard import Guard
 from fedlotr.reporting.console import Console
@@ -81,6 +82,7 @@ class Rounds:
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
+        self.busy = False
         self.initial: dict[str, float | None] = {}
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
         self.federation, self.guard = federation(config, prepared, guard), guard
@@ -146,7 +148,9 @@ class Rounds:
         """The rounds that are left, then adapter and summary; returns that."""
         config = self.config
         while state.round < config.rounds and can_pay(self.federation, state.round + 1):
+            began, computed = time.monotonic(), time.process_time()
             done = run_round(self.grid, strategy, self.federation, state)
+            self._look_at_the_clock(state.round, time.monotonic() - began, time.process_time() - computed)
             if config.baseline is not None:
                 done = without_wire(done)
             done.metrics.update(self._simulated(done))
@@ -186,6 +190,22 @@ class Rounds:
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
+
+    def _look_at_the_clock(self, number: int, seconds: float, computed: float) -> None:
+        """Say once that others use the cores, where this process does all the work and is kept from it."""
+        if self.config.engine != "local" or self.busy or not kept_waiting(seconds, computed):
+            return
+        self.busy = True
+        threads = self.config.threads or 1
+        said = f"round {number} took {seconds:.1f} s, of which this process computed for {computed:.1f}: "
+        if threads == 1:
+            say(f"{said}the machine is busy with other work")
+        else:
+            say(
+                f"{said}the machine is busy with other work, and {threads} threads wait for the slowest at each "
+                "step; a new run with --threads 1 would wait for none (a run that is resumed keeps its threads, since "
+                "their number decides the bits)"
+            )
 
     def _simulated(self, done: Round) -> dict[str, Any]:
         """How long a round's messages would take on the clients' links: reckoned, and never mixed with what was
