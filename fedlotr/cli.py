@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fedlotr import __version__, compare, cost, doctor, grid, listing, report, simulate
+from fedlotr.door import through
 from fedlotr.errors import nearest
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -21,6 +22,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, 2 for an unknown command."""
     words = sys.argv[1:] if argv is None else list(argv)
+    return through(lambda: _command(words))
+
+
+def _command(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else 2

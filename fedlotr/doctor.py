@@ -10,11 +10,12 @@ import rich.console
 
 from fedlotr import __version__, machine
 from fedlotr.configuration import ConfigurationError, SimulationConfig, load, options
-from fedlotr.errors import InputError, shorten
+from fedlotr.door import BAD_INPUT, through
+from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.preflight import standing_folder
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table
-from fedlotr.simulate import BAD_INPUT, DONE, INTERRUPTED
+from fedlotr.simulate import DONE
 
 LITTLE_DISK = 10**9
 """Bytes of free space below which a warning is due: logs and libraries' caches need some too."""
@@ -45,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "-h" in words or "--help" in words:
         print(HELP, options().format_help().split("\n\n", 2)[2], sep="\n", end="")
         return DONE
-    try:
-        return _report(words)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return through(lambda: _report(words))
 
 
 def _report(words: Sequence[str]) -> int:
@@ -118,13 +116,11 @@ def _hardware(config: SimulationConfig) -> Iterator[Finding]:
     text = f"{cores.allowed} of {cores.present} for this process"
     if cores.quota is not None and cores.quota < cores.allowed:
         yield Finding(
-            "cores",
-            "warning",
-            f"{text}, but its control group grants the time of {cores.quota:g}",
-            f"give --workers {cores.usable}",
+            "cores", "ok", f"{text}, and its control group grants the time of {cores.quota:g}: {cores.usable} used"
         )
     else:
         yield Finding("cores", "ok", text)
+    yield from _others(cores.usable)
     parts = [
         f"{readable_bytes(size)} {what}"
         for size, what in ((memory.total, "in all"), (memory.available, "available"), (memory.limit, "at most (limit)"))
@@ -147,6 +143,20 @@ def _hardware(config: SimulationConfig) -> Iterator[Finding]:
     )
 
 
+def _others(usable: int) -> Iterator[Finding]:
+    """How busy the machine is."""
+    load = machine.load()
+    if load is not None and load > usable:
+        yield Finding(
+            "load",
+            "warning",
+            f"{load:.1f} on {usable} core{'s' if usable > 1 else ''}: other work is going on, and a run will be slow",
+            "wait for its end; --threads 1 suffers least with --engine local",
+        )
+    elif load is not None:
+        yield Finding("load", "ok", f"{load:.1f} on {usable} core{'s' if usable > 1 else ''}")
+
+
 def _software(config: SimulationConfig) -> Iterator[Finding]:
     found = machine.packages()
     if found is None:
@@ -166,11 +176,17 @@ def _software(config: SimulationConfig) -> Iterator[Finding]:
         yield Finding("packages", "ok", f"fedlotr {__version__}, {', '.join(fitting)}")
     needed: Literal["problem", "warning"] = "problem" if config.engine == "ray" else "warning"
     try:
-        from fedlotr.engines.ray import OBJECT_STORE_BYTES, ray
+        from fedlotr.engines.own_ray import OBJECT_STORE_BYTES, new_folder, ray, worker_niceness
     except Exception as error:
         yield Finding(
             "Ray", needed, f"cannot be imported ({type(error).__name__}: {error})", "install it, or give --engine local"
         )
+        return
+    yield _niceness(worker_niceness())
+    try:
+        new_folder().rmdir()
+    except FedlotrError as error:
+        yield Finding("Ray", needed, *str(error).split(": ", 1))
         return
     shared = standing_folder(machine.SHARED_MEMORY)
     free = machine.free_bytes(shared) if shared == machine.SHARED_MEMORY else None
@@ -186,6 +202,16 @@ def _software(config: SimulationConfig) -> Iterator[Finding]:
     else:
         room = "" if free is None else f", {readable_bytes(free)} in {shared}"
         yield Finding("Ray", "ok", f"{ray.__version__}, connects over 127.0.0.1{room}")
+
+
+def _niceness(added: int) -> Finding:
+    """How much this process, and workers with what Ray adds, insist on their share of the cores."""
+    own = machine.niceness()
+    text = f"{own + added} of workers, {own} of this process"
+    if own + added > 0:
+        advice = "start the command without nice, and Ray without RAY_worker_niceness"
+        return Finding("niceness", "warning", f"{text}: other work comes first", advice)
+    return Finding("niceness", "ok", text)
 
 
 def _network() -> Iterator[Finding]:
@@ -320,12 +346,10 @@ def _print(findings: Sequence[Finding], problems: Sequence[str]) -> None:
     console = rich.console.Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     verdict = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "a run would start"
     if not console.is_terminal:
-        # One line a finding, for a file or a pipe; a name in an odd encoding must not end the report.
+        # One line a finding, for a file or a pipe.
         for finding in findings:
             line = " -> ".join(filter(None, [finding.text, finding.advice]))
-            text = f"{finding.status:8} {finding.name:14} {line}"
-            encoding = sys.stdout.encoding or "utf-8"
-            print(text.encode(encoding, "replace").decode(encoding))
+            print(f"{finding.status:8} {finding.name:14} {line}")
         print(verdict)
         return
     rows = [[f.status, f.name, "\n-> ".join(filter(None, [f.text, f.advice]))] for f in findings]

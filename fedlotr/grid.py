@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, TextIO
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedlotr.door import BAD_INPUT, FAILED, through
+from fedlotr.endings import exit_code, heeded, in_words
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import write_atomically
 from fedlotr.reporting.console import METRICS
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import Line, as_csv, as_markdown, cells, failures, spending
-from fedlotr.simulate import BAD_INPUT, DONE, FAILED, INTERRUPTED
+from fedlotr.simulate import DONE
 
 if TYPE_CHECKING:
     from fedlotr.grid_file import Grid, Run
@@ -29,11 +31,16 @@ GRID.yaml has base (options of every run), axes (a list of values per option: ea
 of option sets; each meets each combination of the axes, and what it says wins) and seeds. All of it is checked before
 the first run starts. Given again, the command goes on: a finished run is not run again, one that was interrupted is
 resumed, one that failed is tried again, new rows are added, and another configuration of a run that is there is
-refused. Exit code: 0 where all runs are finished, 1 where some failed, 2 for mistakes, 130 when interrupted."""
+refused. Exit code: 0 where all runs are finished, 1 where some failed, 2 for mistakes, 130 when interrupted,
+143 and 129 when ended by SIGTERM and SIGHUP."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a grid; everything for people goes to standard error, the closing table to standard output."""
+    return through(lambda: _grid(argv))
+
+
+def _grid(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="fedlotr grid", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with what is in {out}", file=sys.stderr)
-        return INTERRUPTED
+        number = heeded()
+        print(f"{in_words(number)}; the same command goes on with what is in {out}", file=sys.stderr)
+        return exit_code(number)
 
 
 def _run(file: Path, out: Path, *, in_process: bool, quiet: bool) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlotr.configuration import ConfigurationError, SimulationConfig, load, options
+from fedlotr.door import BAD_INPUT, FAILED, NO_MEMORY, lacks_memory, through
+from fedlotr.endings import exit_code, heeded, in_words, told
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.garbage import loading_for_good
 from fedlotr.processes import CLIENT_APP, threads_of, workers_of
@@ -17,16 +19,21 @@ from fedlotr.reporting.console import Console
 if TYPE_CHECKING:
     from fedlotr.engines.head_start import HeadStart
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes."""
+DONE = 0
+"""The exit code; others are FAILED and BAD_INPUT, and those of `fedlotr.endings`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one simulation; everything for people goes to standard error, `--json`'s object to standard output.
 
-    Returns the exit code: 0 done, 1 failed while running, 2 bad configuration or input, 130 interrupted.
+    Returns the exit code: 0 done, 1 failed while running, 2 bad configuration or input, 130 interrupted, 143 and 129
+    ended by SIGTERM and SIGHUP.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    return through(lambda: _simulate(words))
+
+
+def _simulate(words: Sequence[str]) -> int:
     if "-h" in words or "--help" in words:
         print(options().format_help(), end="")
         return DONE
@@ -43,15 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from fedlotr.simulation import run_simulation
 
             result = run_simulation(config, console=console, head_start=head_start)
-        except InputError as error:
+        except (Exception, KeyboardInterrupt) as error:
             console.close()
-            return _refuse(error)
-        except KeyboardInterrupt:
-            console.close()
-            print(_interruption(console.finished_rounds, console.run_dir), file=sys.stderr)
-            return INTERRUPTED
-        except Exception as error:
-            console.close()
+            if told() is not None or isinstance(error, KeyboardInterrupt):  # a library may have made another of it
+                number = heeded()
+                print(f"{in_words(number)}{_finished(console.finished_rounds, console.run_dir)}", file=sys.stderr)
+                return exit_code(number)
+            if isinstance(error, InputError):
+                return _refuse(error)
             _explain(error, console.run_dir)
             return FAILED
     if config.json_output:
@@ -94,23 +100,26 @@ def _refuse_further(known: ConfigurationError) -> int:
     return BAD_INPUT
 
 
-def _interruption(finished: int, run_dir: Path | None) -> str:
+def _finished(finished: int, run_dir: Path | None) -> str:
     if finished == 0 or run_dir is None:
-        return "interrupted before the first round was finished"
+        return " before the first round was finished"
     rounds = "round 1 is" if finished == 1 else f"rounds 1 to {finished} are"
-    return f"interrupted; {rounds} in {run_dir}"
+    return f"; {rounds} in {run_dir}; --resume goes on"
 
 
 def _explain(error: Exception, run_dir: Path | None) -> None:
     """One clear line; the traceback goes to the run's log, or after the line where there is no run yet."""
-    kind = "" if isinstance(error, FedlotrError) else f"{type(error).__name__}: "
+    known = isinstance(error, FedlotrError)
+    said = str(error) if known else f"{type(error).__name__}: {error}"
+    if not known and lacks_memory(error):
+        known, said = True, NO_MEMORY
     story = "".join(traceback.format_exception(error))
     log = run_dir / "log.txt" if run_dir is not None else None
     if log is not None and _append(log, story):
-        print(f"error: {kind}{error} (the whole story: {log})", file=sys.stderr)
+        print(f"error: {said} (the whole story: {log})", file=sys.stderr)
     else:
-        print(f"error: {kind}{error}", file=sys.stderr)
-        if not isinstance(error, FedlotrError):
+        print(f"error: {said}", file=sys.stderr)
+        if not known:
             print(story, end="", file=sys.stderr)
 
 

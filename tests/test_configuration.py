@@ -471,9 +471,9 @@ def test_an_interrupted_run_ends_with_130_and_says_what_is_saved(
         return simulation
 
     assert run(interrupted_after(2), "--quiet") == 130
-    assert capsys.readouterr().err == f"interrupted; rounds 1 to 2 are in {tmp_path}\n"
+    assert capsys.readouterr().err == f"interrupted; rounds 1 to 2 are in {tmp_path}; --resume goes on\n"
     assert run(interrupted_after(5, finished_before=5), "--quiet") == 130
-    assert capsys.readouterr().err == f"interrupted; rounds 1 to 5 are in {tmp_path}\n"
+    assert capsys.readouterr().err == f"interrupted; rounds 1 to 5 are in {tmp_path}; --resume goes on\n"
     assert run(interrupted_after(0), "--quiet") == 130
     assert capsys.readouterr().err == "interrupted before the first round was finished\n"
 

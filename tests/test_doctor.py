@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from fedlotr import cli, doctor, machine, simulate
+from fedlotr import SimulationConfig, cli, doctor, machine, processes, simulate
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication import read_ledger
 from tests.support import read_run
@@ -123,9 +123,9 @@ def test_a_machine_that_cannot_hold_the_run_is_a_problem_and_a_tight_one_a_warni
     monkeypatch.setattr(machine, "cores", lambda: machine.Cores(8, 8, 1.5))
     code, report, errors = examined([*words, "--threads", "2"], capsys)
     assert (code, errors) == (0, "")
-    names = ("memory needed", "disk", "cores", "processes")
-    assert [finding(report, name)["status"] for name in names] == ["warning"] * 4
-    assert finding(report, "cores")["advice"] == "give --workers 1"
+    names = ("memory needed", "disk", "processes")
+    assert [finding(report, name)["status"] for name in names] == ["warning"] * 3
+    assert finding(report, "cores")["text"].endswith("grants the time of 1.5: 1 used")
 
 
 def test_packages_are_held_against_the_ranges_that_were_tested(
@@ -207,3 +207,44 @@ def test_the_hub_is_asked_within_bounds_and_never_fatal(
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
     code, report, _ = examined(words, capsys)
     assert (code, finding(report, "model hub")["status"]) == (0, "warning")
+
+
+@pytest.mark.parametrize(
+    ("load", "own", "added", "statuses"),
+    [(0.5, 0, None, ("ok", "ok")), (7.25, 0, None, ("warning", "ok")), (0.5, 3, "4", ("ok", "warning"))],
+)
+def test_other_work_and_the_niceness_of_workers_are_told(
+    load: float,
+    own: int,
+    added: str | None,
+    statuses: tuple[str, str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: machine.Cores(8, 4, None))
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(machine.os, "nice", lambda _: own)
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    if added is not None:
+        monkeypatch.setenv("RAY_worker_niceness", added)
+    code, report, _ = examined(words, capsys)
+    found = finding(report, "load"), finding(report, "niceness")
+    assert (code, tuple(line["status"] for line in found)) == (0, statuses)
+    assert found[0]["text"].startswith(f"{load:.1f} on 4 cores")
+    assert found[1]["text"].startswith(f"{own + int(added or 0)} of workers, {own} of this process")
+
+
+@pytest.mark.parametrize(
+    ("quota", "engine", "expected"), [(None, "local", 6), (2.5, "local", 2), (0.2, "local", 1), (2.5, "ray", 1)]
+)
+def test_threads_are_what_the_process_may_use_and_never_follow_the_load(
+    quota: float | None, engine: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: machine.Cores(64, 6, quota))
+    found = []
+    for load in (0.0, 500.0):
+        monkeypatch.setattr(machine.os, "getloadavg", lambda load=load: (load,) * 3)
+        found.append(processes.threads_of(SimulationConfig(engine=engine)))
+    assert found == [expected] * 2
+    assert processes.workers_of(SimulationConfig(engine="ray")) == (6 if quota is None else max(1, int(quota)))

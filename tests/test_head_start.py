@@ -67,7 +67,7 @@ def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     _, err = process.communicate(timeout=60)
-    assert process.returncode == simulate.INTERRUPTED, err
+    assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted before the first round was finished"
     assert ray_processes(tmp_path) == []
 
@@ -80,12 +80,13 @@ def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
         cwd=tmp_path,
         start_new_session=True,
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not list(tmp_path.glob("run/.work/*/train.safetensors")) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(60) == signal.SIGTERM, process.stderr.read() if process.stderr else ""
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err
     assert not (tmp_path / "run" / ".work").exists(), "it holds the clients' examples"
     assert ray_processes(tmp_path) == []
 
@@ -93,7 +94,7 @@ def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "line"),
     [
-        (KeyboardInterrupt(), simulate.INTERRUPTED, "interrupted before the first round was finished"),
+        (KeyboardInterrupt(), 130, "interrupted before the first round was finished"),
         (ImportError("no ray"), simulate.FAILED, "error: ImportError: no ray"),
     ],
     ids=["ctrl-c", "no Ray"],

@@ -10,8 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    ("errors", "files", "formulas", "garbage", "hub", "own", "said", "streams", "wire_form", "adapters.methods"),
-    ("machine", "preflight"),
+    (
+        "endings",
+        "errors",
+        "files",
+        "formulas",
+        "garbage",
+        "hub",
+        "own",
+        "said",
+        "streams",
+        "wire_form",
+        "adapters.methods",
+    ),
+    ("door", "machine", "preflight", "world"),
     ("yaml_file",),
     ("command_line", "values"),
     ("configuration", "conflicts"),

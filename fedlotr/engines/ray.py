@@ -1,89 +1,33 @@
 """RayGrid: clients in worker processes that load the app once, are replaced when they die, and end with the run."""
 
-import contextlib
-import logging
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Message, UserConfig
 
+from fedlotr.endings import held_back
 from fedlotr.engines.base import CohortRule, Engine, Job, failure, log, thread_environment
 from fedlotr.engines.broadcast import Broadcast
-from fedlotr.errors import FedlotrError, InputError
+from fedlotr.engines.own_ray import OwnRay, end_worker, ray, start_ray
+from fedlotr.errors import FedlotrError
 from fedlotr.flower.private import CLIENT_CRASHED, CLIENT_RAISED
-
-# Ray reads these as it is imported; a user's own choice wins. The first keeps every port on the loopback interface ("1"
-# where several machines form a cluster). The last lets workers see the devices that the driver sees.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 if TYPE_CHECKING:
     from fedlotr.engines.head_start import HeadStart
 
-import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
-
-OBJECT_STORE_BYTES = 256 * 2**20  # holds the jobs in flight and their replies; what is larger goes to disk
 POLL_SECONDS = 0.1
 COMPILED_PRODUCTS = "4096"  # that torch's CPU library keeps, one for each shape; it would keep 1,024
 DEATHS_OF_A_SUSPECT = 2  # a worker may die by chance; a job over which two died is to blame
 FALSE_STARTS = 3  # for each worker, in a row, until the fault is taken to be lasting
-DEATH = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
-
-
-def start_ray(workers: int, address: str | None = None) -> bool:
-    """Start Ray on this machine with room for so many workers, or join the cluster at an address.
-
-    False where this process is in one already. Raises InputError where no cluster answers.
-    """
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    start: dict[str, Any] = {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
-    start = {**start, "include_dashboard": False} if address is None else {"address": address}
-    try:
-        with interrupts_held_back():
-            ray.init(**start, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
-        ray.shutdown()
-        if address is None:
-            raise
-        first = str(error).partition("\n")[0]
-        raise InputError(f"--ray-address {address}: no Ray cluster can be joined there ({first})") from error
-    except BaseException:
-        ray.shutdown()
-        raise
-    # Ray prints the death of a worker to stdout, and has no public switch; ours is a line in the log.
-    ray._private.worker._worker_logs_enabled = False
-    return True
-
-
-@contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block: a Ray interrupted as it starts or stops leaves processes behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread, and only there can their handler be changed
-        return
-    pressed: list[int] = []
-
-    def hold_back(number: int, _: object) -> None:
-        pressed.append(number)
-        log.warning("interrupted: ending as soon as Ray has started or stopped")
-
-    before = signal.signal(signal.SIGINT, hold_back)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            signal.raise_signal(signal.SIGINT)
+DEATH = (
+    *(ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError),
+    *(ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError),
+)
 
 
 def worker_class(client_app: str, threads: int, workers_per_gpu: int | None = None) -> Any:
@@ -171,9 +115,15 @@ class RayGrid(Engine):
         self._busy: dict[Any, tuple[Any, Job | None]] = {}  # by the reference of the result; no job: it is starting
         self.broadcast = Broadcast(ray.put)
         self._false_starts = 0
-        begun = [] if head_start is None else head_start.hand_over()
-        self._owns_ray = bool(begun) or start_ray(workers, address)
+        self._ray: OwnRay | None = None
+        self._owns_ray = False
+        begun: list[tuple[Any, Any]] = []
         try:
+            if head_start is not None:
+                self._ray, begun = head_start.hand_over()
+            if self._ray is None:
+                self._ray = start_ray(workers, address)
+                self._owns_ray = self._ray is not None
             found = ray.cluster_resources()  # type: ignore[no-untyped-call]
             if (cpus := found.get("CPU", 0)) < workers:
                 raise FedlotrError(f"Ray runs with {cpus:g} CPUs and {workers} workers need one each: lower --workers")
@@ -197,16 +147,17 @@ class RayGrid(Engine):
 
     def close(self) -> None:
         """Drop what is queued, end the workers, and Ray if it was started here."""
-        with interrupts_held_back():
+        with held_back():
             self._queue.clear()
             self.broadcast.clear()
             actors = [*self._idle, *(actor for actor, _ in self._busy.values())]
             self._idle, self._busy = [], {}
-            for actor in actors:
-                end_worker(actor)
-            if self._owns_ray:
-                self._owns_ray = False
-                ray.shutdown()
+            if self._ray is None or self._ray.lives():  # else it would be looked for, for a minute
+                for actor in actors:
+                    end_worker(actor)
+            if self._ray is not None and self._owns_ray:
+                own, self._ray = self._ray, None
+                own.stop()
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """As `Engine.push_messages`; idle workers have their jobs when it returns."""
@@ -229,6 +180,8 @@ class RayGrid(Engine):
     def _advance(self) -> None:
         if not self._busy and not self._idle:
             raise FedlotrError("there are no workers: the grid is closed, or none could start")
+        if self._ray is not None:
+            self._ray.check()
         self._dispatch()
         done, _ = ray.wait(list(self._busy), timeout=POLL_SECONDS) if self._busy else ([], [])
         for reference in done:
@@ -245,7 +198,7 @@ class RayGrid(Engine):
             self._bury(actor, job, death)
             return
         except Exception as error:  # the worker lives, and what clients raise becomes a reply: the app is at fault
-            cause = error.cause if isinstance(error, RayTaskError) else error
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
             if job is None:  # its reference stays, so that every pull says so: without the app there is nothing to do
                 raise FedlotrError(f"a worker cannot load the client app: {cause}") from error
             self.broadcast.forget(actor)  # it may have raised before it had taken what it was handed
@@ -293,9 +246,3 @@ class RayGrid(Engine):
             if job is not None and not self._is_expected(job):
                 del self._busy[reference]
                 self._replace(actor, f"{job} took too long")
-
-
-def end_worker(actor: Any) -> None:
-    """End an actor, whatever it does."""
-    with contextlib.suppress(Exception):  # it may be dead already, or Ray gone
-        ray.kill(actor)
