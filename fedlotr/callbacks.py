@@ -12,6 +12,7 @@ from typing import Any
 
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.loop import Round
+from fedlotr.world import callers_generators
 
 
 class CallbackError(FedlotrError):
@@ -94,7 +95,8 @@ class Audience:
     def _tell(self, method: str, server_round: int, call: Callable[[Callbacks], None]) -> None:
         for callback in self.callbacks:
             try:
-                call(callback)
+                with callers_generators():
+                    call(callback)
             except Exception as error:
                 where = f"callback {type(callback).__name__}.{method}, round {server_round}"
                 raise CallbackError(f"{where}: {type(error).__name__}: {error}") from error

@@ -24,6 +24,7 @@ from fedlotr.communication.links import read_links
 from fedlotr.configuration import SimulationConfig, dump_yaml, preflight_paths
 from fedlotr.data import OwnData, OwnTask, Source
 from fedlotr.devices import device_of, device_problems, gpus, workers_on
+from fedlotr.endings import held_back
 from fedlotr.engines import CohortRule, LocalGrid
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
@@ -47,6 +48,7 @@ from fedlotr.summary import facts
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.precision import measured_dtype, repeatable
 from fedlotr.unmet import feedback, unmet_clients, unmet_codec, unmet_controls, unmet_updates
+from fedlotr.world import leaving_no_trace
 
 if TYPE_CHECKING:
     from fedlotr.engines.head_start import HeadStart
@@ -92,6 +94,7 @@ EngineMaker = Callable[[SimulationConfig, Path], AbstractContextManager[Engine |
 """From the resolved configuration and the workplace's folder to an engine, closed at the end of the run."""
 
 
+@leaving_no_trace
 def run_simulation(
     config: SimulationConfig,
     *,
@@ -120,7 +123,8 @@ def run_simulation(
     head_start: workers that are starting already, for an engine of ours.
 
     Raises InputError for a bad configuration or input, before anything heavy starts; FedlotrError where the run
-    cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt.
+    cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt, which SIGTERM and SIGHUP raise too.
+    Generators, environment, handlers and what else a process has are afterwards as they were (`fedlotr.world`).
     """
     with console or Console(quiet=quiet or config.quiet) as display, _place_for(model) as place:
         started = time.monotonic()
@@ -139,7 +143,7 @@ def run_simulation(
             stack.enter_context(log_to(directory.log))
             heard = stack.enter_context(hearing(display.warn))
             directory.remove_work()  # what a run that was killed has left
-            stack.callback(directory.remove_work)
+            stack.callback(held_back()(directory.remove_work))
             checkpoint = None
             if config.resume:
                 checkpoint = continue_from(directory, config, checked.contents)
@@ -212,6 +216,7 @@ def problems_at_the_door(
     return problems
 
 
+@leaving_no_trace
 def check_all(
     config: SimulationConfig,
     wrong: Collection[str] = (),

@@ -6,7 +6,6 @@ strategy aggregate, certifies the result, casts it to the wire's numbers, and ha
 
 import copy
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +44,7 @@ from fedlotr.said import say
 from fedlotr.streams import generator, stream_key
 from fedlotr.training.results import Results
 from fedlotr.wire_form import UNCODED, Coding
+from fedlotr.world import own_streams
 
 log = logging.getLogger("fedlotr")
 
@@ -180,14 +180,17 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 
     Raises TooManyFailuresError or StrategyError, and then leaves `state` as it was.
     """
-    started = time.monotonic()
     number = state.round + 1
+    # Flower's strategies draw from the global generators: seeded per round, a resumed run draws the same.
+    with own_streams(stream_key(federation.seed, "strategy", number)):
+        return _run_round(grid, strategy, federation, state, number)
+
+
+def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State, number: int) -> Round:
+    started = time.monotonic()
     clients, guard = _cohort(federation, number), federation.guard
     nodes = nodes_by_client(grid)
     view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
-    # Flower's strategies draw from the global generator: seeded per round, a resumed run draws the same.
-    random.seed(stream_key(federation.seed, "strategy", number))
-    np.random.seed(stream_key(federation.seed, "strategy", number) % 2**32)
 
     config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
     messages: list[Message] = []
