@@ -87,6 +87,7 @@ def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[s
     """What a run checks before it starts: the checked configuration, resolved, or None; and what is wrong."""
     if wrong >= {"data", "model", "strategy_arg"}:
         return None, []
+    from fedlotr.promise import paid_before, promise_of
     from fedlotr.resumption import continue_from
     from fedlotr.run_directory import RunDirectory
     from fedlotr.simulation import check_all, problems_at_the_door, resolve
@@ -96,8 +97,14 @@ def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[s
     try:
         resolved = config if wrong else resolve(config)
         checked, _ = check_all(resolved, wrong)
+        ledger = None
         if config.resume and config.out is not None:
-            continue_from(RunDirectory(config.out), resolved, checked.contents)
+            found = continue_from(RunDirectory(config.out), resolved, checked.contents)
+            if config.privacy != "none":
+                mark = None if found is None else found.extra.get("privacy")
+                ledger = paid_before(checked, config.out, mark)
+        if ledger is None and config.privacy != "none":
+            promise_of(checked, lambda _: None)
         return checked, []
     except InputError as error:
         return None, error.problems

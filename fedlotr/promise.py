@@ -1,7 +1,10 @@
 """What a configuration promises of privacy: its noise, reckoned once from the whole plan, and who keeps to it."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from fedlotr.preparation import Checked
 from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard
-from fedlotr.privacy.ledger import NAME, Ledger, Promise
+from fedlotr.privacy.ledger import BRING_BACK, KEY, NAME, Ledger, Promise
 from fedlotr.public_rows import scored_on
 
 log = logging.getLogger("fedlotr")
@@ -31,6 +34,14 @@ PRIVATE_BASIS = "svd"
 """In place of a method's `update` basis where there are no public data to take that gradient from."""
 DELTA_SHARE = 0.1
 """Of 1/n, where --delta does not say."""
+
+SETTINGS = (
+    *("rounds", "clients", "seed", "batch_size", "local_epochs", "local_steps", "clip_norm", "clip_quantile"),
+    *("noise_cohort", "weights", "privacy_engine"),
+)
+"""Of the configuration: what a promise rests on besides its plan and the data; more rounds may be asked for later."""
+TRACES = ("facts.json", "metrics.jsonl", "ledger", "checkpoints")
+"""What a run leaves in its folder after the ledger was begun."""
 
 SEES = {
     "example": "every message of every client: the server too; not its raw data, nor what only this run's directory "
@@ -54,17 +65,21 @@ REMOVED = {
 """What the removal of one unit changes."""
 
 
-def guard_of(checked: Checked, folder: Path) -> Guard | None:
+def guard_of(
+    checked: Checked, folder: Path, mark: Mapping[str, Any] | None, tell: Callable[[str], None]
+) -> Guard | None:
     """The guard of a run in a folder, with a ledger that is new or goes on; None where no privacy was promised.
 
-    Raises InputError for a budget that no noise can keep, and a ledger that cannot be read.
+    mark: what the checkpoint that a run goes on with knows of the ledger. tell: called before what takes a while.
+    Raises InputError for a budget that no noise can keep, and as `paid_before`.
     """
     config = checked.config
     if config.privacy == "none":
         return None
-    ledger = Ledger.open(folder / NAME) if config.resume else None
+    ledger = paid_before(checked, folder, mark) if config.resume else None
     if ledger is None:
-        ledger = Ledger.begin(folder / NAME, _promise(checked))
+        settings = _settings(config)
+        ledger = Ledger.begin(folder / NAME, promise_of(checked, tell), settings, _dealt(checked))
     promise = ledger.promise
     log.info(
         "privacy %s: noise multiplier %.4g, epsilon at most %s at delta %.3g",
@@ -90,32 +105,101 @@ def example_noise(config: SimulationConfig, guard: Guard | None) -> ExampleNoise
     return ExampleNoise(guard.ledger.promise.sigma, config.clip_norm, config.reproducible_noise, config.privacy_engine)
 
 
-def _promise(checked: Checked) -> Promise:
+def paid_before(checked: Checked, folder: Path, mark: Mapping[str, Any] | None) -> Ledger | None:
+    """The ledger that a resumed run goes on with; None where nothing has gone out yet, so that it may begin anew.
+
+    Raises InputError where it has vanished, has lost or changed lines, or has paid for anything else than what the run
+    would use now: another plan, other settings, other examples.
+    """
+    config, path = checked.config, folder / NAME
+    ledger = Ledger.open(path)
+    if ledger is None or not ledger.paid:
+        # The key lies there before the ledger does, and both do before the other files.
+        traces = [name for name in TRACES if (folder / name).exists()] if not (folder / KEY).exists() else []
+        if mark is not None or traces:
+            raise InputError(f"--resume: {path} has vanished, so nobody knows what is spent; {BRING_BACK}")
+        return None
+    if mark is not None:
+        ledger.check(mark)
+    now, settings = asdict(_plan(checked, ledger.settings["rounds"])), _settings(config)
+    before, now["sigma"] = asdict(ledger.promise), config.noise_multiplier or ledger.promise.sigma
+    differing = [
+        f"{name}: {_short(before[name])}, now {_short(now[name])}" for name in before if before[name] != now[name]
+    ]
+    differing += [
+        f"{name}: {ledger.settings.get(name)}, now {settings[name]}"
+        for name in settings
+        if name != "rounds" and ledger.settings.get(name) != settings[name]
+    ]
+    if not ledger.is_about(_dealt(checked)):
+        differing.append("the examples that the clients hold")
+    if differing:
+        raise InputError(
+            f"--resume: {path} has paid for something else than what this run would use ({'; '.join(differing)}), so "
+            "what it says of privacy would not hold; go on with what the run was begun with, or start a new run with "
+            "another --out"
+        )
+    return ledger
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _settings(config: SimulationConfig) -> dict[str, Any]:
+    """What a promise rests on besides its plan."""
+    return {"clients_per_round": config.clients_per_round} | {name: getattr(config, name) for name in SETTINGS}
+
+
+def _dealt(checked: Checked) -> bytes:
+    """A hash of what each client trains on, whatever files it came from; never to be written anywhere as it is."""
+    train, digest = checked.source.train, hashlib.sha256()
+    columns = {name: list(train[name]) for name in sorted(train.column_names)}
+    for part in checked.parts:
+        rows = {name: [values[int(row)] for row in part] for name, values in columns.items()}
+        digest.update(json.dumps(rows, default=str).encode() + b"\n")
+    return digest.digest()
+
+
+def promise_of(checked: Checked, tell: Callable[[str], None]) -> Promise:
+    """What a run that begins now promises, with its noise. Raises InputError for a budget that no noise can keep."""
+    config, plan = checked.config, _plan(checked, checked.config.rounds)
+    if config.noise_multiplier is not None:
+        return replace(plan, sigma=config.noise_multiplier)
+    assert config.epsilon is not None
+    accounts = list(zip(plan.rates, plan.planned, strict=True))
+    kinds = len(set(accounts))
+    tell(
+        f"reckoning the noise for epsilon {config.epsilon:g} at delta {plan.delta:.3g}, of "
+        f"{'one plan' if kinds == 1 else f'{kinds} plans'} of up to {max(plan.planned):,} steps"
+    )
+    try:
+        sigma = calibrate(config.epsilon, plan.delta, accounts)
+    except ValueError as error:
+        raise InputError(f"--epsilon {config.epsilon:g}: {error}; give a larger one, or fewer --rounds") from error
+    return replace(plan, sigma=sigma or 1.0)
+
+
+def _plan(checked: Checked, rounds: int) -> Promise:
+    """A promise whose noise is still to be reckoned. rounds: that it is to be reckoned for."""
     config, training, parts = checked.config, checked.training, checked.parts
     if config.privacy == "client":
         rates, steps = [config.sampled_clients / config.clients], [1]
-        planned = [config.rounds]
+        planned = [rounds]
     else:
         rates = [sampling_rate(training.batch_size, len(part)) for part in parts]
         steps = [training.steps_of(len(part)) for part in parts]
         # Who takes part is drawn from the seed, which hides nothing: every client pays for all the rounds it is in.
-        rounds = np.zeros(len(parts), np.int64)
-        for server_round in range(1, config.rounds + 1):
-            rounds[draw_clients(len(parts), config.clients_per_round, config.seed, server_round)] += 1
-        planned = [int(count) * own for count, own in zip(rounds, steps, strict=True)]
-    delta, sigma = config.delta or DELTA_SHARE / _units(checked), config.noise_multiplier
-    if sigma is None:
-        assert config.epsilon is not None
-        try:
-            sigma = calibrate(config.epsilon, delta, list(zip(rates, planned, strict=True)))
-        except ValueError as error:
-            raise InputError(f"--epsilon {config.epsilon:g}: {error}; give a larger one, or fewer --rounds") from error
-        sigma = sigma or 1.0
+        taken = np.zeros(len(parts), np.int64)
+        for server_round in range(1, rounds + 1):
+            taken[draw_clients(len(parts), config.clients_per_round, config.seed, server_round)] += 1
+        planned = [int(count) * own for count, own in zip(taken, steps, strict=True)]
     return Promise(
         "client" if config.privacy == "client" else "example",
         config.epsilon,
-        delta,
-        sigma,
+        config.delta or DELTA_SHARE / _units(checked),
+        0.0,
         rates,
         steps,
         planned if config.epsilon is not None else [],

@@ -147,16 +147,17 @@ def run_simulation(
             checkpoint = None
             if config.resume:
                 checkpoint = continue_from(directory, config, checked.contents)
-            if checkpoint is None:
+            if not config.resume:
                 dump_yaml(config, directory.path / "config.yaml")
             finished = 0 if checkpoint is None else checkpoint.round
             display.begin(directory.path, finished)
+            mark = None if checkpoint is None else checkpoint.extra.get("privacy")
+            guard = guard_of(checked, directory.path, mark, display.stage)
             stack.enter_context(limited_threads(config.threads))
             stack.enter_context(repeatable(config.device))
             make = engine or partial(_engine, head_start=head_start)
             grid = stack.enter_context(make(config, directory.work))
             display.stage("tokenising, fitting the head, making the bases")
-            guard = guard_of(checked, directory.path)
             prepared = prepare(
                 checked.in_place(directory.work.absolute()), directory.work.absolute(), example_noise(config, guard)
             )

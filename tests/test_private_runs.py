@@ -242,10 +242,8 @@ def test_the_ledger_forgets_nothing_and_refuses_what_is_over_the_budget(tmp_path
     assert found is not None and found.spent == [6, 2]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:2]), encoding="utf-8")
-    short = Ledger.open(path)
-    assert short is not None
     with pytest.raises(InputError, match="lost or changed"):
-        short.check(mark)
+        Ledger.open(path)
 
 
 DIES_ONCE = '''
