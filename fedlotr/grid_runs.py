@@ -23,8 +23,9 @@ from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid_file import Grid, Run, together
 from fedlotr.preparation import read_source
+from fedlotr.privacy.ledger import known_again
 from fedlotr.reporting.console import Console
-from fedlotr.resumption import BY_CONTENT, MAY_CHANGE, by_content, compare_contents, contents_in
+from fedlotr.resumption import BY_CONTENT, MAY_CHANGE, as_kept, by_content, compare_contents, contents_in
 from fedlotr.run_directory import RunDirectory
 from fedlotr.simulation import check_all, run_simulation
 
@@ -73,12 +74,12 @@ class Folder:
             raise InputError(f"{path}: cannot be read ({error}); remove {self.path} to run it again") from error
         return dict(found)
 
-    def data_sha256(self, summary: Summary) -> str | None:
-        """Of the data of a finished run; where it hides them, its last checkpoint alone tells."""
+    def is_of(self, summary: Summary, sha256: str) -> bool:
+        """Whether a finished run was of these data; where it hides them, its last checkpoint and its key tell."""
         if (told := summary.get("data_sha256")) is not None:
-            return str(told)
+            return bool(told == sha256)
         checkpoint = RunDirectory(self.path).last_checkpoint()
-        return None if checkpoint is None else str(checkpoint.extra["data_sha256"])
+        return checkpoint is not None and checkpoint.extra["data_sha256"] == known_again(self.path, sha256)
 
     def finished_rounds(self) -> int:
         """Rounds in metrics.jsonl."""
@@ -169,7 +170,7 @@ def _other_data(runs: Sequence[Run], out: Path, sha256: Mapping[tuple[Any, ...],
     for run in runs:
         now = sha256.get(_data_of(run))
         summary = Folder.of(run, out).summary() if now is not None else None
-        if summary is not None and Folder.of(run, out).data_sha256(summary) != now:
+        if summary is not None and now is not None and not Folder.of(run, out).is_of(summary, now):
             given = shorten(run.config.data)
             found.append((run.name, f"data: {given}: its content is not what runs in {out} had; give another --out"))
     return together(found, {run.name for run in runs})
@@ -186,7 +187,7 @@ def _other_contents(
         if extra is None or rows is None or run.row.name not in contents:
             continue
         begun = SimulationConfig(**extra["configuration"])
-        now = {**contents[run.row.name], "data": {"rows": rows}}
+        now = as_kept({**contents[run.row.name], "data": {"rows": rows}}, run.config, Folder.of(run, out).path)
         moved = {name for name in BY_CONTENT if getattr(begun, name) != getattr(run.config, name)}
         others, _ = compare_contents(begun, contents_in(extra), run.config.model_copy(update={"out": out}), now)
         found += [(run.name, text) for text in others if any(text.startswith(flag_of(name)) for name in moved)]

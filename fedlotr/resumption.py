@@ -11,6 +11,7 @@ from fedlotr.configuration import SimulationConfig, flag_of
 from fedlotr.contents import Content
 from fedlotr.errors import InputError, shorten
 from fedlotr.own import is_own
+from fedlotr.privacy.ledger import known_again
 from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.said import say
 
@@ -118,6 +119,9 @@ def continue_from(
     begun, known = before, {}
     if checkpoint is not None:
         begun, known = SimulationConfig(**checkpoint.extra["configuration"]), contents_in(checkpoint.extra)
+        contents = as_kept(contents, config, directory.path)
+        if "data" not in contents:  # without its key nobody can say; the ledger, which needs it too, refuses by name
+            known.pop("data", None)
         problems = problems or differences(begun, config)
     others, moved = compare_contents(begun, known, config, contents)
     if problems + others:
@@ -125,6 +129,18 @@ def continue_from(
     for line in moved:
         say(line)
     return checkpoint
+
+
+def as_kept(contents: Mapping[str, Content], config: SimulationConfig, folder: Path) -> dict[str, Content]:
+    """Contents as the checkpoints in a folder have them: where data are hidden, their hash is keyed.
+
+    Without the data's where that key is gone. Raises InputError for a key that cannot be read.
+    """
+    if config.privacy == "none":
+        return dict(contents)
+    kept = {name: content for name, content in contents.items() if name != "data"}
+    rows = known_again(folder, contents["data"]["rows"]) if "data" in contents else None
+    return kept if rows is None else {**kept, "data": {"rows": rows}}
 
 
 def contents_in(extra: Mapping[str, Any]) -> dict[str, Content]:

@@ -295,7 +295,7 @@ class Rounds:
         clients, client_arrays = save_clients(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
         carried, about = saved(state.carry)
-        start = self.prepared.checked.start
+        start, rows = self.prepared.checked.start, self.prepared.checked.source.sha256
         extra = {
             "known": sorted(state.known),
             "strategy": packed,
@@ -307,7 +307,7 @@ class Rounds:
             "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
             "bases_sha256": self.prepared.bases_sha256,
-            "data_sha256": self.prepared.checked.source.sha256,
+            "data_sha256": rows if self.guard is None else self.guard.ledger.keyed(rows),
             "init_adapter_sha256": None if start is None else start.sha256,
             "contents": {name: kept for name, kept in self.contents.items() if name not in ("data", "init_adapter")},
             "configuration": fixed_values(self.config),

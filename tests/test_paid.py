@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlotr.data import Names, load_source
 from fedlotr.errors import InputError
 from fedlotr.privacy import ledger as module
 from fedlotr.privacy.ledger import Ledger, Promise
@@ -117,6 +118,9 @@ def test_the_key_is_the_owners_and_the_hash_is_nothing_without_it(start: Start, 
     key = tmp_path / "run" / "privacy.key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600 and json.loads(key.read_text())["charges"] == 3
     first = json.loads(lines_of(tmp_path / "run")[0])
+    guess = load_source(str(tmp_path / "animals"), seed=0, names=Names()).sha256.encode()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path.name for path in files if guess in path.read_bytes()]
     shutil.rmtree(tmp_path / "run")
     assert start() == 0
     again = json.loads(lines_of(tmp_path / "run")[0])

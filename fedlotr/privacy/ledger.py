@@ -153,6 +153,10 @@ class Ledger:
         """Whether anything was charged; where nothing was, no message has gone out."""
         return len(self._lines) > 1
 
+    def keyed(self, sha256: str) -> str:
+        """A hash of what is private, as it may lie in the run's folder: see `known_again`."""
+        return _keyed(self._key, sha256.encode())
+
     def is_about(self, data: bytes) -> bool:
         """Whether these are the examples that it was begun for."""
         return self.data == _keyed(self._key, data)
@@ -204,6 +208,15 @@ class Ledger:
                 f"--resume: {self.path} has lost or changed lines since the last checkpoint, so nobody knows what is "
                 f"spent; {BRING_BACK}"
             )
+
+
+def known_again(folder: Path, sha256: str) -> str | None:
+    """What a private run's checkpoints have in place of a hash of its data, which would confirm a guess at them.
+
+    None where the folder has no key. Raises InputError for a key that cannot be read.
+    """
+    found = _read_key(folder / KEY)
+    return None if found is None else _keyed(found[0], sha256.encode())
 
 
 def _sha256(lines: Sequence[str]) -> str:
