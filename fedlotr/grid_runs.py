@@ -25,7 +25,7 @@ from fedlotr.grid_file import Grid, Run, together
 from fedlotr.preparation import read_source
 from fedlotr.privacy.ledger import known_again
 from fedlotr.reporting.console import Console
-from fedlotr.resumption import BY_CONTENT, MAY_CHANGE, as_kept, by_content, compare_contents, contents_in
+from fedlotr.resumption import BY_CONTENT, MAY_CHANGE, ROWS, as_kept, by_content, compare_contents, contents_in
 from fedlotr.run_directory import RunDirectory
 from fedlotr.simulation import check_all, run_simulation
 
@@ -187,7 +187,9 @@ def _other_contents(
         if extra is None or rows is None or run.row.name not in contents:
             continue
         begun = SimulationConfig(**extra["configuration"])
-        now = as_kept({**contents[run.row.name], "data": {"rows": rows}}, run.config, Folder.of(run, out).path)
+        now = dict(contents[run.row.name])
+        now |= {name: {"rows": rows} for name in ROWS if name in now}
+        now = as_kept(now, run.config, Folder.of(run, out).path)
         moved = {name for name in BY_CONTENT if getattr(begun, name) != getattr(run.config, name)}
         others, _ = compare_contents(begun, contents_in(extra), run.config.model_copy(update={"out": out}), now)
         found += [(run.name, text) for text in others if any(text.startswith(flag_of(name)) for name in moved)]

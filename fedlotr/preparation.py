@@ -108,6 +108,8 @@ class Checked:
         A model of the caller's own is known by its name.
         """
         found = {"data": {"rows": self.source.sha256}, "strategy": strategy_content(self.config.strategy)}
+        if self.config.eval_data is not None:
+            found["eval_data"] = found["data"]
         if self.public_source is not None:
             found["public_data"] = {"rows": self.public_source.sha256}
         if self.start is not None:

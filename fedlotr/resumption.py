@@ -30,7 +30,9 @@ MAY_CHANGE = {
     "wandb",
 }
 """What changes nothing in the results."""
-BY_CONTENT = ("model", "data", "public_data", "init_adapter", "strategy")
+ROWS = ("data", "eval_data")
+"""Options of which one hash tells: that of the rows of train and of the test split together."""
+BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", "strategy")
 """Options that name files. Disks and folders get other names, so what counts is what is in them."""
 DEFENCES = ("max_weight", "max_update_norm", "on_large_update")
 """What a run may go on with that was harmed without it, or stopped by it; that it has changed is said."""
@@ -121,7 +123,7 @@ def continue_from(
         begun, known = SimulationConfig(**checkpoint.extra["configuration"]), contents_in(checkpoint.extra)
         contents = as_kept(contents, config, directory.path)
         if "data" not in contents:  # without its key nobody can say; the ledger, which needs it too, refuses by name
-            known.pop("data", None)
+            known = {name: content for name, content in known.items() if name not in ROWS}
         problems = problems or differences(begun, config)
     others, moved = compare_contents(begun, known, config, contents)
     if problems + others:
@@ -138,9 +140,9 @@ def as_kept(contents: Mapping[str, Content], config: SimulationConfig, folder: P
     """
     if config.privacy == "none":
         return dict(contents)
-    kept = {name: content for name, content in contents.items() if name != "data"}
+    kept = {name: content for name, content in contents.items() if name not in ROWS}
     rows = known_again(folder, contents["data"]["rows"]) if "data" in contents else None
-    return kept if rows is None else {**kept, "data": {"rows": rows}}
+    return kept if rows is None else {**kept, **{name: {"rows": rows} for name in ROWS if name in contents}}
 
 
 def contents_in(extra: Mapping[str, Any]) -> dict[str, Content]:
@@ -149,6 +151,8 @@ def contents_in(extra: Mapping[str, Any]) -> dict[str, Content]:
     for name, part in (("data", "rows"), ("init_adapter", "files")):
         if (sha256 := extra.get(f"{name}_sha256")) is not None:
             known[name] = {part: sha256}
+    if "data" in known:
+        known["eval_data"] = known["data"]
     return known
 
 
@@ -165,7 +169,7 @@ def compare_contents(
         moved = before != given
         if given is None or (moved and not by_content(name, before, given)):
             continue  # nothing, or another option, which `differences` names
-        if name == "data" and begun.task != now.task:
+        if name in ROWS and begun.task != now.task:
             continue  # another task makes other rows of the same data
         was, found = known.get(name, {}), contents.get(name, {})
         parts = [part for part in sorted({*was, *found}) if was.get(part) != found.get(part)] if was else []

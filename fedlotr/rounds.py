@@ -36,7 +36,7 @@ from fedlotr.preparation import Prepared
 from fedlotr.privacy.guard import Guard
 from fedlotr.reporting.console import Console
 from fedlotr.reporting.loggers import Loggers
-from fedlotr.resumption import changed_defences, check_model, fixed_values
+from fedlotr.resumption import ROWS, changed_defences, check_model, fixed_values
 from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.said import Heard, say
 from fedlotr.summary import metrics_of, summarise
@@ -309,7 +309,7 @@ class Rounds:
             "bases_sha256": self.prepared.bases_sha256,
             "data_sha256": rows if self.guard is None else self.guard.ledger.keyed(rows),
             "init_adapter_sha256": None if start is None else start.sha256,
-            "contents": {name: kept for name, kept in self.contents.items() if name not in ("data", "init_adapter")},
+            "contents": {name: kept for name, kept in self.contents.items() if name not in (*ROWS, "init_adapter")},
             "configuration": fixed_values(self.config),
             "privacy": None if self.guard is None else self.guard.state(),
             "warnings": self.heard.lines,

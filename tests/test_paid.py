@@ -113,6 +113,25 @@ def test_nothing_went_out_before_the_first_message_so_a_run_may_begin_anew(start
     assert head["sigma"] > first["sigma"]
 
 
+def test_examples_and_test_rows_may_lie_elsewhere(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"text": f"a cat and {at} dogs", "label": at % 2}) for at in range(8)]
+    (tmp_path / "public.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    public = ("--public-eval", "--eval-data")
+    assert start(*public, tmp_path / "public.jsonl", at="in 2") == 130
+    (tmp_path / "new").mkdir()
+    (tmp_path / "animals").rename(tmp_path / "new" / "animals")
+    (tmp_path / "public.jsonl").rename(tmp_path / "new" / "rows.jsonl")
+    elsewhere = ("--data", tmp_path / "new" / "animals", *public, tmp_path / "new" / "rows.jsonl")
+    (tmp_path / "new" / "other.jsonl").write_text("\n".join(rows[:6]), encoding="utf-8")
+    assert start(*elsewhere[:-1], tmp_path / "new" / "other.jsonl", at="in 2", resume=True) == 2
+    assert "its rows differ" in capsys.readouterr().err
+    assert start(*elsewhere, at="in 2", resume=True) == 0
+    told = read_run(tmp_path / "run")[0]["warnings"]
+    assert [line.split()[0] for line in told if line.endswith("the content is the same")] == ["--data", "--eval-data"]
+
+
 def test_the_key_is_the_owners_and_the_hash_is_nothing_without_it(start: Start, tmp_path: Path) -> None:
     assert start() == 0
     key = tmp_path / "run" / "privacy.key"
