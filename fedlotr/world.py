@@ -142,8 +142,6 @@ def _interpreter() -> PutBack:
     yield functools.partial(sys.path.__setitem__, slice(None), list(sys.path))
     yield functools.partial(gc.set_threshold, *gc.get_threshold())
     yield gc.enable if gc.isenabled() else gc.disable
-    if not gc.get_freeze_count():
-        yield gc.unfreeze
     yield functools.partial(np.seterr, **np.geterr())
     with contextlib.suppress(OSError):  # a folder that is gone cannot be gone back to
         yield functools.partial(_go_back, os.getcwd())

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +23,15 @@ TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     like = SimpleNamespace(name="a GPU", total_memory=10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: like)
-    monkeypatch.setattr(precision, "_seconds", lambda dtype, _: 2 if dtype is torch.float32 else 1)
+    monkeypatch.setattr(precision, "_seconds", lambda dtype, *_: 2 if dtype is torch.float32 else 1)
+    precision.measured_dtype.cache_clear()
+    yield
+    precision.measured_dtype.cache_clear()
 
 
 @pytest.mark.slow

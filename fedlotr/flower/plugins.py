@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def installed() -> dict[str, EntryPoint]:
     A name announced twice is that of those that come along, or of the package that is found first: no other package can
     put itself in the place of a default. The other one is had as module:Class.
     """
+    return dict(_installed(tuple(sys.path)))
+
+
+@cache
+def _installed(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Once for each search path, since it reads the metadata of all packages there."""
     points = list(reversed(entry_points(group=GROUP)))
     return {point.name: point for point in sorted(points, key=lambda point: point.value.startswith(OURS))}
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,20 +16,24 @@ WORTHWHILE = 1.5
 SIZE = 512
 GPU_SIZE = 4096  # of a smaller product a GPU's time is that of its launch
 REPEATS = 8
+HOPELESS = 3
+"""Products after which one is given up whose best takes twice the time that would do: without instructions for
+bfloat16 a product takes a tenth of a second and more."""
 FINE = 1e-5
 """Seconds that a thread's clock must tell apart to be taken; Windows' tells 15 ms."""
 
 
+@cache
 def measured_dtype(device: str = "cpu") -> str:
-    """`bfloat16` where products in it are `WORTHWHILE` times as fast as in float32, on one thread, else `float32`."""
+    """`bfloat16` where products in it are `WORTHWHILE` times as fast as in float32, on one thread, else `float32`.
+
+    Measured once in a process: its runs have the same bits then, however close it is.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return (
-            "bfloat16"
-            if _seconds(torch.float32, device) >= WORTHWHILE * _seconds(torch.bfloat16, device)
-            else "float32"
-        )
+        worthwhile = _seconds(torch.float32, device) / WORTHWHILE
+        return "bfloat16" if _seconds(torch.bfloat16, device, worthwhile) <= worthwhile else "float32"
     finally:
         torch.set_num_threads(threads)
 
@@ -51,8 +56,8 @@ def saved_dtype(folder: Path) -> str:
     return FORMATS[found]
 
 
-def _seconds(dtype: torch.dtype, device: str) -> float:
-    """The shortest of several products: the others were interrupted, or warmed up.
+def _seconds(dtype: torch.dtype, device: str, wanted: float = math.inf) -> float:
+    """The shortest of several products: the others were interrupted, or warmed up. wanted: what would be worthwhile.
 
     Of this thread on the CPU, which waits while workers start.
     """
@@ -67,6 +72,8 @@ def _seconds(dtype: torch.dtype, device: str) -> float:
         if device != "cpu":
             torch.cuda.synchronize()
         times.append(clock() - began)
+        if len(times) >= HOPELESS and min(times) > 2 * wanted:
+            break
     return min(times)
 
 
