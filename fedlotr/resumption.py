@@ -173,6 +173,9 @@ def compare_contents(
             continue  # another task makes other rows of the same data
         was, found = known.get(name, {}), contents.get(name, {})
         parts = [part for part in sorted({*was, *found}) if was.get(part) != found.get(part)] if was else []
+        differing = _differing(parts) if parts else ""
+        if name in ROWS and now.privacy != "none":  # the hash is keyed
+            differing += ", or privacy.key is another run's"
         if not was and moved:
             told.append(f"{flag} {given}: the run was begun with {before}, whose content it did not keep: not compared")
         elif not parts:
@@ -181,14 +184,14 @@ def compare_contents(
             mended = f" (mended code at {before})" if name == "strategy" else ""
             problems.append(
                 f"{flag} {given}: the run in {now.out} was begun with {_in_words(begun, name)}, and "
-                f"{_differing(parts)}; --resume takes that content under any path{mended}, or start a new run with "
+                f"{differing}; --resume takes that content under any path{mended}, or start a new run with "
                 "another --out"
             )
         elif name == "strategy":
             told.append(f"{flag} {given}: its code has changed since the run began")
         else:
             problems.append(
-                f"{flag} {given}: its content has changed since the run in {now.out} began ({_differing(parts)}); "
+                f"{flag} {given}: its content has changed since the run in {now.out} began ({differing}); "
                 "bring that back, or name a copy of it: --resume takes it under any path"
             )
     return problems, told
