@@ -36,6 +36,7 @@ from fedlotr.engines import LocalGrid, node_of
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.packing import NotPlainError, pack, unpack
 from fedlotr.flower.state import load_strategy_state, save_strategy
+from fedlotr.preparation import check
 from fedlotr.resumption import continue_from
 from fedlotr.run_directory import Checkpoint, RunDirectory
 from fedlotr.simulate import main
@@ -491,12 +492,12 @@ def test_five_hundred_damaged_runs_go_on_from_what_is_whole_or_are_refused(
     tiny: dict[str, Any], finished: Path, tmp_path: Path
 ) -> None:
     config = SimulationConfig(**tiny, out=finished / "run")
-    data = read_run(finished / "run")[0]["data_sha256"]
     resolved = SimulationConfig(**{**tiny, **saved_values(finished / "run"), "out": finished / "run"})
+    contents = check(resolved).contents
     wanted: dict[int, Checkpoint] = {}
     for number in (3, 2):
         shutil.copytree(finished / "run", tmp_path / "good", ignore=shutil.ignore_patterns(f"round-0000{number + 1}.*"))
-        found = continue_from(RunDirectory(tmp_path / "good"), resolved, {"data": {"rows": data}})
+        found = continue_from(RunDirectory(tmp_path / "good"), resolved, contents)
         assert found is not None and found.round == number
         wanted[number] = found
         shutil.rmtree(tmp_path / "good")
@@ -509,7 +510,7 @@ def test_five_hundred_damaged_runs_go_on_from_what_is_whole_or_are_refused(
         before = tree(run)
         directory = RunDirectory(run)
         try:
-            found = continue_from(directory, resolved.model_copy(update={"out": run}), {"data": {"rows": data}})
+            found = continue_from(directory, resolved.model_copy(update={"out": run}), contents)
         except InputError as error:
             assert tree(run) == before, f"{case}: {what}: who is refused leaves no trace"
             assert "--" in str(error), f"{case}: {what}: {error}"
