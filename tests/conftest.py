@@ -88,9 +88,11 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["the cat sat", "a cat ran", "my cat ate and slept"],
         ["dogs bark", "one dog barked", "big dog"],
     )
-    for split, count, first in (("train", 120, 0), ("test", 24, 70)):  # no text is in both
+    # No text is in both, and those of the test split are of the same kind.
+    numbers = {"train": lambda i: i % 7, "test": lambda i: 7 + i // 6 % 3}
+    for split, count in (("train", 120), ("test", 24)):
         rows = [
-            {"text": f"{(cats, dogs)[i % 2][i % 3]} {first + i % 7}", "label": i % 2, "client": f"farm {i % 5}"}
+            {"text": f"{(cats, dogs)[i % 2][i % 3]} {numbers[split](i)}", "label": i % 2, "client": f"farm {i % 5}"}
             for i in range(count)
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
