@@ -54,7 +54,8 @@ def macro_f1(labels: Any, predictions: Any) -> float:
 
 
 def config(model: Path, out: Path, **fields: Any) -> SimulationConfig:
-    every_key = {"broadcast_codec": "bfloat16", "link": "4g"}  # that a row of metrics.jsonl can have
+    # All that a row of metrics.jsonl can have.
+    every_key = {"broadcast_codec": "bfloat16", "link": "4g", "max_update_norm": 1e6}
     shops = {"rounds": 2, "partition": "natural:shop", "clients": 3, "sample": 3}
     return small(model, out, **{**shops, **every_key, **fields})
 

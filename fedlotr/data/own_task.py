@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 TAKEN = frozenset(
     {"accuracy", "aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon"}
     | {"evaluate_seconds", "failed", "simulated_seconds", "simulated_seconds_median_client", "simulated_slowest_client"}
-    | {"failures", "loss", "perplexity", "round", "train_loss", "train_seconds", "transport_error"}
+    | {"clipped", "failures", "loss", "perplexity", "round", "train_loss", "train_seconds", "transport_error"}
+    | {"update_norm_largest", "update_norm_median"}
 )
 """Names that mean something else in a row of metrics.jsonl."""
 COLUMNS = ("text", "text_a", "text_b", "prompt", "answer", "label")
