@@ -91,7 +91,8 @@ class OwnRay:
         """End Ray's processes, and remove what they have left; once is enough."""
         if not self.lives():
             _kill_all()
-        ray.shutdown()
+        with _handler_of(signal.SIGTERM):  # Ray puts back the system's, and a second signal would end the clean-up
+            ray.shutdown()
         atexit.unregister(self.stop)
         if self.folder is not None:
             _remove(self.folder)
