@@ -100,7 +100,7 @@ def page(run: Path) -> Page:
 def test_the_rounds_on_the_page_are_those_of_metrics_jsonl(run: Path, page: Page) -> None:
     _, rows = on_disk(run)
     compared = set()
-    for figure in ("metric", "loss", "bytes-rounds", "certificate", "time"):
+    for figure in ("metric", "loss", "bytes-rounds", "certificate", "norms", "time"):
         shown = [row for row in page.rows(figure) if row["round"]]
         assert [row["round"] for row in shown] == [1, 2, 3]
         for seen, row in zip(shown, rows, strict=True):

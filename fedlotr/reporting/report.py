@@ -281,7 +281,20 @@ def _certificate(run: RunRecord) -> Section:
             " The transport error is what the updates' codec loses of that mean (with error feedback, what is made up "
             "for counts too); the broadcast error, by how much what clients are sent differs from the model."
         )
-    return Section("Certificate", [Figure("certificate", "Errors over rounds", plot, table, note)], text)
+    figures = [Figure("certificate", "Errors over rounds", plot, table, note)]
+    return Section("Certificate", figures + _norms(run), text)
+
+
+def _norms(run: RunRecord) -> list[Figure]:
+    """How far the clients' updates went; nothing of runs that do not tell."""
+    keys = ["update_norm_median", "update_norm_largest"]
+    keys = [key for key in (*keys, "clipped") if any(row.get(key) is not None for row in run.rows)]
+    if not keys:
+        return []
+    named = {"update_norm_median": "median", "update_norm_largest": "largest"}
+    series = [Series(name, points(run.rows, key)) for key, name in named.items()]
+    table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
+    return [Figure("norms", "Norms of the clients' updates", _lines(series, "norm", log=True), table)]
 
 
 def _privacy(run: RunRecord) -> list[Section]:
