@@ -198,6 +198,8 @@ class Rounds:
         self.busy = True
         threads = self.config.threads or 1
         said = f"round {number} took {seconds:.1f} s, of which this process computed for {computed:.1f}: "
+        if self.config.privacy == "client":  # how long a round takes tells how many came
+            said = "a round took far longer than it computed: "
         if threads == 1:
             say(f"{said}the machine is busy with other work")
         else:
