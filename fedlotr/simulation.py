@@ -147,7 +147,7 @@ def run_simulation(
             checkpoint = None
             if config.resume:
                 checkpoint = continue_from(directory, config, checked.contents)
-            if not config.resume:
+            else:
                 dump_yaml(config, directory.path / "config.yaml")
             finished = 0 if checkpoint is None else checkpoint.round
             display.begin(directory.path, finished)
