@@ -80,8 +80,8 @@ def rounds(one: Callable[[], object]) -> None:
 def ours() -> None:
     """The engine alone, or with our round loop around it: sampling, ledger, checks, mean, certificate."""
     from fedlotr.engines import RayGrid
-    from fedlotr.flower.loop import Federation, State, run_round
     from fedlotr.flower.plugins import load_strategy
+    from fedlotr.flower.round import Federation, State, run_round
 
     def rule(clients: Sequence[int]) -> list[list[int]]:
         return [list(clients[at : at + cohort]) for at in range(0, len(clients), cohort)]

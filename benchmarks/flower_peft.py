@@ -53,7 +53,7 @@ def lengthened(rows: list[dict[str, Any]], words: int) -> list[dict[str, Any]]:
 
 def write_job(path: Path, args: Any, *, clients: int, batch: int, length: int, fill: bool) -> dict[str, Any]:
     """Lay the job out where both sides find it."""
-    from fedlotr.model_source import DEMO_MODEL, resolve_model
+    from fedlotr.models.source import DEMO_MODEL, resolve_model
 
     read = agnews if AGNEWS.is_dir() else pydoc
     count = clients * args.examples

@@ -30,11 +30,12 @@ from fedlotr.adapters import CoreConfig
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.quantised import check_quantiser
 from fedlotr.errors import InputError, script
-from fedlotr.training import backward, ragged_pass
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
+from fedlotr.models.precision import repeatable
+from fedlotr.training import backward, varlen_pass
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
-from fedlotr.training.precision import repeatable
+from fedlotr.training.model import TrainableModel
 
 MODELS = ("encoder", "decoder")
 FORMS = ("none", "8bit", "4bit")
@@ -124,7 +125,7 @@ def main() -> None:
             check_quantiser(form, args.device)
         except ValueError as error:
             raise InputError(f"--quantize {form}: {error}") from None
-    ragged_pass.RAGGED_TOKENS = backward.PASS_TOKENS = args.pass_tokens
+    varlen_pass.RAGGED_TOKENS = backward.PASS_TOKENS = args.pass_tokens
     training = LocalTraining(steps=args.steps, batch_size=args.batch)
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     side = 8192 if args.device == "cuda" else 1024

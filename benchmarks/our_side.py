@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from side_by_side import answer, turns
 
-from fedlotr.brought import Brought
-from fedlotr.configuration import SimulationConfig
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines import RayGrid
-from fedlotr.federation import federation
 from fedlotr.flower.client_app import WORK
-from fedlotr.flower.loop import State, run_round
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
+from fedlotr.flower.round import State, run_round
 from fedlotr.flower.scoring import evaluate
-from fedlotr.preparation import check, prepare
-from fedlotr.simulation import CLIENT_APP, limited_threads, resolve
+from fedlotr.run.brought import Brought
+from fedlotr.run.federation import federation
+from fedlotr.run.preparation import check, prepare
+from fedlotr.run.simulation import CLIENT_APP, limited_threads, resolve
 from fedlotr.training.cohort import cut_cohorts
 
 

@@ -20,11 +20,12 @@ from transformers import BertConfig, BertModel
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.errors import script
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
+from fedlotr.models.precision import measured_dtype
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.memory import keep_freed_memory
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
-from fedlotr.training.precision import measured_dtype
+from fedlotr.training.model import TrainableModel
 
 BLOCKS = 6
 
@@ -73,7 +74,7 @@ def main() -> None:
                     tokens, np.arange(0, len(tokens) + 1, chosen.length), labels
                 )  # nothing of it is kept
                 for side, taken in seconds.items():
-                    with patch("fedlotr.training.prefix.KEPT_BYTES", 0 if side == "whole" else 2**28):
+                    with patch("fedlotr.training.frozen_prefix.KEPT_BYTES", 0 if side == "whole" else 2**28):
                         began = time.process_time()
                         train_cohort(model, start, examples, work, training)
                     if turn:  # the first warms up

@@ -22,12 +22,13 @@ from transformers import BertConfig, BertModel
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.errors import script
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.privacy.opacus_engine import hooked, train_by_opacus
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, Tensors, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.model import Tensors, TrainableModel
 from fedlotr.training.packing import Rows
 
 

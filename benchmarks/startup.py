@@ -20,17 +20,17 @@ from side_by_side import HERE, machine, parser, write
 from fedlotr.errors import script
 
 STEPS = (
-    ("reading and checking", "fedlotr.simulation", "check_all"),
-    ("measuring dtypes", "fedlotr.simulation", "measured_dtype"),
+    ("reading and checking", "fedlotr.run.simulation", "check_all"),
+    ("measuring dtypes", "fedlotr.run.simulation", "measured_dtype"),
     ("waiting for Ray", "fedlotr.engines.head_start", "HeadStart.hand_over"),
-    ("tokens", "fedlotr.preparation", "encode"),
-    ("loading the base", "fedlotr.preparation", "load_base"),
-    ("fitting the head", "fedlotr.preparation", "fit_head"),
-    ("making the bases", "fedlotr.preparation", "initialize_basis"),
-    ("adapter and workplace", "fedlotr.preparation", "TrainableModel"),
-    ("evaluation", "fedlotr.rounds", "evaluate"),
-    ("round", "fedlotr.rounds", "run_round"),
-    ("checkpoint", "fedlotr.run_directory", "RunDirectory.write_checkpoint"),
+    ("tokens", "fedlotr.run.preparation", "encode"),
+    ("loading the base", "fedlotr.run.preparation", "load_base"),
+    ("fitting the head", "fedlotr.run.preparation", "fit_head"),
+    ("making the bases", "fedlotr.run.preparation", "initialize_basis"),
+    ("adapter and workplace", "fedlotr.run.preparation", "TrainableModel"),
+    ("evaluation", "fedlotr.run.rounds", "evaluate"),
+    ("round", "fedlotr.run.rounds", "run_round"),
+    ("checkpoint", "fedlotr.run.directory", "RunDirectory.write_checkpoint"),
     ("ending Ray", "fedlotr.engines.ray", "RayGrid.close"),
 )
 """(what it is called, module, function). `evaluation` is that before the first round, with the workers' start, and
@@ -55,9 +55,9 @@ def timed(report: Path, words: list[str]) -> None:
 
         return timing
 
-    from fedlotr import simulate
-    from fedlotr.configuration import load
-    from fedlotr.garbage import loading_for_good
+    from fedlotr.commands import simulate
+    from fedlotr.config.configuration import load
+    from fedlotr.machine import loading_for_good
 
     found.append(("imports of the door", 0.0, time.perf_counter() - began))
     start = time.perf_counter()
@@ -66,7 +66,7 @@ def timed(report: Path, words: list[str]) -> None:
     found.append(("imports of the engine", start - began, time.perf_counter() - start))
     start = time.perf_counter()
     with loading_for_good():
-        importlib.import_module("fedlotr.simulation")
+        importlib.import_module("fedlotr.run.simulation")
     found.append(("imports", start - began, time.perf_counter() - start))
     for what, module, name in STEPS:
         owner: Any = importlib.import_module(module)

@@ -9,8 +9,8 @@ import argparse
 import math
 from pathlib import Path
 
-from fedlotr.architectures import read_architecture
-from fedlotr.billing import bills
+from fedlotr.cost.architectures import read_architecture
+from fedlotr.cost.billing import bills
 from fedlotr.errors import script
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.svg import HEIGHT, WIDTH, Series, line_plot

@@ -19,12 +19,13 @@ from transformers import AutoTokenizer
 from fedlotr.adapters import CoreConfig
 from fedlotr.data import load_source
 from fedlotr.errors import InputError, script
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
 from fedlotr.privacy.leakage import named_tokens
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, Tensors, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.model import Tensors, TrainableModel
 
 matplotlib.use("svg")
 LENGTHS = (4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 64)

@@ -22,13 +22,14 @@ from fedlotr.adapters import CoreConfig
 from fedlotr.adapters.tuner import factored_layers
 from fedlotr.data import load_source
 from fedlotr.errors import InputError, script
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.amplification import expected_noise
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, sampling_rate
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.model import TrainableModel
 
 matplotlib.use("svg")
 Matrices = list[torch.Tensor]

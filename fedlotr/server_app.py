@@ -13,12 +13,12 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedlotr.configuration import SimulationConfig, load
+from fedlotr.config.configuration import SimulationConfig, load
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
 from fedlotr.flower.client_app import OUT
 from fedlotr.reporting.console import Console
-from fedlotr.simulation import run_simulation
+from fedlotr.run.simulation import run_simulation
 
 CONFIG = "config"
 """Key of the run configuration with the path of a CONFIG.yaml; empty: all defaults."""

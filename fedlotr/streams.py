@@ -1,6 +1,9 @@
 """Random streams keyed by (seed, purpose, round, client): the same on every engine, in any order, after a resume."""
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -14,3 +17,16 @@ def stream_key(seed: int, purpose: str, *keys: int | str) -> int:
 def generator(seed: int, purpose: str, *keys: int | str) -> np.random.Generator:
     """A fresh numpy generator for that stream."""
     return np.random.default_rng(stream_key(seed, purpose, *keys))
+
+
+@contextmanager
+def own_streams(seed: int) -> Iterator[None]:
+    """Python's and numpy's global generators are seeded in the block, and afterwards go on where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -18,13 +18,14 @@ from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, initialize_basis
+from fedlotr.evaluation.results import Results
+from fedlotr.evaluation.scores import evaluate
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, client_stream
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.corrections import ControlVariates, proximal
-from fedlotr.training.evaluation import evaluate
 from fedlotr.training.head import fit_head
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
-from fedlotr.training.results import Results
+from fedlotr.training.model import TrainableModel
 from tests.test_training import examples_for
 
 DEVICE = "elsewhere"

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedlotr.flower.client_app import CohortClientApp, Trained, Worker, evaluate_shard
-from fedlotr.flower.coding import coded_record
+from fedlotr.flower.links.codec import coded_record
 
 SENT: list[tuple[int, int, float, dict[str, Any]]] = []
 """(round, client, weight, tensors) of every reply made in this process."""

@@ -9,8 +9,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedlotr.flower.links.objectives import Cohort, terms
 from fedlotr.flower.records import to_record, to_tensors
-from fedlotr.flower.terms import Cohort, terms
 
 STEPS, RATE = 10, 0.05
 CURVATURE, CENTRE, WEIGHT = (1.0, 8.0, 2.0, 4.0), (0.0, 1.0, -3.0, 2.0), (1.0, 3.0, 2.0, 1.0)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlotr import SimulationConfig
 
 if TYPE_CHECKING:
-    from fedlotr.preparation import Checked, Prepared
+    from fedlotr.run.preparation import Checked, Prepared
 
 Simulate = Callable[..., "subprocess.CompletedProcess[str]"]
 """Runs `python -m fedlotr.simulate` with the given words."""
@@ -110,8 +110,8 @@ def prepare_again(checked: "Checked", place: Path) -> "Prepared":
     With them go the signs that the basis `update` is made of, and where the fit of the head ends. So it is the run's
     number, whatever this process has.
     """
-    from fedlotr.preparation import prepare
-    from fedlotr.simulation import limited_threads
+    from fedlotr.run.preparation import prepare
+    from fedlotr.run.simulation import limited_threads
 
     with limited_threads(checked.config.threads):
         return prepare(checked, place)
@@ -119,10 +119,10 @@ def prepare_again(checked: "Checked", place: Path) -> "Prepared":
 
 def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) -> torch.Tensor:
     """The trained model's logits, from our layers and the last checkpoint, unmerged and in float32."""
-    from fedlotr.flower.carried import restored
-    from fedlotr.preparation import check
-    from fedlotr.resumption import saved_configuration
-    from fedlotr.simulation import resolve
+    from fedlotr.flower.links.carry import restored
+    from fedlotr.run.preparation import check
+    from fedlotr.run.resumption import saved_configuration
+    from fedlotr.run.simulation import resolve
     from fedlotr.training.examples import Batch
 
     ran = saved_configuration(run_dir)

@@ -392,6 +392,6 @@ def test_adapters_and_training_load_neither_flower_nor_ray() -> None:
         "import sys\n"
         "for name in ('flwr', 'ray'): sys.modules[name] = None\n"  # any import of them now fails
         "from fedlotr import CoreConfig, initialize_basis\n"
-        "import fedlotr.training.cohort, fedlotr.training.evaluation, fedlotr.training.head\n"
+        "import fedlotr.training.cohort, fedlotr.evaluation.scores, fedlotr.training.head\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

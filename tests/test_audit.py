@@ -23,7 +23,7 @@ from fedlotr.privacy.opacus_engine import train_by_opacus
 from fedlotr.simulate import main
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import TrainableModel
+from fedlotr.training.model import TrainableModel
 from tests.support import read_run
 from tests.test_private_runs import guard, ledger_of, words
 from tests.test_training import build, examples_for, model

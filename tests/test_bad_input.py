@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedlotr import simulate
-from fedlotr.configuration import SimulationConfig
+from fedlotr.commands import simulate
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
 
 WIDTH = 32
@@ -109,7 +109,7 @@ def test_mistakes_of_all_kinds_are_in_one_report(
 def test_a_run_from_python_reports_data_model_and_strategy_together(
     given: Callable[..., list[str]], tmp_path: Path, stories: Path
 ) -> None:
-    from fedlotr.simulation import run_simulation
+    from fedlotr.run.simulation import run_simulation
 
     config = SimulationConfig(
         model=str(stories), data=str(tmp_path / "broken"), rank=33, strategy_arg={"beta": 1}, out=tmp_path / "run"

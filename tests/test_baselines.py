@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from fedlotr import SimulationConfig, cli, run_simulation, simulate
-from fedlotr.baselines import over_clients, pooled
-from fedlotr.federation import LR_FACTORS
-from fedlotr.flower.personal import summary_of
-from fedlotr.preparation import check
-from fedlotr.run_directory import RunDirectory
-from fedlotr.simulation import resolve
+from fedlotr.evaluation.scores import evaluate
+from fedlotr.flower.links.personal import summary_of
+from fedlotr.run.baselines import over_clients, pooled
+from fedlotr.run.directory import RunDirectory
+from fedlotr.run.federation import LR_FACTORS
+from fedlotr.run.preparation import check
+from fedlotr.run.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
-from fedlotr.training.evaluation import evaluate
 from tests.support import prepare_again, read_run
 
 

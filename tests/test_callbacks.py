@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedlotr import Callbacks, ClientEvent, EvaluateEvent, RoundEvent, run_simulation
-from fedlotr.callbacks import CallbackError
 from fedlotr.errors import InputError
+from fedlotr.run.callbacks import CallbackError
 from tests.support import read_run
 from tests.test_own_data import ROWS, small
 

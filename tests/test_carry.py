@@ -17,19 +17,19 @@ from fedlotr import CoreConfig, SimulationConfig, run_simulation, simulate
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.export import whole
-from fedlotr.communication import read_ledger
-from fedlotr.federation import federation
+from fedlotr.communication.ledger import read_ledger
 from fedlotr.flower import Update, WithCarry
 from fedlotr.flower.blame import StrategyError
-from fedlotr.flower.carried import carry_records, model_sha256, restored, saved
 from fedlotr.flower.client_app import Worker
-from fedlotr.flower.loop import sample_clients
+from fedlotr.flower.links.carry import carry_records, model_sha256, restored, saved
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
+from fedlotr.flower.round import sample_clients
 from fedlotr.flower.workplace import Workplace
-from fedlotr.preparation import check, prepare
-from fedlotr.resumption import saved_configuration
-from fedlotr.simulation import resolve
+from fedlotr.run.federation import federation
+from fedlotr.run.preparation import check, prepare
+from fedlotr.run.resumption import saved_configuration
+from fedlotr.run.simulation import resolve
 from fedlotr.testing import check_strategy
 from tests.support import (
     TEXTS,

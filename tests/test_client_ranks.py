@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from fedlotr import CoreConfig, SimulationConfig, doctor, run_simulation, simulate
-from fedlotr.communication import read_ledger
-from fedlotr.configuration import load
+from fedlotr.communication.ledger import read_ledger
+from fedlotr.config.configuration import load
 from fedlotr.errors import InputError
 from fedlotr.flower import Update
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error
+from fedlotr.flower.links.ranks import block, client_ranks
 from fedlotr.flower.plugins import load_strategy
-from fedlotr.flower.ranks import block, client_ranks
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.testing import check_strategy
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.model import TrainableModel
 from fedlotr.training.penalties import tail_penalty
 from tests.support import UNIT, assert_within, float32_bound, read_run, rounding
 from tests.test_carry import WIDTHS

@@ -14,18 +14,18 @@ from safetensors.numpy import load_file
 
 from fedlotr import SimulationConfig, run_simulation, simulate
 from fedlotr.adapters import CoreConfig
-from fedlotr.communication import read_ledger
+from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
-from fedlotr.federation import federation
-from fedlotr.flower.loop import Federation, sample_clients
-from fedlotr.flower.personal import summary_of
+from fedlotr.evaluation.scores import evaluate
+from fedlotr.flower.links.personal import summary_of
+from fedlotr.flower.round import Federation, sample_clients
 from fedlotr.flower.state import load_clients
-from fedlotr.preparation import check, hold_back
-from fedlotr.run_directory import RunDirectory
-from fedlotr.simulation import check_all, resolve
+from fedlotr.run.directory import RunDirectory
+from fedlotr.run.federation import federation
+from fedlotr.run.preparation import check, hold_back
+from fedlotr.run.simulation import check_all, resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches
-from fedlotr.training.evaluation import evaluate
 from tests.support import Simulate, prepare_again, read_run
 from tests.test_simulation import assert_same_results, flags, timeless
 
@@ -89,7 +89,7 @@ def personal_run(personal_options: dict[str, Any], tmp_path_factory: pytest.Temp
     """A finished run with the checkpoint of every round, and an adapter of every client."""
     out = tmp_path_factory.mktemp("personal") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedlotr.run_directory.KEPT_CHECKPOINTS", ROUNDS)
+        patch.setattr("fedlotr.run.directory.KEPT_CHECKPOINTS", ROUNDS)
         run_simulation(SimulationConfig(**personal_options, client_adapters=True, out=out))
     yield out
 

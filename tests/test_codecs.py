@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedlotr.communication.codecs import CodecError, codec_of, decode, encode, shapes_of, witness
-from fedlotr.flower.coding import LOST, coded_message, coded_update
+from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec, read_form
+from fedlotr.cost.formulas import CODED, coded_bytes
+from fedlotr.flower.links.codec import LOST, coded_message, coded_update
 from fedlotr.flower.records import to_arrays, to_record
-from fedlotr.formulas import CODED, coded_bytes
-from fedlotr.wire_form import Coding, check_broadcast_codec, check_codec, read_form
 
 WORDS = ("float32", "bfloat16", "int8", "int4", "sign", "top-k:0.1", "top-k:0.75", "top-k:1")
 Numbers = npt.NDArray[np.float32]

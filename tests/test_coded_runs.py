@@ -14,20 +14,22 @@ from safetensors.numpy import load_file
 
 from fedlotr import SimulationConfig, doctor, run_simulation, simulate
 from fedlotr.adapters import METHODS, CoreConfig
-from fedlotr.architectures import read_architecture
-from fedlotr.communication import read_ledger
 from fedlotr.communication.codecs import CodecError, encode
+from fedlotr.communication.ledger import read_ledger
+from fedlotr.communication.wire_form import Coding
+from fedlotr.cost.architectures import read_architecture
+from fedlotr.cost.formulas import bill
 from fedlotr.errors import InputError
-from fedlotr.flower import certificate, loop
+from fedlotr.flower import certificate
 from fedlotr.flower import coding as coding_of_clients
-from fedlotr.flower.coding import HELD, LOST, holdings
+from fedlotr.flower import round as loop
+from fedlotr.flower.links.codec import HELD, LOST, holdings
 from fedlotr.flower.plugins import GROUP
 from fedlotr.flower.private import identify_process
 from fedlotr.flower.records import arrays_sha256, to_record
-from fedlotr.formulas import bill
-from fedlotr.simulation import check_all, resolve
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
-from fedlotr.wire_form import Coding
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
+from fedlotr.run.simulation import check_all, resolve
+from fedlotr.training.model import TrainableModel
 from tests import faulty_app
 from tests.support import Simulate, read_run
 from tests.test_client_state import RETURNS, ROUNDS, SEED, asked, options, states
@@ -165,8 +167,8 @@ def long_run(
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedlotr.run_directory.KEPT_CHECKPOINTS", ROUNDS)
-        patch.setattr("fedlotr.rounds.run_round", spied)
+        patch.setattr("fedlotr.run.directory.KEPT_CHECKPOINTS", ROUNDS)
+        patch.setattr("fedlotr.run.rounds.run_round", spied)
         run_simulation(config)
     yield config, out, held
 
@@ -217,7 +219,7 @@ def test_a_killed_run_with_feedback_and_deltas_goes_on_to_the_same_bytes(
 def test_a_damaged_message_is_a_failed_client_that_is_named(
     tiny_bert: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlotr.simulation.CLIENT_APP", "tests.faulty_app:app")
+    monkeypatch.setattr("fedlotr.run.simulation.CLIENT_APP", "tests.faulty_app:app")
     monkeypatch.setenv("FAULTS", "1:truncated:2 4:flipped:2")
     fields = {**options(tiny_bert, animals), "sample": 6, "rounds": 3, "method": "lotr", "max_examples": 6}
     config = SimulationConfig(**fields, codec="int8", broadcast_codec="delta+int8", out=tmp_path / "run")
@@ -274,7 +276,7 @@ def test_what_is_told_as_lost_is_what_was_lost(
         return certificate.codec_error(layers, start, replies, lost)
 
     monkeypatch.setattr("fedlotr.flower.client_app.coded_update", coded_update)
-    monkeypatch.setattr("fedlotr.flower.loop.codec_error", codec_error)
+    monkeypatch.setattr("fedlotr.flower.round.codec_error", codec_error)
     fields = words(tiny_bert, animals, rounds=2, eval_every=2, method="lora", codec="int4", out=tmp_path / "run")
     run_simulation(SimulationConfig(**fields))
     assert len(own) == len(told) == 6

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fedlotr
-from fedlotr import cli, simulate
+from fedlotr import cli
 from fedlotr.adapters.methods import METHODS
-from fedlotr.command_line import flag_of
-from fedlotr.configuration import ConfigurationError, SimulationConfig, dump_yaml, load, options, preflight_paths
+from fedlotr.commands import simulate
+from fedlotr.config.command_line import flag_of
+from fedlotr.config.configuration import ConfigurationError, SimulationConfig, dump_yaml, load, options, preflight_paths
 from fedlotr.errors import FedlotrError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -434,9 +435,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Put a function in the place of the simulation, and give the exit code of running it."""
 
     def with_simulation(function: Any, *argv: str) -> int:
-        module = ModuleType("fedlotr.simulation")
+        module = ModuleType("fedlotr.run.simulation")
         module.run_simulation = function  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "fedlotr.simulation", module)
+        monkeypatch.setitem(sys.modules, "fedlotr.run.simulation", module)
         return simulate.main(argv)
 
     return with_simulation

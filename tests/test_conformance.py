@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from fedlotr import simulate
 from fedlotr.adapters import CORES, METHODS, CoreConfig
 from fedlotr.adapters.bases import Request, ldu_basis, nystrom_basis, spectral_basis, tucker_basis
 from fedlotr.adapters.cores import CORES as FUNCTIONS
 from fedlotr.adapters.cores import expand_heads, mixed_matrices
-from fedlotr.architectures import read_architecture
-from fedlotr.communication import read_ledger
+from fedlotr.commands import simulate
+from fedlotr.communication.ledger import read_ledger
+from fedlotr.communication.wire_form import UNCODED, Coding
+from fedlotr.cost.architectures import read_architecture
+from fedlotr.cost.formulas import bill
 from fedlotr.flower import Update, weighted_mean
 from fedlotr.flower.plugins import load_strategy
-from fedlotr.formulas import bill
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.testing import check_strategy
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
-from fedlotr.wire_form import UNCODED, Coding
+from fedlotr.training.model import TrainableModel
 from tests.support import UNIT, read_run, rounding
 
 ROWS = [(method, row.strategy) for method, row in METHODS.items()]

@@ -12,9 +12,10 @@ import pytest
 import rich.console
 from rich.cells import cell_len
 
-from fedlotr import cli, doctor, grid
+from fedlotr import cli
 from fedlotr.adapters import METHODS
-from fedlotr.configuration import SimulationConfig
+from fedlotr.commands import doctor, grid
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.reporting.console import SHOWN_CLIENTS, Console, readable_bytes
 from fedlotr.reporting.fitting import fits, show_table
 from fedlotr.reporting.grid_table import Line

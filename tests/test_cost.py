@@ -14,10 +14,10 @@ from transformers import AutoConfig
 
 from fedlotr import cli
 from fedlotr.adapters import METHODS
-from fedlotr.architectures import public_models, read_architecture
 from fedlotr.communication.links import Link, read_link
+from fedlotr.cost.architectures import public_models, read_architecture
+from fedlotr.cost.formulas import bill, carried
 from fedlotr.errors import InputError
-from fedlotr.formulas import bill, carried
 
 
 def cost(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fedlotr import SimulationConfig, doctor, processes, simulate
-from fedlotr.configuration import load
+from fedlotr.config.configuration import load
 from fedlotr.errors import InputError
-from fedlotr.simulation import problems_at_the_door, resolve
+from fedlotr.run.simulation import problems_at_the_door, resolve
 from fedlotr.training import precision
 from tests.support import read_run
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from fedlotr import SimulationConfig, cli, doctor, machine, processes, simulate
 from fedlotr.adapters.methods import METHODS
-from fedlotr.communication import read_ledger
+from fedlotr.communication.ledger import read_ledger
 from tests.support import read_run
 
 GB = 10**9

@@ -11,13 +11,13 @@ from flwr.app import Array, ArrayRecord
 
 from fedlotr import SimulationConfig
 from fedlotr.engines import LocalGrid
-from fedlotr.federation import federation
 from fedlotr.flower.client_app import worker
-from fedlotr.flower.loop import Federation, State, run_round, sample_clients
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record, to_tensors
-from fedlotr.preparation import check
-from fedlotr.simulation import resolve
+from fedlotr.flower.round import Federation, State, run_round, sample_clients
+from fedlotr.run.federation import federation
+from fedlotr.run.preparation import check
+from fedlotr.run.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches
 from tests.quadratic_app import CENTRE, CURVATURE, RATE, STEPS, WEIGHT

@@ -30,15 +30,14 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from fedlotr import SimulationConfig, run_simulation
-from fedlotr.communication import read_ledger
-from fedlotr.communication.ledger import part_path
+from fedlotr.communication.ledger import part_path, read_ledger
 from fedlotr.engines import LocalGrid, node_of
 from fedlotr.errors import FedlotrError, InputError
-from fedlotr.flower.packing import NotPlainError, pack, unpack
+from fedlotr.flower.serialize import NotPlainError, pack, unpack
 from fedlotr.flower.state import load_strategy_state, save_strategy
-from fedlotr.preparation import check
-from fedlotr.resumption import continue_from
-from fedlotr.run_directory import Checkpoint, RunDirectory
+from fedlotr.run.directory import Checkpoint, RunDirectory
+from fedlotr.run.preparation import check
+from fedlotr.run.resumption import continue_from
 from fedlotr.simulate import main
 from tests import faulty_app
 from tests.support import Simulate, read_run
@@ -69,7 +68,7 @@ def tiny(tiny_bert: Path, animals: Path) -> dict[str, Any]:
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs get clients that may fail."""
-    monkeypatch.setattr("fedlotr.simulation.CLIENT_APP", FAULTY)
+    monkeypatch.setattr("fedlotr.run.simulation.CLIENT_APP", FAULTY)
     faulty_app.SENT.clear()
 
 
@@ -334,7 +333,7 @@ def drive(words: list[str], stderr: str) -> None:
 def forkserver() -> Any:
     """Starts processes that need not import torch again, which would take most of the test's time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedlotr.simulation", "tests.test_durability"])
+    context.set_forkserver_preload(["fedlotr.run.simulation", "tests.test_durability"])
     return context
 
 

@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from fedlotr import Callbacks, RoundEvent, SimulationConfig, cli, run_simulation
-from fedlotr.door import NO_MEMORY
-from fedlotr.endings import LAST_STRAW, exit_code, heeded, held_back, in_words, listening, told
+from fedlotr.commands.door import NO_MEMORY
 from fedlotr.engines import own_ray
+from fedlotr.engines.endings import LAST_STRAW, exit_code, heeded, held_back, in_words, listening, told
 from tests.test_head_start import ray_processes
 from tests.test_simulation import flags, wait_for_round
 
@@ -162,7 +162,7 @@ def test_a_program_that_is_told_to_end_during_its_run_ends_as_it_would_have_afte
 
 COMMAND = """
 import sys, time
-from fedlotr.door import through
+from fedlotr.commands.door import through
 
 def command():
     try:
@@ -244,8 +244,8 @@ def test_a_process_that_gets_no_memory_says_so_in_one_line(
     def fail(*_: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("fedlotr.simulate.early_workers", fail)
-    monkeypatch.setattr("fedlotr.listing.KINDS", {"methods": fail})
+    monkeypatch.setattr("fedlotr.commands.simulate.early_workers", fail)
+    monkeypatch.setattr("fedlotr.commands.ls.KINDS", {"methods": fail})
     for words in (["simulate", "--quiet"], ["ls", "methods"]):
         assert cli.main(words) == 1
         (line,) = capsys.readouterr().err.splitlines()

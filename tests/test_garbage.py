@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedlotr.garbage import loading_for_good, not_collecting
+from fedlotr.machine import loading_for_good, not_collecting
 
 
 def test_the_collector_is_left_as_it_was() -> None:
@@ -33,6 +33,6 @@ def test_only_what_is_loaded_first_stays_for_good() -> None:
 
 def test_the_command_loads_its_libraries_so() -> None:
     words = ["--engine=local", "--rank=100000"]
-    look = f"from fedlotr import simulate; import gc; simulate.main({words}); print(gc.get_freeze_count())"
+    look = f"from fedlotr.commands import simulate; import gc; simulate.main({words}); print(gc.get_freeze_count())"
     found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 100_000

@@ -173,7 +173,7 @@ def test_all_mistakes_of_all_configurations_are_reported_before_anything_runs(
 
 
 def test_a_row_meets_every_point_of_the_axes_and_wins_over_them(base: dict[str, Any], tmp_path: Path) -> None:
-    from fedlotr.grid_file import read_grid
+    from fedlotr.grid.file import read_grid
 
     rows = [{"method": "lora", "local-steps": 3}, {"method": "lotr", "rank": 3, "name": "ours"}]
     file = write(tmp_path, base={**base, "local_epochs": 2}, axes={"rank": [2, 4], "batch_size": [4]}, rows=rows)
@@ -273,7 +273,7 @@ def test_a_failed_run_is_named_takes_no_other_down_and_is_resumed_on_the_next_ca
 
 def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fedlotr.grid", *words],
+        [sys.executable, "-m", "fedlotr.commands.grid", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -331,4 +331,6 @@ def test_a_run_does_not_outlive_its_grid(base: dict[str, Any], tmp_path: Path) -
 def child_of(pid: int) -> int:
     import psutil
 
-    return next(child.pid for child in psutil.Process(pid).children() if "fedlotr.supervised" in child.cmdline())
+    return next(
+        child.pid for child in psutil.Process(pid).children() if "fedlotr.commands.supervised" in child.cmdline()
+    )

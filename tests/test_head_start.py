@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedlotr import simulate
-from fedlotr.configuration import load
+from fedlotr.commands import simulate
+from fedlotr.config.configuration import load
 from tests.support import Simulate
 
 
@@ -40,7 +40,7 @@ def test_it_is_only_for_new_runs_on_a_ray_of_their_own(
 ) -> None:
     begun: list[tuple[object, ...]] = []
     monkeypatch.setattr("fedlotr.engines.head_start.HeadStart", lambda *given: begun.append(given))
-    monkeypatch.delitem(sys.modules, "fedlotr.simulation", raising=False)
+    monkeypatch.delitem(sys.modules, "fedlotr.run.simulation", raising=False)
     simulate.early_workers(load(["--workers=3"]).model_copy(update=other))
     assert begun == ([] if other else [("fedlotr.flower.client_app:app", 3, 1)])
 
@@ -105,7 +105,7 @@ def test_what_happens_as_workers_start_is_told_like_the_rest(
     def fail(_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("fedlotr.simulate.early_workers", fail)
+    monkeypatch.setattr("fedlotr.commands.simulate.early_workers", fail)
     assert simulate.main(["--quiet"]) == code
     assert line in capsys.readouterr().err.splitlines()
 

@@ -18,11 +18,11 @@ from fedlotr.flower import Fewest, Strategy, Update, weighted_mean
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.fewest import fewest, trimmed_mean_of
-from fedlotr.flower.loop import Federation, Round, State, TooManyFailuresError, run_round
-from fedlotr.flower.moments import MOMENTS
+from fedlotr.flower.links.moments import MOMENTS
 from fedlotr.flower.norms import outside
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.replies import LONGEST_REASON, Weights
+from fedlotr.flower.round import Federation, Round, State, TooManyFailuresError, run_round
 from fedlotr.said import hearing
 from fedlotr.simulate import main
 from tests import faulty_app
@@ -395,7 +395,7 @@ def test_a_round_that_is_left_with_too_few_clients_says_so_once() -> None:
 @pytest.fixture
 def hostile(tiny_bert: Path, animals: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Six clients, whom FAULTS may make hostile, all in every round."""
-    monkeypatch.setattr("fedlotr.simulation.CLIENT_APP", "tests.faulty_app:app")
+    monkeypatch.setattr("fedlotr.run.simulation.CLIENT_APP", "tests.faulty_app:app")
     monkeypatch.delenv("FAULTS", raising=False)
     faulty_app.SENT.clear()
     return {
@@ -573,7 +573,7 @@ def test_an_older_run_goes_on(hostile: dict[str, Any], tmp_path: Path) -> None:
     """Its checkpoints and config.yaml know nothing of bounds, or of what was noticed."""
     words = [*flags({**hostile, "rounds": 2}), "--out", str(tmp_path / "run"), "--quiet"]
     assert main(words) == 0
-    from fedlotr.run_directory import _digest
+    from fedlotr.run.directory import _digest
 
     path = tmp_path / "run" / "checkpoints" / "round-00002.json"
     record = json.loads(path.read_text(encoding="utf-8"))

@@ -23,11 +23,11 @@ from fedlotr.adapters.layer import Basis, FactoredLayer
 from fedlotr.adapters.start import carrying
 from fedlotr.data import encode
 from fedlotr.errors import InputError
-from fedlotr.preparation import check, prepare
-from fedlotr.resumption import saved_configuration
+from fedlotr.run.preparation import check, prepare
+from fedlotr.run.resumption import saved_configuration
 from fedlotr.simulate import main
 from fedlotr.training.examples import IGNORED
-from fedlotr.training.models import TrainableModel
+from fedlotr.training.model import TrainableModel
 from tests.support import TEXTS, assert_logits, assert_within, float32_bound, our_logits, plain_logits, read_run
 from tests.test_models import pooled
 

@@ -9,16 +9,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from fedlotr import simulate
 from fedlotr.adapters.tuner import CoreConfig
+from fedlotr.commands import simulate
+from fedlotr.evaluation.results import Results
+from fedlotr.evaluation.scores import evaluate
+from fedlotr.models.checkpointing import run_again
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
+from fedlotr.models.precision import saved_dtype
 from fedlotr.training import token_losses
 from fedlotr.training.backward import backward, example_gradients
-from fedlotr.training.checkpointing import run_again
-from fedlotr.training.evaluation import evaluate
 from fedlotr.training.examples import IGNORED
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, example_losses, load_base
-from fedlotr.training.precision import saved_dtype
-from fedlotr.training.results import Results
+from fedlotr.training.model import TrainableModel, example_losses
 from fedlotr.training.token_losses import predictions, sequence_losses
 from tests.support import network_bound, read_run, rounding
 from tests.test_training import build, examples_for

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.amplification import expected_noise
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
 from fedlotr.privacy.leakage import first_layers, in_row_space, named_tokens
@@ -18,7 +19,7 @@ from fedlotr.privacy.noise import NoiseStream
 from fedlotr.simulate import main
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.model import TrainableModel
 
 Pairs = set[tuple[int, int]]
 

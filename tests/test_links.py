@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedlotr import SimulationConfig, run_simulation
-from fedlotr.communication import read_ledger
+from fedlotr.communication.ledger import read_ledger
 from fedlotr.communication.links import PROFILES, Link, read_link, read_links, round_time
 from fedlotr.errors import InputError
 from tests.support import read_run

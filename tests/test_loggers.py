@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedlotr import Callbacks, RoundEvent, SimulationConfig, run_simulation
-from fedlotr import simulate as door
+from fedlotr.commands import simulate as door
 from fedlotr.reporting.loggers import LOGGERS, MLflow, TensorBoard, numbers
 from tests.support import read_run
 from tests.test_simulation import flags, small

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from fedlotr.resumption import saved_configuration
+from fedlotr.run.resumption import saved_configuration
 from fedlotr.simulate import main
 from tests.support import TEXTS, assert_logits, our_logits, plain_logits, read_run
 

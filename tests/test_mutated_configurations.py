@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fedlotr import simulate
-from fedlotr.configuration import SimulationConfig, dump_yaml
+from fedlotr.commands import simulate
+from fedlotr.config.configuration import SimulationConfig, dump_yaml
 from fedlotr.errors import InputError
 
 FILES, COMMAND_LINES, THOROUGH = 1200, 800, 40
@@ -243,10 +243,10 @@ def valid(place: Path) -> tuple[str, list[str]]:
 def test_two_thousand_mutated_configurations_end_in_clear_errors_and_change_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    door = ModuleType("fedlotr.simulation")  # what lies behind it takes seconds, and is the next test's affair
+    door = ModuleType("fedlotr.run.simulation")  # what lies behind it takes seconds, and is the next test's affair
     door.run_simulation = lambda config, **_: SimpleNamespace(summary={})  # type: ignore[attr-defined]
     door.check_all = lambda config, wrong: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fedlotr.simulation", door)
+    monkeypatch.setitem(sys.modules, "fedlotr.run.simulation", door)
     text, words = valid(place)
     chance = random.Random(0)
     count = 0
@@ -267,7 +267,7 @@ def test_two_thousand_mutated_configurations_end_in_clear_errors_and_change_noth
 def test_mutated_configurations_that_reach_data_and_model_end_in_clear_errors(
     place: Path, stories: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedlotr import simulation
+    from fedlotr.run import simulation
 
     def stop(*_: object) -> None:
         raise InputError("the run would start now")
@@ -305,7 +305,7 @@ def test_mutated_configurations_that_reach_data_and_model_end_in_clear_errors(
 def test_extremes_are_refused_at_once(
     words: list[str], place: Path, stories: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedlotr import simulation
+    from fedlotr.run import simulation
 
     monkeypatch.setattr(simulation.Console, "start", lambda *_: pytest.fail("the run started"))
     base = valid(place)[1]

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from fedlotr import SimulationConfig, run_simulation, simulate
-from fedlotr.brought import Brought
 from fedlotr.errors import InputError
-from fedlotr.preparation import check
-from fedlotr.simulation import resolve
+from fedlotr.run.brought import Brought
+from fedlotr.run.preparation import check
+from fedlotr.run.simulation import resolve
 from fedlotr.training.examples import Batch
 from tests.own_models import BagConfig, BagOfWords, DeepClassifier
 from tests.support import TEXTS, assert_logits, plain_logits, prepare_again, read_run

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedlotr import OwnTask, SimulationConfig, run_simulation, simulate
-from fedlotr.data.own_task import TAKEN, MetricError
+from fedlotr.data.user_task import TAKEN, MetricError
 from fedlotr.errors import InputError
-from fedlotr.training.results import Results
+from fedlotr.evaluation.results import Results
 from tests.support import read_run
 from tests.test_own_data import small
 

@@ -13,13 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.adapters.packed import Spans, factored_linear
+from fedlotr.evaluation.scores import evaluate
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
-from fedlotr.training.evaluation import evaluate
 from fedlotr.training.examples import Examples
 from fedlotr.training.memory import keep_freed_memory
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
+from fedlotr.training.model import TrainableModel
 from fedlotr.training.packing import runs
-from fedlotr.training.ragged import Attendance, Ragged, attending, attention
+from fedlotr.training.varlen import Attendance, Ragged, attending, attention
 from tests.support import network_bound, rounding
 
 D_IN, D_OUT, R, COUNTS = 5, 7, 3, (4, 1, 3)
@@ -130,7 +131,7 @@ def test_packed_training_and_evaluation_equal_those_of_padded_rows(
     tiny_bert: Path, method: str, pairs: bool, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedlotr.adapters.packed.SPREAD", columns)  # copies one by one, where they are many or wide
-    monkeypatch.setattr("fedlotr.training.ragged_pass.RAGGED_TOKENS", 40)  # some passes within a batch
+    monkeypatch.setattr("fedlotr.training.varlen_pass.RAGGED_TOKENS", 40)  # some passes within a batch
     model, examples = pooled(tiny_bert, method), some_examples(pairs=pairs)
     assert model.takes_ragged
     work = lambda: [ClientWork(np.arange(a, b), np.random.default_rng(a)) for a, b in ((0, 9), (9, 11), (11, 40))]  # noqa: E731

@@ -9,12 +9,13 @@ import torch
 from test_packed import some_examples
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, load_base
-from fedlotr.training.ragged import Ragged
+from fedlotr.training.model import TrainableModel
+from fedlotr.training.varlen import Ragged
 from tests.support import UNIT, rounding
 
 ROWS = {"a": np.arange(0, 9), "b": np.arange(9, 25), "c": np.arange(25, 40)}
@@ -50,7 +51,7 @@ START: dict[int, dict[str, torch.Tensor]] = {}
 @pytest.fixture(autouse=True)
 def small_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients here have fewer tokens than it takes for a pass of their own to pay."""
-    monkeypatch.setattr("fedlotr.training.prefix.FULL_PASS", 1)
+    monkeypatch.setattr("fedlotr.training.frozen_prefix.FULL_PASS", 1)
 
 
 @pytest.fixture(params=[r".*layer\.1\..*", ""], ids=["upper block", "head alone"])
@@ -86,7 +87,7 @@ def test_bits_do_not_depend_on_what_a_worker_has_seen(model: TrainableModel, mon
     assert prefix is not None and len(prefix._kept) == 31
     each = 4 * model.module.config.hidden_size
     tokens = {client: int(EXAMPLES.lengths[rows].sum()) for client, rows in ROWS.items()}
-    monkeypatch.setattr("fedlotr.training.prefix.KEPT_BYTES", each * (tokens["b"] + tokens["c"]))
+    monkeypatch.setattr("fedlotr.training.frozen_prefix.KEPT_BYTES", each * (tokens["b"] + tokens["c"]))
     trained(model, "a")
     assert len(prefix._kept) == 9, "there was no room for it beside the others"
     trained(model, "ab")
@@ -100,7 +101,7 @@ def test_a_pass_below_is_over_the_examples_of_one_client_whatever_is_kept(
     seen: list[list[int]] = []
     whole = Ragged.of
     monkeypatch.setattr(
-        "fedlotr.training.prefix.Ragged",
+        "fedlotr.training.frozen_prefix.Ragged",
         SimpleNamespace(of=lambda examples, rows: (seen.append(rows.tolist()), whole(examples, rows))[1]),
     )
     for clients in ("ab", "bc"):
@@ -111,7 +112,7 @@ def test_a_pass_below_is_over_the_examples_of_one_client_whatever_is_kept(
 def test_whether_states_are_used_depends_on_the_cohort_alone(
     model: TrainableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlotr.training.prefix.FULL_PASS", 75)
+    monkeypatch.setattr("fedlotr.training.frozen_prefix.FULL_PASS", 75)
     tokens = {client: int(EXAMPLES.lengths[rows].sum()) for client, rows in ROWS.items()}
     assert tokens["a"] < 75 < tokens["b"]
     trained(model, "b")
@@ -130,7 +131,7 @@ def test_a_cohort_whose_states_are_too_many_is_trained_without(
     model: TrainableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as small:
-        small.setattr("fedlotr.training.prefix.KEPT_BYTES", 8)
+        small.setattr("fedlotr.training.frozen_prefix.KEPT_BYTES", 8)
         found, prefix = trained(model, "ab"), model.prefix
     assert prefix is not None and not prefix._kept
     for one, other in zip(found, trained(model, "ab"), strict=True):

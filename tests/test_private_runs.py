@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedlotr.communication import read_ledger
+from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.privacy.accounting import Releases, calibrate, epsilon, epsilon_by_prv, epsilon_by_rdp
 from fedlotr.privacy.guard import Adaptive, ClientGuard

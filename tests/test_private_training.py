@@ -16,7 +16,7 @@ from fedlotr.privacy.noise import NoiseStream
 from fedlotr.privacy.opacus_engine import hooked, train_by_opacus
 from fedlotr.training.backward import example_gradients
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
-from fedlotr.training.models import Tensors, TrainableModel
+from fedlotr.training.model import Tensors, TrainableModel
 from tests.support import rounding
 from tests.test_training import SIZES, examples_for, model
 

@@ -21,9 +21,10 @@ from fedlotr.adapters.bases import leading_singular_vectors
 from fedlotr.adapters.layer import weight_of
 from fedlotr.adapters.quantised import check_quantiser, dequantised, is_quantised, quantise
 from fedlotr.adapters.tuner import CoreConfig, factored_layers, initialize_basis
-from fedlotr.model_source import pad_id
+from fedlotr.models.loading import ModelSpec, adaptable_layers, count_parameters, load_base
+from fedlotr.models.source import pad_id
 from fedlotr.training.backward import backward
-from fedlotr.training.models import ModelSpec, TrainableModel, adaptable_layers, count_parameters, load_base
+from fedlotr.training.model import TrainableModel
 from tests.support import TEXTS, assert_within, float32_bound, our_logits, read_run, rounding
 from tests.test_training import examples_for
 

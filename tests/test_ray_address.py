@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedlotr.configuration import load
+from fedlotr.config.configuration import load
 from fedlotr.engines import ray as engine
 from fedlotr.errors import InputError
 

@@ -14,22 +14,21 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedlotr.communication import communication_summary
-from fedlotr.communication.ledger import Entry, payload_bytes, read_ledger, write_part
-from fedlotr.configuration import SimulationConfig
+from fedlotr.communication.ledger import Entry, communication_summary, payload_bytes, read_ledger, write_part
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines import LocalGrid
 from fedlotr.errors import InputError
-from fedlotr.federation import federation as simulated_federation
 from fedlotr.flower import Strategy
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
 from fedlotr.flower.client_app import worker
-from fedlotr.flower.loop import Federation, State, TooManyFailuresError, run_round, sample_clients
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
+from fedlotr.flower.round import Federation, State, TooManyFailuresError, run_round, sample_clients
 from fedlotr.flower.state import load_strategy_state, save_strategy
-from fedlotr.preparation import check, prepare
-from fedlotr.simulation import resolve
+from fedlotr.run.federation import federation as simulated_federation
+from fedlotr.run.preparation import check, prepare
+from fedlotr.run.simulation import resolve
 
 CLIENTS = 6
 

@@ -56,7 +56,7 @@ def test_a_round_that_is_kept_from_the_cores_says_so_once_and_what_one_thread_wo
         def process_time(self) -> float:
             return now[0] / 5.0
 
-    monkeypatch.setattr("fedlotr.rounds.time", Clocks())
+    monkeypatch.setattr("fedlotr.run.rounds.time", Clocks())
     assert main(words.split()) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     (line,) = [line for line in summary["warnings"] if "busy" in line]

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_info
 
 from fedlotr import Callbacks, SimulationConfig, run_simulation
-from fedlotr.communication import read_ledger
+from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
-from fedlotr.preparation import Prepared, check, prepare
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.run.preparation import Prepared, check, prepare
+from fedlotr.run.simulation import resolve
 from fedlotr.simulate import main
-from fedlotr.simulation import resolve
 from fedlotr.training.cohort import cut_cohorts
 from tests.support import TEXTS, Simulate, assert_logits, our_logits, plain_logits, read_run
 
@@ -193,7 +193,7 @@ def test_the_bases_of_a_run_are_made_again_where_there_are_other_threads(
         seen.append(torch.get_num_threads())
         return prepare(*given)
 
-    monkeypatch.setattr("fedlotr.preparation.prepare", noted)
+    monkeypatch.setattr("fedlotr.run.preparation.prepare", noted)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -249,7 +249,7 @@ def test_cohorts_cut_by_tokens_give_the_same_bytes_on_every_engine(
         cuts.append(cut_cohorts(*given))
         return cuts[-1]
 
-    monkeypatch.setattr("fedlotr.simulation.cut_cohorts", noted)
+    monkeypatch.setattr("fedlotr.run.simulation.cut_cohorts", noted)
     found = []
     for engine, workers in (("local", None), ("ray", 2)):
         wanted = {**small, "data": str(tmp_path), "clients": 12, "sample": 12, "engine": engine, "workers": workers}

@@ -17,10 +17,10 @@ from fedlotr.flower import Strategy
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.lazy import LazyRecord, Spill
-from fedlotr.flower.loop import Federation, Round, State, run_round
-from fedlotr.flower.packing import pack, unpack
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.private import identify_process
+from fedlotr.flower.round import Federation, Round, State, run_round
+from fedlotr.flower.serialize import pack, unpack
 
 CLIENTS = 6
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedlotr import cli, simulate
+from fedlotr import cli
+from fedlotr.commands import simulate
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.testing import check_strategy
 from tests.support import read_run

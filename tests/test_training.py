@@ -13,24 +13,15 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model
 
 from fedlotr.adapters import CoreConfig
+from fedlotr.evaluation.scores import Scores, evaluate, shards, sum_scores
+from fedlotr.models.loading import UNBATCHED, ModelSpec, adaptable_layers, head_layers, load_base, unbatched_layers
+from fedlotr.models.supported import is_sentence_encoder
 from fedlotr.training.cohort import ClientWork, LocalTraining, client_batches, cut_cohorts, train_cohort
-from fedlotr.training.evaluation import Scores, evaluate, shards, sum_scores
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.head import fit_head
-from fedlotr.training.models import (
-    UNBATCHED,
-    ModelSpec,
-    Tensors,
-    TrainableModel,
-    _belongs_to_head,
-    adaptable_layers,
-    head_layers,
-    load_base,
-    unbatched_layers,
-)
+from fedlotr.training.model import Tensors, TrainableModel, _belongs_to_head
 from fedlotr.training.optimizers import OPTIMIZERS
 from fedlotr.training.packing import pack
-from fedlotr.training.supported import is_sentence_encoder
 from tests.support import rounding
 
 SIZES = [1, 3, 9, 12, 16, 17, 30]

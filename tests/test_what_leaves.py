@@ -14,7 +14,7 @@ import yaml
 
 from fedlotr import Callbacks, SimulationConfig, cli, doctor, run_simulation
 from fedlotr.errors import InputError
-from fedlotr.flower import loop
+from fedlotr.flower import round as loop
 from fedlotr.flower.replies import Failure
 from fedlotr.privacy.dp_sgd import DPSGD
 from fedlotr.privacy.guard import ClientGuard
@@ -147,7 +147,7 @@ def test_label_names_settle_the_classes_and_their_order(run: Run, ward: Path, tm
     write(numbers.with_name("test.jsonl"), [{**row, "label": 2} for row in rows(9, 200)])
     config = SimulationConfig(data=str(numbers.parent), label_names="3,2,1,4")
     from fedlotr.data import resolve_task
-    from fedlotr.preparation import read_source
+    from fedlotr.run.preparation import read_source
 
     source = read_source(config)
     task = resolve_task("auto", source, config.labels)

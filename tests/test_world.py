@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from fedlotr import Callbacks, RoundEvent, SimulationConfig, run_simulation
-from fedlotr.callbacks import CallbackError
 from fedlotr.errors import InputError
+from fedlotr.run.callbacks import CallbackError
 
 
 def world() -> dict[str, Any]:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from fedlotr.communication.wire_form import WireForm
 from fedlotr.errors import FedlotrError
-from fedlotr.wire_form import WireForm
 
 Float32 = npt.NDArray[np.float32]
 Tensors = dict[str, Float32]

@@ -1,6 +1,5 @@
 """Data: sources of rows, tasks over them, and their division among clients."""
 
-from fedlotr.data.own_task import OwnTask, apply_task, check_task, measure, task_name
 from fedlotr.data.partition import (
     PARTITIONS,
     Holding,
@@ -13,6 +12,7 @@ from fedlotr.data.partition import (
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.sources import Names, OwnData, Source, load_source
 from fedlotr.data.tasks import Task, encode, resolve_task
+from fedlotr.data.user_task import OwnTask, apply_task, check_task, measure, task_name
 
 __all__ = [
     "PARTITIONS",

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlotr.config.own import own_name
+from fedlotr.config.values import is_data_id
+from fedlotr.data.hub import fetch_data
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.readers import READERS, Columns, Table, checked_columns, read_files
 from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_files, split_tenth
 from fedlotr.errors import InputError, nearest
-from fedlotr.hub import fetch_data, is_data_id
-from fedlotr.own import own_name
 
 if TYPE_CHECKING:
     import datasets

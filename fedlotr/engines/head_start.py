@@ -3,9 +3,9 @@
 import threading
 from typing import Any, Self
 
-from fedlotr.endings import held_back
+from fedlotr.engines.endings import held_back
 from fedlotr.engines.own_ray import OwnRay, end_worker, start_ray
-from fedlotr.engines.ray import start_worker, worker_class
+from fedlotr.engines.worker import start_worker, worker_class
 
 
 class HeadStart:

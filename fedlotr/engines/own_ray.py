@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlotr.endings import held_back
+from fedlotr.engines.endings import held_back
 from fedlotr.errors import FedlotrError, InputError
 
 NICENESS = "RAY_worker_niceness"

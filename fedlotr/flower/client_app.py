@@ -17,21 +17,21 @@ from flwr.clientapp import ClientApp
 from fedlotr.adapters.bases import sha256
 from fedlotr.adapters.tuner import bases_sha256
 from fedlotr.communication.codecs import CodecError
-from fedlotr.flower import moments
-from fedlotr.flower.carried import STATE, parts_of
-from fedlotr.flower.coding import coded_update, received
-from fedlotr.flower.personal import OWN_ROWS, keep_personal, personal
+from fedlotr.evaluation.results import Results
+from fedlotr.evaluation.scores import evaluate
+from fedlotr.flower.links import moments
+from fedlotr.flower.links.carry import STATE, parts_of
+from fedlotr.flower.links.codec import coded_update, received
+from fedlotr.flower.links.objectives import CONTROL, TAIL_SHARE, TERMS, Cohort, terms
+from fedlotr.flower.links.personal import OWN_ROWS, keep_personal, personal
 from fedlotr.flower.private import CLIENT_RAISED
 from fedlotr.flower.records import arrays_sha256, bases_from_record, to_record, to_tensors
-from fedlotr.flower.terms import CONTROL, TAIL_SHARE, TERMS, Cohort, terms
 from fedlotr.flower.workplace import Workplace, install_bases, work_folder
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, client_stream
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining, train_cohort, training_order
 from fedlotr.training.corrections import chain
-from fedlotr.training.evaluation import evaluate
 from fedlotr.training.memory import keep_freed_memory
-from fedlotr.training.results import Results
 
 WORK = "fedlotr.work"
 """Key of `run_config` in which our engines tell the absolute path of the workplace."""

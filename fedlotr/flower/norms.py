@@ -14,10 +14,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedlotr.flower.lazy import LazyArray, LazyRecord
-from fedlotr.flower.moments import MOMENTS
+from fedlotr.flower.links.moments import MOMENTS
+from fedlotr.flower.links.objectives import CONTROL
 from fedlotr.flower.reading import value
 from fedlotr.flower.replies import Failure
-from fedlotr.flower.terms import CONTROL
 from fedlotr.said import say
 
 log = logging.getLogger("fedlotr")

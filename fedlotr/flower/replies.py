@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedlotr.errors import harmless, written
 from fedlotr.flower.lazy import LazyRecord
-from fedlotr.flower.moments import MOMENTS
+from fedlotr.flower.links.moments import MOMENTS
 from fedlotr.flower.private import CLIENT_CRASHED
 from fedlotr.flower.reading import value
 

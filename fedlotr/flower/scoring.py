@@ -9,11 +9,11 @@ from flwr.serverapp import Grid
 
 from fedlotr.adapters.carry import Carry
 from fedlotr.errors import FedlotrError
-from fedlotr.flower.carried import carry_records
-from fedlotr.flower.loop import Federation, nodes_by_client
+from fedlotr.evaluation.results import Results
+from fedlotr.evaluation.scores import Scores, shards, sum_scores
+from fedlotr.flower.links.carry import carry_records
 from fedlotr.flower.replies import first_line
-from fedlotr.training.evaluation import Scores, shards, sum_scores
-from fedlotr.training.results import Results
+from fedlotr.flower.round import Federation, nodes_by_client
 
 log = logging.getLogger("fedlotr")
 

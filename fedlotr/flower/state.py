@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlotr.flower.packing import Arrays, NotPlainError, pack, unpack
+from fedlotr.flower.serialize import Arrays, NotPlainError, pack, unpack
 
 STRATEGY, CLIENT = "strategy", "client-state"
 """What the names of a checkpoint's arrays begin with, where they are not the trained tensors."""

@@ -25,9 +25,9 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.flower.certificate import Product
 from fedlotr.flower.fewest import Fewest
 from fedlotr.flower.lazy import Decoded
-from fedlotr.flower.ranks import block, padded
+from fedlotr.flower.links.objectives import CONTROL, CONTROL_VARIATES
+from fedlotr.flower.links.ranks import block, padded
 from fedlotr.flower.records import Arrays, to_record
-from fedlotr.flower.terms import CONTROL, CONTROL_VARIATES
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Strategy(FlowerStrategy):
     needs: the factors that must be in every update; a method whose clients send others is refused.
     ranks: client -> the rank that it is to train from now on, where the strategy says so and it is below its own.
     asks: what clients are to do besides plain training: keys of the train message's config with their values; which
-    there are is said in `fedlotr.flower.terms`.
+    there are is said in `fedlotr.flower.links.objectives`.
     controls: whether they are to correct their gradients by control variates, and keep their own between rounds:
     `control` is then sent to them, and every `Update` has the change of the client's.
     """

@@ -23,11 +23,12 @@ from safetensors.torch import save_file as save_tensors
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
+from fedlotr.communication.wire_form import UNCODED, Coding
+from fedlotr.models.loading import ModelSpec, load_base
 from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import ModelSpec, TrainableModel, load_base
-from fedlotr.wire_form import UNCODED, Coding
+from fedlotr.training.model import TrainableModel
 
 
 def work_folder(run: Path, start: str) -> Path:

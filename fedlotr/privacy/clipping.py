@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fedlotr.training.models import Tensors
+from fedlotr.training.model import Tensors
 
 MARGIN = 1 - 2.0**-20
 """Of the bound that is used: float32 products would otherwise pass it by their rounding."""

@@ -12,7 +12,7 @@ from typing import Literal
 from fedlotr.privacy.clipping import clipped
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import LocalTraining
-from fedlotr.training.models import Tensors
+from fedlotr.training.model import Tensors
 from fedlotr.training.packing import Rows
 
 

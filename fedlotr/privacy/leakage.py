@@ -18,7 +18,7 @@ from torch import nn
 
 from fedlotr.adapters.layer import TRAINABLE, FactoredLayer
 from fedlotr.adapters.tuner import factored_layers
-from fedlotr.training.models import TrainableModel
+from fedlotr.training.model import TrainableModel
 
 RESIDUAL = 5e-6
 """Of its length, what may stick out of the span of a candidate that is said to lie in it."""

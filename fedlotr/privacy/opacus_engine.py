@@ -23,7 +23,7 @@ from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.streams import stream_key
 from fedlotr.training.cohort import ClientResult, ClientWork, LocalTraining
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import TrainableModel
+from fedlotr.training.model import TrainableModel
 
 
 class _Chain(nn.Module):

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
-from fedlotr.formulas import CODED, CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
+from fedlotr.communication.wire_form import Coding
+from fedlotr.cost.formulas import CODED, CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table, wrapped
-from fedlotr.wire_form import Coding
 
 WIDTH = 150
 """Columns of a table that is piped."""

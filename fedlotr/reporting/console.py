@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from fedlotr.adapters.methods import METHODS
-from fedlotr.configuration import SimulationConfig
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 
 SHOWN_CLIENTS = 8

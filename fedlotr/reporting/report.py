@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from fedlotr.adapters.methods import METHODS
-from fedlotr.billing import Row, bills
+from fedlotr.communication.wire_form import Coding
+from fedlotr.cost.billing import Row, bills
+from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.plugins import built_in
-from fedlotr.formulas import Layer, Shapes
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, read_run
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
-from fedlotr.wire_form import Coding
 
 BARS = 60
 """Clients that are drawn; of more, so many evenly from the largest to the smallest. The tables have them all."""

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedlotr.communication.ledger import part_path
+from fedlotr.config.yaml_file import read_yaml
 from fedlotr.errors import InputError, shorten
-from fedlotr.yaml_file import read_yaml
 
 METRICS = ("accuracy", "perplexity")
 """The metrics of the tasks that come with fedlotr."""

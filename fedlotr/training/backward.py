@@ -8,9 +8,9 @@ import torch
 
 from fedlotr.adapters.layer import copies
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import Tensors, TrainableModel
+from fedlotr.training.model import Tensors, TrainableModel
 from fedlotr.training.packing import PASS_TOKENS, Rows, pack
-from fedlotr.training.ragged_pass import ragged_backward
+from fedlotr.training.varlen_pass import ragged_backward
 
 COPIED_NUMBERS = 2**24
 """Trained numbers, a copy for each example, that gradients are held of at once: 64 MB."""

@@ -2,7 +2,7 @@
 
 Every trained tensor is stacked K times; each row of a pass meets its own client's copy, so the gradient of the sum of
 all clients' losses holds every client's own gradient. At each step the rows of all active clients are cut into passes,
-packed without padding where the model takes that (`ragged_pass`), else sorted by length; passes add up, so their cut
+packed without padding where the model takes that (`varlen_pass`), else sorted by length; passes add up, so their cut
 changes nothing but rounding.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from fedlotr.training.backward import backward, example_gradients
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import Tensors, TrainableModel
+from fedlotr.training.model import Tensors, TrainableModel
 from fedlotr.training.optimizers import OPTIMIZERS, State, clip_by_norm
 from fedlotr.training.packing import Rows
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedlotr.training.cohort import GradientTransform
-from fedlotr.training.models import Tensors
+from fedlotr.training.model import Tensors
 from fedlotr.training.optimizers import Stacks
 
 

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 
 from fedlotr.adapters.packed import Spans, packed
-from fedlotr.training.evaluation import EVALUATION_TOKENS
 from fedlotr.training.examples import Examples
-from fedlotr.training.models import TrainableModel, example_losses
-from fedlotr.training.packing import Rows, pack
-from fedlotr.training.ragged import ragged_batches
+from fedlotr.training.model import TrainableModel, example_losses
+from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
+from fedlotr.training.varlen import ragged_batches
 
 RIDGE = 1e-2
 """Weight of half the squared norm of the head's weights beside the mean loss."""

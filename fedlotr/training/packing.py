@@ -11,6 +11,8 @@ PASS_TOKENS = 2048
 """Tokens in one forward and backward: bounds the activations held, and is large enough for full speed."""
 PASS_OVERHEAD = 64
 """What one more pass costs, in tokens: launching its operations takes as long as computing about this many."""
+EVALUATION_TOKENS = 4096
+"""Padded tokens in one forward: no activations are kept, so passes may be larger than in training."""
 
 
 def pack(lengths: Rows, tokens: int = PASS_TOKENS, overhead: int = PASS_OVERHEAD) -> list[Rows]:

@@ -1,0 +1,96 @@
+"""`fedlotr cost --model NAME [options]`: the bill of a model before any run, for every method and strategy."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fedlotr.adapters.methods import METHODS
+from fedlotr.communication.links import CUSTOM, PROFILES, read_link
+from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
+from fedlotr.errors import InputError, nearest
+
+DONE, BAD_INPUT = 0, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table, JSON or CSV; exit code 0, or 2 for what the user can mend."""
+    try:
+        given = _parser().parse_args(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+    try:
+        _print(given)
+    except InputError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return BAD_INPUT
+    return DONE
+
+
+def _print(given: argparse.Namespace) -> None:
+    methods = given.methods.split(",") if given.methods else list(METHODS)
+    problems = [f"--methods {name}: no such method{nearest(name, METHODS)}" for name in methods if name not in METHODS]
+    numbers = {"rank": given.rank, "lora-rank": given.lora_rank, "clients": given.clients, "rounds": given.rounds}
+    numbers |= {"labels": given.labels}
+    problems += [
+        f"--{name} {value}: expected 1 or more" for name, value in numbers.items() if value is not None and value < 1
+    ]
+    for option, check in (("codec", check_codec), ("broadcast-codec", check_broadcast_codec)):
+        try:
+            check(vars(given)[option.replace("-", "_")])
+        except ValueError as error:
+            problems.append(f"--{option} {vars(given)[option.replace('-', '_')]}: {error}")
+    try:
+        link = read_link(given.link)
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+    # Here, not above: they load torch and transformers.
+    from fedlotr.cost.architectures import read_architecture
+    from fedlotr.cost.billing import bills, fedit
+    from fedlotr.reporting.bill import WIDTH, Quote, as_csv, as_json, as_table
+    from fedlotr.reporting.fitting import columns_of
+
+    kind: Any = None if given.task == "auto" else given.task
+    architecture = read_architecture(given.model, kind, given.labels, given.targets)
+    ranks = (given.rank, given.lora_rank or given.rank)
+    coding = Coding(given.codec, given.broadcast_codec)
+    rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds, coding)
+    against = fedit(architecture, ranks[1], given.clients, given.rounds)
+    quote = Quote(given.model, architecture, rows, left_out, against, link, coding)
+    form = as_json if given.json else as_csv if given.csv else None
+    print(as_table(quote, columns_of(sys.stdout, WIDTH)) if form is None else form(quote), end="")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedlotr cost",
+        description="The bill of a model before any run, without its weights: numbers trained and bytes sent by every "
+        "method and strategy. Bytes are payload, numbers times 4 or as coded; clients take part in every round.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME|PATH|ID", help="mistral-7b and other public models whose dimensions "
+        "come along; a folder with config.json; or a hub id, whose config.json alone is read")  # fmt: skip
+    add("--task", choices=("auto", "classification", "causal-lm"), default="auto", help="what the model is for "
+        "(default: what its configuration says)")  # fmt: skip
+    add("--labels", type=int, default=2, help="classes of a classifier (default: 2)")
+    add("--targets", default="all-linear", metavar="all-linear|REGEX", help="layers to adapt (default: all-linear)")
+    add("--methods", metavar="NAME,NAME", help="only these methods (default: all)")
+    add("--rank", type=int, default=16, help="of cores (default: 16)")
+    add("--lora-rank", type=int, help="of methods that train A or B (default: that of --rank)")
+    add("--clients", type=int, default=10, help="clients a round (default: 10)")
+    add("--rounds", type=int, default=10, help="rounds (default: 10)")
+    add("--codec", default="float32", metavar="KIND[:DENSITY][+zstd]", help="of updates, as in a run "
+        "(default: float32)")  # fmt: skip
+    add("--broadcast-codec", default="float32", metavar="[delta+]KIND[:DENSITY][+zstd]", help="of broadcasts, as in a "
+        "run (default: float32)")  # fmt: skip
+    add("--link", default="broadband", metavar="NAME|RATES", help=f"{', '.join(PROFILES)}, or {CUSTOM} "
+        "(default: broadband)")  # fmt: skip
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object")
+    form.add_argument("--csv", action="store_true", help="a line a row")
+    return parser

@@ -1,0 +1,93 @@
+"""`fedlotr ls methods` and `fedlotr ls strategies`: what there is to choose from, what each costs, and a template."""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from fedlotr.adapters.methods import METHODS, Method
+from fedlotr.cost.formulas import PAIR, SEED_AND_HASH, in_words
+from fedlotr.errors import nearest
+
+USAGE = "usage: fedlotr ls methods|strategies [--json], or: fedlotr ls strategies --template"
+TEMPLATE = Path(__file__).parents[1] / "flower" / "template.py"
+"""A strategy to copy, with a word on each of its methods."""
+
+Row = dict[str, str]
+
+
+def one_off(row: Method) -> str:
+    """What a client receives once: the frozen factors, a seed and a hash, or nothing."""
+    if not row.freezes:
+        return "nothing"
+    if row.basis != "update":
+        return f"seed and hash, {SEED_AND_HASH} bytes"
+    return f"{PAIR.text} {'per type' if row.tie == 'type' else 'per layer'}"
+
+
+def methods() -> list[Row]:
+    """One row a method."""
+    return [
+        {
+            "method": name,
+            "trains": ", then ".join(", ".join(turn) for turn in row.turns or (row.train,)) or "the head",
+            "basis": row.basis if row.factored else "",
+            "tie": row.tie if row.factored else "",
+            "core": row.core if row.factored else "",
+            "upload a layer": in_words(row),
+            "one-off": one_off(row),
+            "strategy": row.strategy,
+            "paper": row.paper,
+        }
+        for name, row in METHODS.items()
+    ]
+
+
+def strategies() -> list[Row]:
+    """One row a strategy that an installed package announces; one that cannot be loaded says why."""
+    found = []
+    for point in sorted(entry_points(group="fedlotr.strategies"), key=lambda point: point.name):
+        try:
+            with redirect_stdout(sys.stderr):  # what its import prints is no part of the list
+                kind = point.load()
+            certified = "yes" if getattr(kind, "averages", False) else "no"
+            about = (kind.__doc__ or "").strip().splitlines()
+        except (Exception, SystemExit) as error:  # a package of someone else's, which may also end the program
+            certified, about = "?", [f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"]
+        found.append(
+            {"strategy": point.name, "certified": certified, "what": about[0] if about else "", "from": point.value}
+        )
+    return found
+
+
+KINDS = {"methods": methods, "strategies": strategies}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table (for the eye, tab-separated where it is piped, or as JSON) or the template; exit code 0, or 2."""
+    if list(argv) == ["strategies", "--template"]:
+        print(TEMPLATE.read_text(encoding="utf-8"), end="")
+        return 0
+    words = [word for word in argv if word != "--json"]
+    if "-h" in words or "--help" in words:
+        print(USAGE)
+        return 0
+    if len(words) != 1 or words[0] not in KINDS:
+        known = nearest(words[0], KINDS) if words else ""
+        said = f"{words[0]}: nothing of that name to list{known}" if words else "nothing is named to list"
+        print(f"error: {said}; {USAGE}", file=sys.stderr)
+        return 2
+    rows = KINDS[words[0]]()
+    if "--json" in argv:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        from fedlotr.reporting.fitting import show_table
+
+        show_table(Console(highlight=False, markup=False), list(rows[0]), [list(row.values()) for row in rows])
+    else:
+        print("\n".join("\t".join(cells) for cells in (list(rows[0]), *(row.values() for row in rows))))
+    return 0

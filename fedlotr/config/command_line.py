@@ -1,0 +1,126 @@
+"""From the words of a command line to values by key; and the help.
+
+pydantic-settings makes an argparse parser of the configuration's fields. What that parser cannot read is handed on
+as it is, for the validation to report with all other mistakes: argparse itself would stop there.
+"""
+
+import argparse
+import ast
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from fedlotr.adapters.methods import BASES, METHODS, TIES
+from fedlotr.config.yaml_file import key_of
+
+_PLACEHOLDERS = {
+    "sample": "COUNT|SHARE",
+    "max_examples": "int|none",
+    "model": "ID|PATH",
+    "data": "NAME|PATH",
+    "partition": "iid|dirichlet:ALPHA|shards:K|natural[:COLUMN]",
+    "method": "|".join(METHODS),
+    "basis": "|".join(BASES),
+    "tie": "|".join(TIES),
+    "targets": "all-linear|REGEX",
+    "init_adapter": "PATH",
+    "strategy": "NAME|module:Class|file.py:Class",
+    "strategy_arg": "KEY=VALUE",
+    "clip_norm": "float|none",
+    "link": "NAME|RATES[,...]",
+    "codec": "KIND[:DENSITY][+zstd]",
+    "broadcast_codec": "[delta+]KIND[:DENSITY][+zstd]",
+    "eval_data": "NAME|PATH",
+    "eval_split": "NAME",
+    "label_names": "FILE|NAME,NAME[,...]",
+    "out": "FOLDER",
+}
+"""What the help shows for a value where the type alone does not say it."""
+
+_YAML = (".yaml", ".yml")
+
+
+def flag_of(key: str) -> str:
+    """The option of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def option_parser(settings: type[BaseSettings], sections: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The options of `python -m fedlotr.simulate` and its help; sections: the key each begins with, and its title."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedlotr.simulate",
+        usage="python -m fedlotr.simulate [CONFIG.yaml] [options]",
+        description="Fine-tune a model with a federation of simulated clients. "
+        "Options win over CONFIG.yaml, whose keys have the options' names.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    group: Any = parser
+
+    def add(_: object, flag: str, *, dest: str, help: str, **options: Any) -> None:
+        nonlocal group
+        if dest in sections:
+            group = parser.add_argument_group(sections[dest])
+        if dest in _PLACEHOLDERS:
+            options["metavar"] = _PLACEHOLDERS[dest]
+        # Where a field is left open, off or empty, its description says what that means.
+        group.add_argument(flag, dest=dest, help=re.sub(r" \(default: (none|False|{})\)$", "", help), **options)
+
+    CliSettingsSource[argparse.ArgumentParser](settings, root_parser=parser, add_argument_method=add)
+    return parser
+
+
+def read_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[dict[str, object], list[str]]:
+    """Values by key, also of options that do not exist; and the words that are no options, a CONFIG.yaml first."""
+    argv = [_with_hyphens(word) for word in argv]
+    given = argparse.Namespace()
+    unread: dict[str, object] = {}
+    files: list[str] = []
+    # One option at a time, so that a mistake in one leaves the others readable.
+    starts = [index for index, word in enumerate(argv) if word.startswith("--")]
+    for start, end in pairwise([0, *starts, len(argv)]):
+        words = list(argv[start:end])
+        try:
+            _, rest = parser.parse_known_args(words, given)
+        except argparse.ArgumentError:
+            rest = words
+        while rest:
+            word = rest.pop(0)
+            if not word.startswith("-"):
+                files.append(word)
+                continue
+            option, _, value = word.partition("=")
+            # What follows an unknown option is taken for its value, unless it looks like the CONFIG.yaml.
+            if not value and rest and not rest[0].endswith(_YAML):
+                value = rest.pop(0)
+            unread[key_of(option)] = value
+    read = vars(given)
+    if "strategy_arg" in read:
+        pairs = [pair.partition("=") for pair in read["strategy_arg"]]
+        wrong = " ".join("".join(pair) for pair in pairs if not all(pair[:2]))
+        read["strategy_arg"] = wrong or {name: _literal(value) for name, _, value in pairs}
+    files.sort(key=lambda word: not (word.endswith(_YAML) or os.path.isfile(word)))
+    return {**read, **unread}, files
+
+
+def _with_hyphens(word: str) -> str:
+    """An option spelt like its key, --max_examples=5, as the parser knows it."""
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _literal(text: str) -> object:
+    """The Python literal that a text is, or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value: object = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two for brackets nested very deeply
+        return text
+    return value

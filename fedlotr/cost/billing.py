@@ -1,0 +1,141 @@
+"""The bills of all methods and strategies for one model: every pair that goes together, those alike as one."""
+
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+from fedlotr.adapters.methods import HEADS, METHODS, Method
+from fedlotr.communication.wire_form import UNCODED, Coding
+from fedlotr.cost.formulas import PUBLISHED, Bill, Published, Shapes, bill
+from fedlotr.errors import InputError, shorten
+from fedlotr.flower.plugins import installed, load_strategy
+
+FEDIT = ("lora", "fedit")
+"""What others are compared with."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with the strategies that cost alike, the method's own first.
+
+    published: what the papers count for it, in numbers. merged: rank that a round adds to the carried term.
+    """
+
+    method: str
+    strategies: tuple[str, ...]
+    rank: int
+    bill: Bill
+    merged: int
+    controls: bool
+    published: Published | None
+    published_numbers: int | None
+
+
+def rank_of(row: Method, ranks: tuple[int, int]) -> int:
+    """Of a method. ranks: of cores, and of LoRA's factors."""
+    return ranks[1] if {"A", "B"} & set(row.train) else ranks[0]
+
+
+def bills(
+    shapes: Shapes,
+    methods: Sequence[str],
+    ranks: tuple[int, int],
+    clients: int,
+    rounds: int,
+    coding: Coding = UNCODED,
+    strategies: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[list[Row], dict[str, str]]:
+    """A row for each of these methods and each way that its strategies cost; and what is left out, with the reason.
+
+    strategies: which, each with its arguments (default: all that are installed, without any).
+    Raises InputError where the rank is above the width of a layer.
+    """
+    rows: list[Row] = []
+    kinds, left_out = _made({name: {} for name in installed()} if strategies is None else strategies, ranks, clients)
+    narrowest = min(shapes.layers, key=lambda layer: min(layer.d_in, layer.d_out))
+    width = min(narrowest.d_in, narrowest.d_out)
+    for method in methods:
+        row = METHODS[method]
+        rank = rank_of(row, ranks)
+        if row.factored and rank > width:
+            option = "--lora-rank" if rank_of(row, (0, 1)) else "--rank"
+            raise InputError(f"{option} {rank}: above the width {width} of {narrowest.name}; choose at most {width}")
+        if row.core == "heads" and rank % HEADS:
+            left_out[method] = f"rank {rank} cannot be cut into its {HEADS} blocks"
+            continue
+        if not row.adapts and not shapes.head:
+            left_out[method] = "a language model has no classification head"
+            continue
+        alike: dict[tuple[int, bool], list[str]] = {}
+        for name, terms in sorted(kinds.items(), key=lambda kind: (kind[0] != row.strategy, kind[0])):
+            if terms.go_with(row):
+                merged = terms.merges[rank]
+                if merged and row.has_core:
+                    continue  # what it merges is B A, without the core between them
+                alike.setdefault((merged, terms.controls), []).append(name)
+        for (merged, controls), names in alike.items():
+            # Two strategies that carry have each a formula of their own.
+            for group in [[name] for name in names] if merged else [names]:
+                made = bill(
+                    row,
+                    shapes.layers,
+                    shapes.heads,
+                    [rank] * clients,
+                    rounds,
+                    coding,
+                    merged=merged,
+                    controls=controls,
+                )
+                counted = None if controls else PUBLISHED.get((method, group[0]))
+                numbers = None if counted is None else counted.of(shapes.layers, rank, clients) + shapes.head
+                rows.append(Row(method, tuple(group), rank, made, merged, controls, counted, numbers))
+    return rows, left_out
+
+
+def fedit(shapes: Shapes, rank: int, clients: int, rounds: int) -> Bill:
+    """What the others are compared with: LoRA averaged as FedIT, in float32."""
+    return bill(METHODS[FEDIT[0]], shapes.layers, shapes.heads, [rank] * clients, rounds)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a strategy asks for. merges: the rank that a round adds to the carried term, for clients of each rank."""
+
+    needs: frozenset[str]
+    controls: bool
+    merges: Mapping[int, int]
+
+    def go_with(self, row: Method) -> bool:
+        """Whether clients send what the strategy combines, and can keep what it has them keep."""
+        if self.controls and row.adapts and row.core == "heads":
+            return False  # the scales of its blocks start again in every round
+        return all(self.needs <= set(turn) for turn in row.sent)
+
+
+def _made(
+    strategies: Mapping[str, Mapping[str, Any]], ranks: tuple[int, int], clients: int
+) -> tuple[dict[str, _Terms], dict[str, str]]:
+    """The terms of each; and those of other packages that cannot be loaded, made or asked, with the reason."""
+    made: dict[str, _Terms] = {}
+    left_out: dict[str, str] = {}
+    for name, arguments in strategies.items():
+        try:
+            with redirect_stdout(sys.stderr):  # what it prints is no part of a bill
+                made[name] = _terms(load_strategy(name, arguments, clients), ranks, clients)
+        except InputError as error:
+            left_out[name] = error.problems[0]
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {error}"
+            left_out[name] = f"--strategy {name}: it cannot be asked what it costs: {shorten(reason)}"
+    return made, left_out
+
+
+def _terms(strategy: Any, ranks: tuple[int, int], clients: int) -> _Terms:
+    return _Terms(
+        frozenset(getattr(strategy, "needs", ())),
+        bool(getattr(strategy, "controls", False)),
+        {r: operator.index(strategy.merges([r] * clients)) if hasattr(strategy, "merges") else 0 for r in ranks},
+    )

@@ -1,0 +1,256 @@
+"""What clients send and receive, in closed form: ONE table of formulas, each with its source, and bills made of it.
+
+Nothing here looks at a tensor or a message; `tests/test_conformance.py` holds every row to what crosses in a run.
+A bill is that of clients who take part in every round. This module imports nothing heavy.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from fedlotr.adapters.methods import Factor, Method
+from fedlotr.communication.wire_form import UNCODED, Coding, Kind, WireForm
+
+WIRE_BYTES = 4
+"""Of a trained number on the wire: float32."""
+SEED_AND_HASH = 40
+"""Bytes that tell a client how to make a basis again, and how to know it: a seed of 8 and a SHA-256 of 32."""
+
+
+class Layer(NamedTuple):
+    """An adapted matrix (d_out, d_in). kind: the layers of one projection type have it in common."""
+
+    name: str
+    kind: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a bill needs of a model. heads: numbers of each tensor of its classification head."""
+
+    layers: tuple[Layer, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def head(self) -> int:
+        """Numbers of the whole head."""
+        return sum(self.heads)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Numbers in one layer. text: as people write it; of: the same of (r, d_in, d_out); source: who says so."""
+
+    text: str
+    of: Callable[[int, int, int], int]
+    source: str
+
+    def over(self, layers: Iterable[Layer], r: int) -> int:
+        """The sum over layers."""
+        shapes = Counter((layer.d_in, layer.d_out) for layer in layers)
+        return sum(count * self.of(r, *shape) for shape, count in shapes.items())
+
+
+FACTORS: Mapping[Factor, Formula] = {
+    "A": Formula("r·d_in", lambda r, d_in, d_out: r * d_in, "Hu et al. 2021, LoRA"),
+    "B": Formula("r·d_out", lambda r, d_in, d_out: r * d_out, "Hu et al. 2021, LoRA"),
+    "D": Formula("d_in·d_out", lambda r, d_in, d_out: d_in * d_out, "McMahan et al. 2017, FedAvg"),
+}
+"""Of a factor that is trained as it is."""
+CORES: Mapping[str, Formula] = {
+    "full": Formula("r²", lambda r, d_in, d_out: r * r, "Singhal et al. 2025, Fed-SB; Bałazy et al. 2024, LoRA-XS"),
+    "diag": Formula("r", lambda r, d_in, d_out: r, "Shi et al. 2024, LoLDU"),
+    "heads": Formula("r²/4", lambda r, d_in, d_out: r * r // 4, "Raje et al. 2025, RAVAN: h blocks of (r/h)², h = 4"),
+    "mix": Formula("min(64, r²)", lambda r, d_in, d_out: min(64, r * r), "Morris et al. 2026, TinyLoRA"),
+}
+"""Of what is trained between B and A."""
+PAIR = Formula("r·(d_in + d_out)", lambda r, d_in, d_out: r * (d_in + d_out), "Singhal et al. 2025, Fed-SB: B and A")
+"""Of a frozen pair that is sent, once a tie."""
+
+
+@dataclass(frozen=True)
+class CodedForm:
+    """Bytes of one tensor of n numbers, coded. k: how many of them top-k sends."""
+
+    text: str
+    of: Callable[[int, int], int]
+    source: str
+
+
+CODED: Mapping[Kind, CodedForm] = {
+    "float32": CodedForm("4·n", lambda n, k: 4 * n, "IEEE 754"),
+    "bfloat16": CodedForm("2·n", lambda n, k: 2 * n, "the upper half of float32"),
+    "int8": CodedForm("2 + n", lambda n, k: 2 + n, "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "int4": CodedForm("2 + ⌈n/2⌉", lambda n, k: 2 + -(-n // 2), "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "sign": CodedForm("2 + ⌈n/8⌉", lambda n, k: 2 + -(-n // 8), "Karimireddy et al. 2019, EF-SignSGD"),
+    "top-k": CodedForm(
+        "4·k + min(⌈n/8⌉, ⌈k·⌈log2 n⌉/8⌉)",
+        lambda n, k: 4 * k + min(-(-n // 8), -(-k * max(n - 1, 0).bit_length() // 8)),
+        "Stich et al. 2018; k = ⌈density·n⌉",
+    ),
+}
+"""Of a codec. A message has 4 bytes of checksum besides; +zstd sends at most as much."""
+CHECKSUM = 4
+
+
+def coded_bytes(form: WireForm, sizes: Iterable[int]) -> int:
+    """Bytes of a message with tensors of so many numbers each; with a lossless stage, the most there can be."""
+    if not form.coded:
+        return WIRE_BYTES * sum(sizes)
+    counted = Counter(sizes)
+    return CHECKSUM + sum(times * CODED[form.kind].of(n, form.kept(n)) for n, times in counted.items())
+
+
+def carried(k: int, part: int, layer: tuple[int, int]) -> int:
+    """Numbers of a layer's carried term that a client lacks who has all but its part number `part`, counted from 1.
+
+    Every part is a pair of rank k (Wang et al. 2024, FLoRA: k = Σ r_i; Singhal et al. 2024, FedEx-LoRA: (c - 1) r).
+    Once the ranks add up to more than a full matrix has, that is sent instead where it is smaller.
+    """
+    pair, matrix = k * sum(layer), layer[0] * layer[1]
+    return pair if pair < matrix or part * k <= min(layer) else matrix
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a paper counts, where it does: numbers of one client and round, the larger direction, without the head."""
+
+    text: str
+    of: Callable[[Sequence[Layer], int, int], int]
+    note: str = ""
+
+
+def _pairs(layers: Sequence[Layer], r: int) -> int:
+    return PAIR.over(layers, r)
+
+
+_STACKED = Published("c·r·Σ(d_in + d_out)", lambda layers, r, c: c * _pairs(layers, r))
+PUBLISHED: Mapping[tuple[str, str], Published] = {
+    ("fed-sb", "exact-average"): Published("N·r²", lambda layers, r, c: CORES["full"].over(layers, r)),
+    ("lora", "fedit"): Published("r·Σ(d_in + d_out)", lambda layers, r, c: _pairs(layers, r)),
+    ("lora", "fedex-lora"): _STACKED,
+    ("lora", "flora"): Published(
+        _STACKED.text,
+        _STACKED.of,
+        "the paper's clients draw the next A themselves; here they are sent the new A and B with the stack, "
+        "r·Σ(d_in + d_out) more, as any strategy may set them",
+    ),
+    ("ffa-lora", "ffa-lora"): Published(
+        "r·Σ(d_in + d_out)/2",
+        lambda layers, r, c: _pairs(layers, r) // 2,
+        "plotted as half of FedIT in the figures of Fed-SB; its code trains and sends B, r·Σ d_out, which differs "
+        "wherever layers are not square on average",
+    ),
+}
+"""(method, strategy) -> the count in the figures of Singhal et al. 2025, Fed-SB."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What c clients send and receive in T rounds, in bytes of payload.
+
+    trained: numbers that a client trains. ups, downs: of all clients, round by round; control variates are counted
+    in. one_off: of each client, once. round_down: mean of a client in the round after the last, or what it would be.
+    """
+
+    trained: int
+    clients: int
+    ups: tuple[int, ...]
+    downs: tuple[int, ...]
+    one_off: int
+    round_down: float
+
+    @property
+    def round_up(self) -> float:
+        """Mean of a client and round."""
+        return sum(self.ups) / len(self.ups) / self.clients
+
+    @property
+    def total(self) -> int:
+        """Of all clients and rounds, both directions, the one-off included."""
+        return sum(self.ups) + sum(self.downs) + self.clients * self.one_off
+
+    def break_even(self, other: "Bill") -> float | None:
+        """Rounds after which this bill is the lower one; 0 where it is from the start, None where it never is."""
+        saved = other.round_up + other.round_down - self.round_up - self.round_down
+        ahead = self.one_off - other.one_off
+        if saved > 0:
+            return max(ahead, 0) / saved
+        return 0.0 if saved == 0 and ahead <= 0 else None
+
+
+def bill(
+    row: Method,
+    layers: Sequence[Layer],
+    heads: Sequence[int],
+    ranks: Sequence[int],
+    rounds: int,
+    coding: Coding = UNCODED,
+    *,
+    merged: int = 0,
+    controls: bool = False,
+) -> Bill:
+    """The bill of a method.
+
+    heads: numbers of each tensor of the classification head. ranks: of each client; the factors have the largest.
+    coding: of the trained tensors; all else travels as it is. merged: the rank that a strategy adds to every layer's
+    carried term each round. controls: whether control variates go with the trained tensors (Karimireddy et al. 2020,
+    SCAFFOLD: as many numbers again).
+    """
+    published = [factor for factor in row.train if factor not in row.personal]
+    shapes = Counter((layer.d_in, layer.d_out) for layer in layers)
+    clients, most = len(ranks), max(ranks)
+
+    @cache
+    def sent(factors: tuple[Factor, ...], r: int, form: WireForm) -> int:
+        sizes = [*heads, *(_factor(row, f).of(r, *shape) for f in factors for shape in shapes.elements())]
+        return coded_bytes(form, sizes) + (WIRE_BYTES * sum(sizes) if controls else 0)
+
+    whole, later = (
+        sum(sent(tuple(published), r, form) for r in ranks) for form in (UNCODED.broadcast, coding.broadcast)
+    )
+    first = whole if coding.broadcast.delta else later  # who holds nothing is sent all
+    turns = [sum(sent(tuple(turn), r, coding.update) for r in ranks) for turn in row.sent]
+
+    def missing(server_round: int) -> int:
+        """What each client lacks of the carried term when a round begins."""
+        if not merged or server_round == 1:
+            return 0
+        return WIRE_BYTES * sum(n * carried(merged, server_round - 1, shape) for shape, n in shapes.items())
+
+    return Bill(
+        trained=sum(_factor(row, factor).over(layers, most) for factor in row.train) + sum(heads),
+        clients=clients,
+        ups=tuple(turns[number % len(turns)] for number in range(rounds)),
+        downs=tuple((first if number == 1 else later) + clients * missing(number) for number in range(1, rounds + 1)),
+        one_off=one_off(row, layers, most),
+        round_down=later / clients + missing(max(rounds, 2)),
+    )
+
+
+def one_off(row: Method, layers: Sequence[Layer], r: int) -> int:
+    """Bytes that a client receives once: nothing, a seed and a hash, or B and A of every tie."""
+    if not row.freezes:
+        return 0
+    if row.basis != "update":
+        return SEED_AND_HASH
+    ties = {layer.kind: layer for layer in layers}.values() if row.tie == "type" else layers
+    return WIRE_BYTES * PAIR.over(ties, r)
+
+
+def in_words(row: Method) -> str:
+    """Numbers that a client sends a round for each adapted layer, as a formula in r, d_in and d_out."""
+    return ", then ".join(" + ".join(_factor(row, f).text for f in turn) for turn in row.sent) or "0"
+
+
+def source(row: Method) -> str:
+    """Who the formulas of a method's factors are from."""
+    return "; ".join(dict.fromkeys(_factor(row, factor).source for factor in row.train)) or "the head alone"
+
+
+def _factor(row: Method, factor: Factor) -> Formula:
+    return CORES[row.core] if factor == "C" else FACTORS[factor]

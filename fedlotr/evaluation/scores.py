@@ -1,0 +1,98 @@
+"""The model on held-out examples: sums that add up over shards, whatever process computed each."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlotr.adapters.packed import Spans, packed
+from fedlotr.evaluation.results import Results
+from fedlotr.training.examples import IGNORED, Examples
+from fedlotr.training.model import TrainableModel, example_losses
+from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
+from fedlotr.training.varlen import ragged_batches
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over some examples. units: examples of a classifier, target tokens of a language model."""
+
+    loss: float = 0.0
+    units: int = 0
+    correct: int = 0
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores(self.loss + other.loss, self.units + other.units, self.correct + other.correct)
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats an example (classifier) or a token (language model)."""
+        return self.loss / max(self.units, 1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of examples classified rightly."""
+        return self.correct / max(self.units, 1)
+
+
+def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Results | None = None) -> Scores:
+    """Scores of the model, with its trained tensors as assigned, on the given rows.
+
+    found: where to note what came of each of them.
+    """
+    total = Scores()
+    with torch.inference_mode():
+        for chosen, labels, losses, predictions in _passes(model, examples, rows, found is not None):
+            losses = losses.double()
+            if examples.causal:
+                targets = labels != IGNORED
+                losses *= targets.sum(1)
+                total += Scores(float(losses.sum()), int(targets.sum()))
+                if found is not None:
+                    right = (predictions == labels) & targets
+                    found.put(chosen, losses=losses.cpu(), targets=targets.sum(1).cpu(), correct=right.sum(1).cpu())
+            else:
+                right = predictions == labels
+                total += Scores(float(losses.sum()), len(chosen), int(right.sum()))
+                if found is not None:
+                    classes = {"labels": labels.cpu(), "predictions": predictions.cpu()}
+                    found.put(chosen, losses=losses.cpu(), targets=1, correct=right.cpu(), **classes)
+    return total
+
+
+def _passes(
+    model: TrainableModel, examples: Examples, rows: Rows, tokens: bool
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each pass the places of its examples among `rows`, their labels, losses, and what the model predicts.
+
+    tokens: whether a language model's predictions are wanted too; else they are `labels`.
+    """
+    if model.takes_ragged:
+        for chosen, taken in ragged_batches(examples, rows, EVALUATION_TOKENS):
+            ragged = taken.to(model.device)
+            with packed(Spans([ragged.tokens])):
+                logits = model.ragged_logits(ragged)
+            yield chosen, ragged.labels, example_losses(logits, ragged.labels), logits.argmax(-1)
+        return
+    for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
+        batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
+        losses, predictions = model.scored(batch, predict=tokens or not examples.causal)
+        yield chosen, batch.labels, losses, batch.labels if predictions is None else predictions
+
+
+def shards(count: int, size: int) -> list[slice]:
+    """Equal slices of at most `size` out of `count`: a rule of data alone, so that sums have the same bits."""
+    pieces = -(-count // size)
+    edges = np.linspace(0, count, pieces + 1).astype(int).tolist()
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def sum_scores(parts: Iterable[Scores]) -> Scores:
+    """The sum, in the given order."""
+    total = Scores()
+    for part in parts:
+        total += part
+    return total

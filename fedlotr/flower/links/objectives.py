@@ -1,0 +1,102 @@
+"""What a strategy may ask of its clients besides plain training, and what a client keeps for that between rounds.
+
+A strategy asks by a key in the train message's config; `TERMS` says what the client then does. A term sees the cohort
+as stacked tensors, gives a gradient transform, and when training is over what goes up beside the update; what it keeps
+of a client goes into the client's own records, `Context.state`, which the engine stores and every checkpoint holds. The
+server drops what a client kept in a round in which its reply was refused: its store is what averages were made of.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+
+from fedlotr.flower.records import by_layer, to_record, to_tensors
+from fedlotr.training.cohort import GradientTransform
+from fedlotr.training.corrections import ControlVariates, proximal
+from fedlotr.training.model import Tensors
+from fedlotr.training.penalties import tail_penalty
+
+CONTROL = "control"
+"""The record of control variates: c in a message, c_i in a client's state, its change in a reply."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Clients that train together, in the order of their training: row j of what is stacked is client j's.
+
+    content: of their train messages, which agree. states: what each keeps, to be changed in place. start: of what is
+    the federation's the tensors that move in this round, (K, ...), or (1, ...) where all start alike; personal factors
+    are no part of it.
+    """
+
+    content: Any
+    states: Sequence[Any]
+    start: Mapping[str, torch.Tensor]
+
+
+Report = Callable[[int], dict[str, ArrayRecord]]
+"""Row -> records that go up beside that client's update; called once for each client after training."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one key asks, for one cohort."""
+
+    transform: GradientTransform
+    report: Report = lambda row: {}
+
+
+def _proximal(cohort: Cohort) -> Term:
+    """FedProx's, under the key that Flower's own FedProx sends."""
+    return Term(proximal(float(cohort.content["config"][PROXIMAL]), cohort.start))
+
+
+def _control_variates(cohort: Cohort) -> Term:
+    """SCAFFOLD's: c comes with the message, c_i is kept; a tensor without one has zero."""
+    shapes = {name: value[0] for name, value in cohort.start.items()}
+    server = _filled(cohort.content[CONTROL], shapes)
+    own = [_filled(state[CONTROL], shapes) if CONTROL in state else _filled({}, shapes) for state in cohort.states]
+    control = ControlVariates(
+        {name: value[None] for name, value in server.items()},
+        {name: torch.stack([values[name] for values in own]) for name in shapes},
+    )
+
+    def report(row: int) -> dict[str, ArrayRecord]:
+        state, new = cohort.states[row], control.means(row)
+        before = dict(state[CONTROL].items()) if CONTROL in state else {}
+        # What did not move in this round keeps the variate that it has.
+        state[CONTROL] = ArrayRecord({**before, **to_record(new)})
+        return {CONTROL: to_record({name: value - own[row][name] for name, value in new.items()})}
+
+    return Term(control, report)
+
+
+def _tail_penalty(cohort: Cohort) -> Term:
+    """HetLoRA's, on the last rows and columns of a client's factors; `tail-share` says where they begin."""
+    config, layers = cohort.content["config"], by_layer(cohort.start)
+    rank = max(cohort.start[names["A"]].shape[-2] for names in layers.values())
+    return Term(tail_penalty(layers, float(config[TAIL_PENALTY]), int(float(config[TAIL_SHARE]) * rank)))
+
+
+def _filled(record: Any, like: Tensors) -> Tensors:
+    found = to_tensors(ArrayRecord({name: array for name, array in record.items() if name in like}))
+    return {name: found.get(name, torch.zeros_like(value)) for name, value in like.items()}
+
+
+PROXIMAL, CONTROL_VARIATES, TAIL_PENALTY = "proximal-mu", "control-variates", "tail-penalty"
+TERMS: dict[str, Callable[[Cohort], Term]] = {
+    PROXIMAL: _proximal,
+    CONTROL_VARIATES: _control_variates,
+    TAIL_PENALTY: _tail_penalty,
+}
+"""Key of a train message's config -> what a client does about it."""
+TAIL_SHARE = "tail-share"
+"""The key that goes with the penalty's."""
+
+
+def terms(cohort: Cohort) -> list[Term]:
+    """What the cohort's messages ask, in the order of the table."""
+    return [make(cohort) for key, make in TERMS.items() if key in cohort.content["config"]]

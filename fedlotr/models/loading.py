@@ -1,0 +1,287 @@
+"""A frozen base: loading it in the form it is asked for, and finding its layers and its head."""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedlotr.adapters.layer import CopiesLinear, widths
+from fedlotr.adapters.quantised import is_quantised, multiply_plainly, quantise
+from fedlotr.models.checkpointing import run_again
+from fedlotr.models.supported import form_of_weights
+from fedlotr.models.user_class import import_class
+from fedlotr.streams import stream_key
+
+Kind = Literal["classification", "causal-lm"]
+
+HEADS = ("classifier", "score")
+"""What transformers calls the module that turns features into class logits."""
+
+PLAIN_ATTENTION = "eager"
+ATTENTION = {"float32": "sdpa", "bfloat16": PLAIN_ATTENTION}
+"""Named, since they differ in bits. In bfloat16 the backward of torch's fused attention took a third of a whole
+training step of MiniLM on a CPU (in float32 a twentieth)."""
+
+
+UNBATCHED = {
+    "deberta": ("pos_proj", "pos_q_proj"),
+    "deberta-v2": ("query_proj", "key_proj", "pos_query_proj", "pos_key_proj"),
+}
+"""By architecture the last parts of the names of layers that also meet an input without a batch axis (the table of
+relative positions), whose rows have no client: copies for a cohort cannot be told apart there."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a worker needs to build the same base as everyone else.
+
+    path: a local folder in the Hugging Face layout. labels: number of classes (0 for a language model).
+    mean_pooled: a sentence encoder, read out by the mean of its token vectors. dtype: of the frozen base.
+    code, code_folder: module:Class of a class that is not part of transformers, and the folder of that module.
+    checkpointed: whether its blocks run again in backward instead of keeping what is inside them.
+    quantize: 8bit or 4bit, the form that the weights of the linear layers are kept in; none: in `dtype`.
+    device: cpu, or cuda: the first GPU that a process sees.
+    """
+
+    path: str
+    kind: Kind
+    labels: int
+    mean_pooled: bool
+    pad_id: int
+    dtype: str = "float32"
+    code: str | None = None
+    code_folder: str = ""
+    checkpointed: bool = False
+    quantize: str = "none"
+    device: str = "cpu"
+
+
+class MeanPooledClassifier(nn.Module):
+    """A sentence encoder, the mean of its token vectors, and a linear head."""
+
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.classifier = nn.Linear(int(encoder.config.hidden_size), labels)  # type: ignore[union-attr,arg-type]
+
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Token ids (rows, length) to logits (rows, labels)."""
+        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state.float()
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        logits: torch.Tensor = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        return logits
+
+    def ragged(self, averages: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Packed token ids (1, tokens) to logits (rows, labels). averages: (rows, tokens)."""
+        return self.pooled(averages, self.encoder(**inputs).last_hidden_state)
+
+    def pooled(self, averages: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The encoder's last hidden states of packed tokens (1, tokens, size) to logits (rows, labels)."""
+        logits: torch.Tensor = self.classifier(averages @ hidden[0].float())
+        return logits
+
+
+def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
+    """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors; its logits are zero.
+
+    The layers of the classification head are `CopiesLinear`: `classifier` or `score`, and the linear layers before it
+    that the files lack, as nearly every checkpoint on the hub lacks RoBERTa's `classifier.dense`, DistilBERT's
+    `pre_classifier` or BERT's pooler. Those are drawn, alike in every process.
+    meta: on the meta device, without reading the weights.
+    Raises OSError or ValueError as transformers does where the folder holds no such model, and ValueError where
+    weights other than the head's are missing, or where it is to be checkpointed and cannot be.
+    """
+    # A progress bar per load and a warning about the new head would bury the run's own lines.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    mean_pooled = spec.kind == "classification" and spec.mean_pooled
+    options: dict[str, Any] = {"device_map": "meta"} if meta else {}
+    dtype, quantised = getattr(torch, spec.dtype), spec.quantize != "none" and not meta
+    loader: Any = AutoModel if mean_pooled else AutoModelForCausalLM
+    if spec.kind == "classification" and not mean_pooled:
+        loader = AutoModelForSequenceClassification
+        options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
+    saved_form = form_of_weights(Path(spec.path))
+    if saved_form != "none" and not meta:
+        options["device_map"] = {"": spec.device}  # else they would go to a GPU wherever there is one
+    if spec.code is not None:
+        loader = import_class(spec.code, spec.code_folder)
+    if spec.code is not None or (meta and saved_form != "none"):
+        config = (AutoConfig if spec.code is None else loader.config_class).from_pretrained(
+            spec.path, local_files_only=True
+        )
+        if meta:  # where nothing can be dequantised
+            vars(config).pop("quantization_config", None)
+        # Put in here: what a configuration of one's own does not know would be handed to the class.
+        for name in tuple(options.keys() & {"num_labels", "pad_token_id"}):
+            setattr(config, name, options.pop(name))
+        options["config"] = config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_key(0, "missing weights"))
+        load = partial(
+            loader.from_pretrained,
+            spec.path,
+            # As saved, weights are not read before they are quantised, each layer's by itself.
+            dtype="auto" if quantised else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head for other labels; any other is refused below
+            **options,
+        )
+        try:
+            model, found = load(attn_implementation=ATTENTION[spec.dtype])
+        except ValueError as error:
+            if PLAIN_ATTENTION not in str(error):
+                raise
+            model, found = load(attn_implementation=PLAIN_ATTENTION)  # Gemma 2, DeBERTa: they have no other
+        mismatched = {key for key, saved, _ in found["mismatched_keys"] if saved_form != "4bit" or saved[-1] != 1}
+        missing = {*found["missing_keys"], *mismatched}
+        if mean_pooled:
+            with torch.device("meta" if meta else "cpu"):
+                model = MeanPooledClassifier(model, spec.labels)
+            # Read out by the mean, the encoder's pooler is not used.
+            missing = {f"encoder.{key}" for key in missing if "pooler" not in key.split(".")}
+    heads = [] if spec.kind == "causal-lm" else head_names(model, missing)
+    lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
+    if lacking:
+        raise ValueError(
+            f"its files lack {', '.join(lacking[:3])}, or hold it in another size; it would be random and is not part "
+            "of the adapter: take a model that was saved whole"
+        )
+    if quantised:
+        quantise_layers(model, spec.quantize, dtype, heads, spec.device)
+    module = with_head(model, heads)
+    for layer in list(head_layers(module).values())[-1:]:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    for quantised_layer in filter(is_quantised, module.modules()):
+        multiply_plainly(quantised_layer, dtype)  # also those of a model that was saved so
+    if spec.checkpointed:
+        run_again(module)
+    module.eval().requires_grad_(False)
+    return module if meta else module.to(spec.device)
+
+
+def quantise_layers(
+    model: nn.Module, form: str, dtype: torch.dtype, heads: Collection[str], device: str = "cpu"
+) -> None:
+    """Keep the weights of a model's linear layers in few bits, but the head's and the output embedding's, in place.
+
+    They go to the device one by one. All others are brought to `dtype`.
+    """
+    for name in linear_layers(model):
+        if name not in heads:
+            model.set_submodule(name, quantise(model.get_submodule(name), form, dtype, device))
+    for module in model.modules():
+        if not is_quantised(module):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in a model's parameters, whatever they are stored in."""
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    quantised = [layer for layer in model.modules() if is_quantised(layer)]
+    return numbers + sum(math.prod(widths(layer)) - cast(torch.Tensor, layer.weight).numel() for layer in quantised)
+
+
+def head_names(model: nn.Module, missing: Collection[str] = ()) -> list[str]:
+    """The linear layers that are the head's, in the order of the model: the last one makes the logits.
+
+    missing: tensors that the model's files lack, and that are the head's therefore.
+    """
+    trunk = getattr(model, "base_model_prefix", "encoder")
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (
+            name.split(".")[0] in HEADS
+            # DistilBERT's pre_classifier, which PEFT takes for a part of `classifier` by the end of its name.
+            or name.endswith(HEADS[0])
+            or (f"{name}.weight" in missing and (name.split(".")[0] != trunk or "pooler" in name.split(".")))
+        )
+    ]
+
+
+def with_head(model: nn.Module, heads: Collection[str]) -> nn.Module:
+    """The same model, whose head's layers take copies."""
+    for name in heads:
+        parent, _, leaf = name.rpartition(".")
+        # The head is trained: it stays in float32 whatever the base is, and so does a norm beside its layers.
+        (model.get_submodule(parent) if parent else model.get_submodule(name)).float()
+        setattr(model.get_submodule(parent), leaf, CopiesLinear.around(cast(nn.Linear, model.get_submodule(name))))
+    return model
+
+
+def _belongs_to_head(model: nn.Module, key: str, heads: Collection[str]) -> bool:
+    """Whether a tensor is a head layer's, or of a norm beside one, which starts as it always does: at one and zero."""
+    layer, _, _ = key.rpartition(".")
+    beside = layer.rpartition(".")[0]
+    norm = beside and type(model.get_submodule(layer)).__name__.endswith("Norm")
+    return layer in heads or bool(norm and any(name.rpartition(".")[0] == beside for name in heads))
+
+
+def head_layers(model: nn.Module) -> dict[str, CopiesLinear]:
+    """The linear layers of the classification head by name; the last one makes the logits. Empty without a head."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CopiesLinear)}
+
+
+def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
+    """Names of the linear layers to adapt: `all-linear`, or those whose name a regular expression fully matches.
+
+    Never adapted: the head, the output embedding, under mean pooling the pooler, which is not used, and `UNBATCHED`.
+    Raises ValueError where nothing matches, with some names that would.
+    """
+    unbatched = unbatched_layers(model, targets)
+    linear = [
+        name
+        for name in linear_layers(model)
+        if name not in unbatched and not (isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."))
+    ]
+    chosen = linear if targets == "all-linear" else [name for name in linear if re.fullmatch(targets, name)]
+    if not chosen and unbatched:
+        raise ValueError(
+            f"it matches {', '.join(unbatched[:3])} alone, which cannot be adapted: they also meet an input without a "
+            "batch axis; match others too"
+        )
+    if not chosen:
+        raise ValueError(
+            f"no linear layer's name is matched by {targets!r}; names are like {', '.join(linear[:3]) or '(none)'}"
+        )
+    return chosen
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers but the head and the output embedding."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, CopiesLinear) and module is not output
+    ]
+
+
+def unbatched_layers(model: nn.Module, targets: str) -> list[str]:
+    """The layers that `targets` names, as for `adaptable_layers`, and that are left out since they are `UNBATCHED`."""
+    parts = UNBATCHED.get(str(getattr(model.config, "model_type", "")), ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.split(".")[-1] in parts
+        and (targets == "all-linear" or re.fullmatch(targets, name))
+    ]

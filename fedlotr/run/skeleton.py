@@ -1,0 +1,71 @@
+"""A run's model on the meta device, where it costs nothing: whether it can be built, and trained for its task."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlotr.config.configuration import SimulationConfig
+from fedlotr.errors import InputError
+from fedlotr.models.loading import ModelSpec, head_layers, load_base
+from fedlotr.models.source import first_line
+from fedlotr.models.supported import check_kind, fused_experts
+from fedlotr.models.user_class import check_head, check_logits, forward_lacks
+from fedlotr.training.examples import Examples
+from fedlotr.training.model import TrainableModel
+
+
+def build_skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> nn.Module | None:
+    """The model on the meta device, where no weights are read.
+
+    sure: `spec` says what the model is for; where that is a guess and cannot be built, None.
+    """
+    try:
+        if sure and spec.code is None:
+            check_kind(Path(spec.path), spec.kind)
+        skeleton = load_base(spec, meta=True)
+    except Exception as error:
+        if not sure:
+            return None
+        if type(error) is ValueError:
+            raise InputError(f"--model {config.model}: {error}") from error
+        raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {first_line(error)}") from error
+    if sure and spec.code is not None:
+        _check_own(skeleton, spec)
+    elif sure and spec.kind == "classification" and not head_layers(skeleton):
+        raise InputError(
+            f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
+        )
+    experts = fused_experts(skeleton)
+    if experts is not None and config.targets == "all-linear":
+        raise InputError(
+            f"--model {config.model}: a mixture of experts whose experts are one tensor ({experts}), not linear "
+            "layers: they cannot be adapted; choose the layers that can be, as in --targets '.*attn.*'"
+        )
+    return skeleton
+
+
+def _check_own(skeleton: nn.Module, spec: ModelSpec) -> None:
+    """Raises InputError for a class of the caller's own that cannot be trained here."""
+    try:
+        if lacking := forward_lacks(type(skeleton), causal=spec.kind == "causal-lm"):
+            raise ValueError(
+                f"the forward of its class {spec.code} takes no {', '.join(lacking)}, which it is called with"
+            )
+        if spec.kind == "classification":
+            check_head(skeleton, list(head_layers(skeleton)), spec.labels)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+
+
+def try_out(model: TrainableModel, examples: Examples) -> None:
+    """Raises InputError where a class of the caller's own does not give the logits that a loss can be made of."""
+    rows = np.argsort(examples.lengths, kind="stable")[[0, -1]]
+    batch = examples.batch(rows, model.spec.pad_id).to(model.device)
+    shape = (2, model.spec.labels) if model.spec.kind == "classification" else (*batch.input_ids.shape, None)
+    try:
+        with torch.inference_mode():
+            check_logits(model.logits(batch), shape)
+    except Exception as error:
+        raise InputError(f"model: a {model.spec.code} cannot be used: {first_line(error)}") from error

@@ -1,0 +1,307 @@
+"""What is said of a run: the facts in the display's header, and summary.json."""
+
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import fedlotr
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.tuner import factored_layers, projection_type
+from fedlotr.communication.ledger import Entry, communication_summary, payload_bytes
+from fedlotr.config.configuration import SimulationConfig
+from fedlotr.cost.billing import bills
+from fedlotr.cost.formulas import Layer, Shapes
+from fedlotr.data import client_names, describe
+from fedlotr.engines.base import Engine
+from fedlotr.engines.flower import FlowerGrid
+from fedlotr.flower.links.carry import model_sha256
+from fedlotr.flower.round import State
+from fedlotr.models.loading import adaptable_layers, count_parameters
+from fedlotr.models.supported import form_of_weights
+from fedlotr.run.federation import federation
+from fedlotr.run.preparation import Checked, Prepared
+from fedlotr.run.public_rows import scored_on
+
+PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
+"""Whose versions a result may depend on."""
+
+
+def facts(prepared: Prepared) -> dict[str, Any]:
+    """What the configuration does not say and is known before the first round: the display's header, facts.json."""
+    checked, model = prepared.checked, prepared.model
+    sizes = model.sizes()
+    head = sum(sizes[name] for name in model.head_names)
+    names = checked.task.label_names
+    config = checked.config
+    metric, better = next(iter(metrics_of(prepared).items()))
+    hides_clients = config.privacy == "client"
+    found: dict[str, Any] = {
+        "versions": versions(checked),
+        **_fingerprint(checked),
+        "parameters": count_parameters(model.module),
+        "trained_adapter": sum(sizes.values()) - head,
+        "trained_head": head,
+        "train_examples": None if hides_clients else sum(map(len, checked.parts)),
+        "test_examples": len(checked.test_rows),
+        "task": checked.task.kind,
+        "steps": None if hides_clients else checked.training.steps_of(len(checked.parts[0])),
+        "batch_size": checked.training.batch_size,
+        "labels": names,
+        "metric": metric,
+        "higher_is_better": better is max,
+        "losses": losses_in_words(prepared),
+        "clients_per_round": config.clients_per_round,
+        "shapes": _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names))),
+        "partition": [] if hides_clients else _partition(checked),
+    }
+    if config.privacy != "none":
+        found["scored_on"] = scored_on(config, checked.source)
+    if names:
+        counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
+        found["largest_class"] = float(counts.max() / counts.sum())
+    return found
+
+
+def _shapes(module: nn.Module, targets: str, heads: tuple[int, ...]) -> dict[str, Any]:
+    """What the bills of all methods and strategies are reckoned from, as `formulas.Shapes` has it."""
+    names = list(factored_layers(module)) or adaptable_layers(module, targets)
+    shapes = {name: widths(module.get_submodule(name)) for name in names}
+    return {"layers": [(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()], "heads": heads}
+
+
+def _fingerprint(checked: Checked) -> dict[str, str]:
+    """The data's hash; not of data that the run hides, since it would confirm a guess at them."""
+    return {"data_sha256": checked.source.sha256} if checked.config.privacy == "none" else {}
+
+
+def _partition(checked: Checked) -> list[dict[str, Any]]:
+    """What each client holds; of examples that are hidden their number alone."""
+    config, clients = checked.config, None
+    if config.baseline != "central":  # whose only part is of all clients
+        clients = client_names(config.partition, checked.source.train, checked.parts)
+    return [
+        {
+            "client": clients[held.client] if clients else held.client,
+            "examples": held.examples,
+            **({"labels": held.labels} if config.privacy == "none" else {}),
+        }
+        for held in describe(checked.parts, checked.labels, checked.task.label_names)
+    ]
+
+
+def _reckoned(prepared: Prepared) -> dict[str, Any]:
+    """What a client and round cost where clients are hidden: in closed form, since a sum would tell who came."""
+    config, sizes, model = prepared.checked.config, prepared.model.sizes(), prepared.model
+    known = _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names)))
+    shapes, strategy = Shapes(tuple(Layer(*layer) for layer in known["layers"]), known["heads"]), str(config.strategy)
+    rows, _ = bills(
+        shapes,
+        [config.method],
+        (config.rank, config.rank),
+        config.clients_per_round,
+        config.rounds,
+        config.coding,
+        {strategy: config.strategy_arg},
+    )
+    basis = federation(config, prepared).basis
+    return {name: None for name in communication_summary([])} | {
+        "upload_payload_bytes_per_client_round": rows[0].bill.round_up if rows else None,
+        "download_payload_bytes_per_client_round": rows[0].bill.round_down if rows else None,
+        "one_off_bytes_per_client": 0 if basis is None else payload_bytes(basis),
+    }
+
+
+def summarise(
+    config: SimulationConfig,
+    prepared: Prepared,
+    grid: Engine | FlowerGrid,
+    history: Sequence[dict[str, Any]],
+    entries: Sequence[Entry],
+    initial: dict[str, float | None],
+    state: State,
+    started: float,
+    privacy: dict[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """summary.json of a finished run.
+
+    history: the rows of metrics.jsonl. started: by `time.monotonic`. privacy: what was promised, and kept.
+    warnings: what the user was told.
+    """
+    checked = prepared.checked
+    evaluated = [row for row in history if row["loss"] is not None]
+    metrics = metrics_of(prepared)
+    metric, better = next(iter(metrics.items()))
+    best = better([row for row in evaluated if row[metric] is not None] or evaluated[-1:], key=lambda row: row[metric])
+    errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
+    hides_clients = config.privacy == "client"
+    return {
+        "method": config.method,
+        "strategy": config.strategy,
+        "baseline": config.baseline,
+        "model": checked.base_name,
+        "data": checked.source.name,
+        **_fingerprint(checked),
+        "test_split": checked.source.test_split,
+        "clients": config.clients,
+        "rounds": state.round,
+        "seed": config.seed,
+        "trained_numbers": sum(prepared.model.sizes().values()),
+        "initial": initial,
+        "metric": metric,
+        "over_clients": evaluated[-1].get("over_clients"),
+        "losses": losses_in_words(prepared),
+        "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
+        "client_evaluation": evaluated[-1].get("client_evaluation"),
+        "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
+        "failed_clients": None if hides_clients else sum(row["failed"] for row in history),
+        "failures": _failures(history),
+        "communication": _reckoned(prepared) if hides_clients else communication_summary(entries),
+        "aggregation_error_max": max(errors) if errors else None,
+        "aggregation_error_reason": None if errors else _no_certificate(config),
+        "codec": _codec(config, history),
+        "simulated": _simulated(config, history),
+        "privacy": privacy,
+        "warnings": list(warnings),
+        "timing": {
+            **_pace(checked, history, entries, started),
+            "evaluate_seconds_per_round_median": statistics.median(row["evaluate_seconds"] for row in evaluated),
+            "base_model_loads": len(prepared.workplace.loads()),
+            "workers": grid.workers,
+            "worker_restarts": None if hides_clients else grid.restarts,
+            "threads": config.threads,
+            "cohort": config.cohort,
+            "device": config.device,
+            "dtype": config.dtype,
+            "quantize": config.quantize,
+        },
+        "bases_sha256": prepared.bases_sha256,
+        "trained_sha256": model_sha256(state.arrays, state.carry),
+        "versions": versions(prepared.checked),
+    }
+
+
+def _pace(
+    checked: Checked, history: Sequence[dict[str, Any]], entries: Sequence[Entry], started: float
+) -> dict[str, float | None]:
+    """How long training took; where clients are hidden nothing, since it would tell how many came."""
+    config = checked.config
+    if config.privacy == "client":
+        return dict.fromkeys(("seconds_total", "train_seconds_per_round_median", "examples_per_second"))
+    seconds = [row["train_seconds"] for row in history]
+    trained = [entry.client for entry in entries if entry.kind == "update"]
+    if config.baseline is not None:  # it sends nothing, and all that there are train in every round
+        trained = [k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"]]
+    examples = sum(checked.training.examples_of(len(checked.parts[client])) for client in trained)
+    return {
+        "seconds_total": time.monotonic() - started,
+        "train_seconds_per_round_median": statistics.median(seconds),
+        "examples_per_second": examples / sum(seconds),
+    }
+
+
+def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
+    """What a round's model is judged by, the decisive metric first, each with the better of two values."""
+    own, causal = prepared.checked.own_task, prepared.checked.task.kind == "causal-lm"
+    usual: dict[str, Callable[..., Any]] = {"perplexity": min} if causal else {"accuracy": max}
+    if own is None or own.metric_name is None:
+        return usual
+    return {own.metric_name: max if own.higher_is_better else min, **usual}
+
+
+def losses_in_words(prepared: Prepared) -> dict[str, str]:
+    """What the two losses of a round are, in nats: of the model that is tested, and of the clients as they train.
+
+    They are means of different kinds where sequences have different numbers of target tokens: a test is of the model,
+    as its perplexity is, and a client trains on examples, which weigh the same whatever their length.
+    """
+    config, causal = prepared.checked.config, prepared.checked.task.kind == "causal-lm"
+    over = "target tokens" if causal else "examples"
+    tested = f"of the model after the round: mean over the test split's {over}"
+    if prepared.model.personal:
+        tested = (
+            f"of each client's own model after the round: mean over the {over} it holds back, then over the clients"
+        )
+    elif config.baseline == "local":
+        tested = f"of each client's own model after the round: mean over the test split's {over}, then over the clients"
+    trained = "of each client's model while it trains: mean over the examples it sees, as it sees them"
+    trained += " (of each example, the mean over its target tokens)" if causal else ""
+    trained += ", then over the clients as their updates weigh"
+    if config.privacy != "none":
+        trained = "not told: it would tell of the clients' examples"
+    return {"loss": tested, "train_loss": trained}
+
+
+def versions(checked: Checked) -> dict[str, str]:
+    """Of this program and of what a run stands on."""
+    quantised = checked.config.quantize != "none" or form_of_weights(Path(checked.spec.path)) != "none"
+    packages = {name: version(name) for name in (*PACKAGES, *(["bitsandbytes"] if quantised else []))}
+    return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
+
+
+def _no_certificate(config: SimulationConfig) -> str:
+    """Why no round has an aggregation error."""
+    if config.baseline is not None:
+        return f"baseline {config.baseline}: no updates are averaged"
+    if personal := METHODS[config.method].personal:
+        own = " and ".join(sorted(personal))
+        return f"{own} of every client stays with it, so there is no common model whose update could be their mean"
+    if config.privacy == "client":
+        return "privacy client: how far the published mean is from the clients' own would tell of them"
+    if not METHODS[config.method].adapts:
+        return f"method {config.method} adapts no layer"
+    return f"strategy {config.strategy} does not say that it averages"
+
+
+def _codec(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """How what crossed was coded, and the medians over rounds of what that lost; None where nothing was coded."""
+    if not config.coding.at_work:
+        return None
+
+    def median(key: str) -> float | None:
+        found = [row[key] for row in history if row.get(key) is not None]
+        return statistics.median(found) if found else None
+
+    return {
+        "update": config.codec,
+        "broadcast": config.broadcast_codec,
+        "error_feedback": bool(config.error_feedback),
+        "transport_error_median": median("transport_error"),
+        "broadcast_error_median": median("broadcast_error"),
+    }
+
+
+def _simulated(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the messages of all rounds would take on the clients' links; None without `--link`. Nothing is measured."""
+    rows = [row for row in history if "simulated_seconds" in row]
+    if config.link is None or not rows:
+        return None
+    seconds = [row["simulated_seconds"] for row in rows]
+    return {
+        "link": config.link,
+        "seconds_total": sum(seconds),
+        "seconds_per_round_median": statistics.median(seconds),
+        "median_client_seconds_median": statistics.median(row["simulated_seconds_median_client"] for row in rows),
+        "slowest_clients": {
+            str(k): n for k, n in Counter(row["simulated_slowest_client"] for row in rows).most_common()
+        },
+    }
+
+
+def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """What went wrong -> client -> in how many rounds."""
+    found: dict[str, dict[str, int]] = {}
+    for row in history:
+        for client, kind in row["failures"].items():
+            clients = found.setdefault(kind, {})
+            clients[client] = clients.get(client, 0) + 1
+    return found
