@@ -415,8 +415,9 @@ def test_help_is_quick_to_load_and_warns_of_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "--clients int" in done.stdout
     script = "import sys, fedlotr.simulate, fedlotr.cli; print(*sys.modules)"
-    loaded = set(python("-W", "error", "-c", script).stdout.split())
-    assert loaded.isdisjoint({"torch", "flwr", "ray", "datasets", "transformers", "peft", "numpy"})
+    done = python("-W", "error", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()).isdisjoint({"torch", "flwr", "ray", "datasets", "transformers", "peft", "numpy"})
 
 
 def test_bad_input_ends_with_two_and_one_line_a_problem() -> None:

@@ -5,10 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedlotr.errors import InputError, nearest
-from fedlotr.streams import generator
 
 
 @dataclass(frozen=True)
@@ -126,6 +123,10 @@ def read_links(given: str, clients: int, seed: int) -> list[Link]:
         raise InputError(problems)
     if not any(given_shares):
         return [links[client % len(links)] for client in range(clients)]
+    import numpy as np  # here, since the options of `fedlotr cost` are told without it
+
+    from fedlotr.streams import generator
+
     weights = np.array(shares)
     drawn = generator(seed, "link").choice(len(links), clients, p=weights / weights.sum())
     return [links[at] for at in drawn]
