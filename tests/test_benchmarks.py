@@ -28,6 +28,7 @@ SMALLEST = {
     "privacy": ["--batch", "2", "--length", "8", "--ranks", "4", "--repeats", "1"],
     "prefix": ["--clients", "2", "--examples", "4", "--length", "8", "--blocks", "0", "--repeats", "1"],
     "gpu": ["--device", "cpu", "--small"],
+    "same_bytes": ["--only", "fed-sb,resumed"],
 }
 
 
