@@ -21,12 +21,13 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import CoreConfig, bases_sha256, factored_layers, initialize_basis
 from fedlotr.engines import LocalGrid
 from fedlotr.flower.certificate import Layer
+from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.carry import STATE, parts_of
 from fedlotr.flower.links.objectives import CONTROL
 from fedlotr.flower.links.ranks import block, padded
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_arrays, to_record, to_tensors
-from fedlotr.flower.round import Federation, Round, State, run_round, sample_clients
+from fedlotr.flower.round import Round, State, run_round, sample_clients
 from fedlotr.models.loading import ModelSpec
 from fedlotr.run.federation import certificate_layers
 from fedlotr.streams import generator

@@ -5,15 +5,18 @@ such as "times=1e6", "weight=nan" or "control=1e30", is a `poison`. With STATEFU
 client counts its rounds in `Context.state` and adds that to its head, so that a lost state changes the result.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 
-from fedlotr.flower.client_app import CohortClientApp, Trained, Worker, evaluate_shard
+from fedlotr.flower.client_app import CohortClientApp, Worker, evaluate_shard
+from fedlotr.flower.link import Job
 from fedlotr.flower.links.codec import coded_record
 
 SENT: list[tuple[int, int, float, dict[str, Any]]] = []
@@ -98,11 +101,20 @@ class FaultyApp(CohortClientApp):
             SENT.append((number, client, float(content["metrics"]["weight"]), tensors))
         return replies
 
-    def _reply(self, here: Worker, message: Message, client: int, state: RecordDict, one: Trained) -> Message:
-        content: Any = message.content
-        what = fault_of(client, int(content["config"]["server-round"]))
-        result = replace(one.result, tensors=poisoned(one.result.tensors, content["arrays"], what))
-        return super()._reply(here, message, client, state, replace(one, result=result))
+
+def spoiled(finish: Callable[[Worker, Job], None]) -> Callable[[Worker, Job], None]:
+    """A worker's `finish` that gets what a client's own training is said to have come to."""
+
+    @functools.wraps(finish)
+    def finished(here: Worker, job: Job) -> None:
+        tensors = poisoned(job.trained.tensors, job.records["arrays"], fault_of(job.client, job.round))
+        job.result = replace(job.trained, tensors=tensors)
+        finish(here, job)
+
+    return finished
+
+
+Worker.finish = spoiled(Worker.finish)  # type: ignore[method-assign]
 
 
 def count_rounds(content: Any, context: Context) -> None:

@@ -9,7 +9,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedlotr.flower.links.objectives import Cohort, terms
+from fedlotr.flower.link import Cohort
+from fedlotr.flower.links.objectives import terms
 from fedlotr.flower.records import to_record, to_tensors
 
 STEPS, RATE = 10, 0.05

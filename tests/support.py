@@ -119,7 +119,9 @@ def prepare_again(checked: "Checked", place: Path) -> "Prepared":
 
 def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) -> torch.Tensor:
     """The trained model's logits, from our layers and the last checkpoint, unmerged and in float32."""
-    from fedlotr.flower.links.carry import restored
+    from fedlotr.adapters.carry import Carry
+    from fedlotr.flower.links.carry import CarriedTerm
+    from fedlotr.flower.serialize import unpack
     from fedlotr.run.preparation import check
     from fedlotr.run.resumption import saved_configuration
     from fedlotr.run.simulation import resolve
@@ -134,9 +136,13 @@ def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) 
     assert prepared.bases_sha256 == read_run(run_dir)[0]["bases_sha256"], "other bases than the run's"
     last = sorted((run_dir / "checkpoints").glob("*.safetensors"))[-1]
     model.assign(load_file(last))
-    about = json.loads(last.with_suffix(".json").read_text(encoding="utf-8")).get("carry")
-    if about is not None:
-        model.carry(restored(load_numpy(last), about))
+    link, packed = (
+        CarriedTerm(Carry()),
+        json.loads(last.with_suffix(".json").read_text(encoding="utf-8"))["links"]["carry"],
+    )
+    link.load_state(unpack(packed, load_numpy(last)))
+    if link.carry.version:
+        model.carry(link.carry)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     tokenizer.pad_token_id, tokenizer.padding_side = model.spec.pad_id, "right"
     batch = tokenizer(*texts, padding=True, return_tensors="pt")

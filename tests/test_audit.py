@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import beta, norm
 
 from fedlotr.flower.client_app import Worker
+from fedlotr.flower.link import Job
 from fedlotr.privacy import clipping
 from fedlotr.privacy.accounting import Releases, epsilon
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, client_stream
@@ -166,14 +167,14 @@ def test_a_round_is_on_paper_when_its_messages_arrive(
     }[words_of]
     train, arrived = Worker.train, []
 
-    def watched(self: Worker, messages: Any, clients: Sequence[int], states: Any) -> Any:
-        number = int(messages[0].content["config"]["server-round"])
+    def watched(self: Worker, jobs: Sequence[Job]) -> None:
+        number = jobs[0].round
         charges = ledger_of(self.workplace.folder.parents[1])[1:]
         assert [charge["round"] for charge in charges] == list(range(1, number + 1))
-        wanted = {0} if words_of in ("client", "central") else set(clients)
+        wanted = {0} if words_of in ("client", "central") else {job.client for job in jobs}
         assert wanted <= set(charges[-1]["accounts"])
         arrived.append(number)
-        return train(self, messages, clients, states)
+        train(self, jobs)
 
     monkeypatch.setattr(Worker, "train", watched)
     told = [*words, *private.split(), "--noise-multiplier", "2", "--quiet", "--out", str(tmp_path / "run")]

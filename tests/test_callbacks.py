@@ -76,10 +76,10 @@ def test_a_client_that_fails_is_told_with_its_reason(
 
     train = client_app.Worker.train
 
-    def failing(self: Any, messages: Any, clients: Any, states: Any) -> Any:
-        if 1 in clients:
+    def failing(self: Any, jobs: Any) -> None:
+        if 1 in {job.client for job in jobs}:
             raise RuntimeError("client 1 is out of paper")
-        return train(self, messages, clients, states)
+        train(self, jobs)
 
     monkeypatch.setattr(client_app.Worker, "train", failing)
     notes = Notes()

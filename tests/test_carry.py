@@ -21,7 +21,8 @@ from fedlotr.communication.ledger import read_ledger
 from fedlotr.flower import Update, WithCarry
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.client_app import Worker
-from fedlotr.flower.links.carry import carry_records, model_sha256, restored, saved
+from fedlotr.flower.link import Job
+from fedlotr.flower.links.carry import CarriedTerm, carry_records, model_sha256
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import sample_clients
@@ -299,10 +300,9 @@ def test_trained_sha256_is_of_the_carried_term_too() -> None:
     hashes = [model_sha256(arrays, carry) for carry in grown(2, 2, 3)]
     assert len(set(hashes)) == 4
     for carry in grown(2, 2, 3)[1:]:
-        tensors, about = saved(carry)
-        assert model_sha256(arrays, restored({**tensors, "C": np.eye(2)}, about["carry"])) == model_sha256(
-            arrays, carry
-        )
+        link = CarriedTerm(Carry())
+        link.load_state(CarriedTerm(carry).state())
+        assert model_sha256(arrays, link.carry) == model_sha256(arrays, carry)
 
 
 @pytest.mark.slow
@@ -347,19 +347,27 @@ def test_a_new_worker_follows_from_what_the_clients_were_sent_before(small: dict
     versions = [Carry()]
     for version in (1, 2, 3):
         versions.append(versions[-1].grown({layer: pair(version, 2, 32, 32)}))
-    worker = Worker(Workplace(tmp_path / "work"))
-    worker.follow(carry_records(versions[1], 0))
-    worker.follow(carry_records(versions[2], 1))
-    another = Worker(Workplace(tmp_path / "work"))  # a worker that died, and came back
-    another.follow(carry_records(versions[3], 2))
-    assert another.carry_sha256 == versions[3].sha256
-    worker.follow(carry_records(versions[3], 0))
-    assert worker.carry_sha256 == another.carry_sha256
+
+    def worker() -> CarriedTerm:
+        return Worker(Workplace(tmp_path / "work")).chain.the(CarriedTerm)
+
+    def follow(link: CarriedTerm, version: int, since: int) -> str:
+        job = Job(client=0, records=carry_records(versions[version], since), memory={})
+        link.receive(job)
+        link.send(job)
+        return str(job.identity["carry-sha256"])
+
+    one = worker()
+    follow(one, 1, 0)
+    follow(one, 2, 1)
+    another = worker()  # of a process that died, and came back
+    assert follow(another, 3, 2) == versions[3].sha256
+    assert follow(one, 3, 0) == versions[3].sha256
     assert sorted(path.stem for path in (tmp_path / "work" / "carry").iterdir()) == ["2", "3"]
     for path in (tmp_path / "work" / "carry").iterdir():
         path.unlink()
     with pytest.raises(RuntimeError, match="the carried term of version 2, which this message goes on from, is lost"):
-        Worker(Workplace(tmp_path / "work")).follow(carry_records(versions[3], 2))
+        follow(worker(), 3, 2)
 
 
 def test_the_adapters_lines_give_the_trained_models_logits(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlotr import CoreConfig, SimulationConfig, doctor, run_simulation, simulate
+from fedlotr import CoreConfig, SimulationConfig, run_simulation, simulate
+from fedlotr.commands import doctor
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.config.configuration import load
 from fedlotr.errors import InputError

@@ -19,6 +19,7 @@ from fedlotr.errors import InputError
 from fedlotr.evaluation.scores import evaluate
 from fedlotr.flower.links.personal import summary_of
 from fedlotr.flower.round import Federation, sample_clients
+from fedlotr.flower.serialize import unpack
 from fedlotr.flower.state import load_clients
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.federation import federation
@@ -294,8 +295,10 @@ def test_means_of_moments_go_on_from_round_to_round(corrected: tuple[SimulationC
     _, run = corrected
     directory = RunDirectory(run)
     third, last = (directory._read_checkpoint(run / "checkpoints" / f"round-{n:05d}.json") for n in (3, 4))
-    for name, (mean, weight) in third.extra["moments"].items():
-        after, more = last.extra["moments"][name]
+    before, then = (unpack(c.extra["links"]["moments"], c.arrays)["means"] for c in (third, last))
+    assert before
+    for name, (mean, weight) in before.items():
+        after, more = then[name]
         assert mean > 0 and after > 0, name
         assert 0 < weight < more < 1, "every round the averages are over more steps"
     assert "moments" not in states(run, 4)[next(iter(states(run, 4)))], "nothing of it stays with a client"

@@ -12,8 +12,9 @@ import pytest
 from flwr.app import Message, MessageType, RecordDict
 from safetensors.numpy import load_file
 
-from fedlotr import SimulationConfig, doctor, run_simulation, simulate
+from fedlotr import SimulationConfig, run_simulation, simulate
 from fedlotr.adapters import METHODS, CoreConfig
+from fedlotr.commands import doctor
 from fedlotr.communication.codecs import CodecError, encode
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.communication.wire_form import Coding
@@ -21,9 +22,10 @@ from fedlotr.cost.architectures import read_architecture
 from fedlotr.cost.formulas import bill
 from fedlotr.errors import InputError
 from fedlotr.flower import certificate
-from fedlotr.flower import coding as coding_of_clients
 from fedlotr.flower import round as loop
-from fedlotr.flower.links.codec import HELD, LOST, holdings
+from fedlotr.flower.link import Draft, Job, Turn
+from fedlotr.flower.links import codec as coding_of_clients
+from fedlotr.flower.links.codec import HELD, LOST, Codec
 from fedlotr.flower.plugins import GROUP
 from fedlotr.flower.private import identify_process
 from fedlotr.flower.records import arrays_sha256, to_record
@@ -163,7 +165,7 @@ def long_run(
 
     def spied(grid: Any, strategy: Any, federation: Any, state: Any) -> Any:
         done = loop.run_round(grid, strategy, federation, state)
-        held.append(dict(state.held))
+        held.append(dict(state.chain.the(Codec).held))
         return done
 
     with pytest.MonkeyPatch.context() as patch:
@@ -190,7 +192,9 @@ def test_the_server_knows_to_the_bit_what_every_client_holds(
 ) -> None:
     _, run, held = long_run
     for number, known in enumerate(held, start=1):
-        kept = holdings(states(run, number))
+        again = Codec(Coding(broadcast_codec="delta+int8"), SEED)
+        again.recall(states(run, number))
+        kept = again.held
         assert set(kept) == set(known) == set().union(*asked(SEED)[:number])
         for client, tensors in known.items():
             assert all(tensors[name].tobytes() == kept[client][name].tobytes() for name in tensors)
@@ -245,13 +249,13 @@ def test_a_client_that_diverges_is_left_out_alone(
 ) -> None:
     from fedlotr.flower.client_app import Worker
 
-    def diverging(self: Worker, *given: Any) -> Any:
-        found = trained(self, *given)
-        next(iter(found[1].result.tensors.values()))[0] = np.nan
-        return found
+    def diverging(self: Worker, job: Job) -> None:
+        if job.client == 1:
+            next(iter(job.trained.tensors.values()))[0] = np.nan
+        finish(self, job)
 
-    trained = Worker.train
-    monkeypatch.setattr(Worker, "train", diverging)
+    finish = Worker.finish
+    monkeypatch.setattr(Worker, "finish", diverging)
     fields = words(tiny_bert, animals, rounds=1, eval_every=1, method="lotr", codec="sign", out=tmp_path / "run")
     run_simulation(SimulationConfig(**fields))
     assert read_run(tmp_path / "run")[1][0]["failures"] == {"1": "CodecError"}
@@ -265,17 +269,18 @@ def test_what_is_told_as_lost_is_what_was_lost(
     own: list[dict[str, Any]] = []
     streams: list[Any] = []
     told: list[Any] = []
+    really = coding_of_clients.coded_update
 
     def coded_update(tensors: Any, sent: Any, state: Any, coding: Coding, stream: Any) -> Any:
         own.append({name: tensor.double().numpy() for name, tensor in tensors.items()})
         streams.append(stream.bit_generator.state["state"]["state"])
-        return coding_of_clients.coded_update(tensors, sent, state, coding, stream)
+        return really(tensors, sent, state, coding, stream)
 
     def codec_error(layers: Any, start: Any, replies: Any, lost: Any) -> Any:
         told.extend(zip(replies, lost, strict=True))
         return certificate.codec_error(layers, start, replies, lost)
 
-    monkeypatch.setattr("fedlotr.flower.client_app.coded_update", coded_update)
+    monkeypatch.setattr("fedlotr.flower.links.codec.coded_update", coded_update)
     monkeypatch.setattr("fedlotr.flower.round.codec_error", codec_error)
     fields = words(tiny_bert, animals, rounds=2, eval_every=2, method="lora", codec="int4", out=tmp_path / "run")
     run_simulation(SimulationConfig(**fields))
@@ -325,17 +330,20 @@ def test_a_change_of_what_a_client_does_not_hold_is_refused() -> None:
     held, now = ({"x": stream.standard_normal(50).astype(np.float32)} for _ in range(2))
     identify_process()  # Flower makes no message without
     message = Message(RecordDict({"arrays": to_record(now)}), 100, MessageType.TRAIN)
-    coder = coding_of_clients.RoundCoding(coding, 0, 2, {100: 0}, {0: held})
-    coder.encode([message])
+    coder = Codec(coding, 0)
+    coder.held = {0: held}
+    coder.begin(Turn(number=2, moved=to_record(now)))
+    draft = Draft(client=0, message=message, records=dict(message.content.items()))
+    coder.outgoing(draft)
     state: Any = RecordDict({HELD: to_record(held)})
-    found = coding_of_clients.received(message.content, state, coding, {})
+    found = coding_of_clients.received(draft.records, state, coding, {})
     assert found["x"].numpy().tobytes() == coder.sent[0]["x"].tobytes() == state[HELD]["x"].numpy().tobytes()
     other = held["x"].copy()
     other[7] = np.nextafter(other[7], np.float32(1))
     with pytest.raises(CodecError, match="about another state than there is here"):
-        coding_of_clients.received(message.content, RecordDict({HELD: to_record({"x": other})}), coding, {})
+        coding_of_clients.received(draft.records, RecordDict({HELD: to_record({"x": other})}), coding, {})
     with pytest.raises(CodecError, match="and holds nothing"):
-        coding_of_clients.received(message.content, RecordDict(), coding, {})
+        coding_of_clients.received(draft.records, RecordDict(), coding, {})
 
 
 @pytest.mark.parametrize(

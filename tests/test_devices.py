@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlotr import SimulationConfig, doctor, processes, simulate
+from fedlotr import SimulationConfig, processes, simulate
+from fedlotr.commands import doctor
 from fedlotr.config.configuration import load
 from fedlotr.errors import InputError
 from fedlotr.run.simulation import problems_at_the_door, resolve

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from fedlotr import SimulationConfig, cli, doctor, machine, processes, simulate
+from fedlotr import SimulationConfig, cli, machine, processes, simulate
 from fedlotr.adapters.methods import METHODS
+from fedlotr.commands import doctor
 from fedlotr.communication.ledger import read_ledger
 from tests.support import read_run
 

@@ -17,11 +17,12 @@ from fedlotr.engines import LocalGrid
 from fedlotr.flower import Fewest, Strategy, Update, weighted_mean
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer
+from fedlotr.flower.federation import Weights
 from fedlotr.flower.fewest import fewest, trimmed_mean_of
-from fedlotr.flower.links.moments import MOMENTS
+from fedlotr.flower.links.moments import MOMENTS, Moments
 from fedlotr.flower.norms import outside
 from fedlotr.flower.plugins import load_strategy
-from fedlotr.flower.replies import LONGEST_REASON, Weights
+from fedlotr.flower.replies import LONGEST_REASON
 from fedlotr.flower.round import Federation, Round, State, TooManyFailuresError, run_round
 from fedlotr.said import hearing
 from fedlotr.simulate import main
@@ -183,7 +184,7 @@ def test_second_moments_that_no_optimizer_has_are_refused(pair: tuple[float, flo
     lies = {client: moments(*((0.1, 0.5) if client else pair)) for client in range(6)}
     done, state, _ = a_round(lies, mean_moments=True)
     assert list(done.failures) == [0] and done.failures[0].kind == "moments"
-    np.testing.assert_allclose(state.moments["C"], [0.1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(state.chain.the(Moments).means["C"], [0.1, 0.5], rtol=1e-6)
 
 
 # --- how far updates go -----------------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ from fedlotr.errors import InputError
 from fedlotr.flower import Strategy
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, transport_error
+from fedlotr.flower.chain import Chain
 from fedlotr.flower.client_app import worker
+from fedlotr.flower.links.bases import Bases
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import Federation, State, TooManyFailuresError, run_round, sample_clients
@@ -127,7 +129,7 @@ def test_a_client_that_fails_is_named_and_left_out_and_the_rest_is_averaged_exac
     mean = (sum((k + 1) ** 2 for k in range(6)) - 9) / 18
     np.testing.assert_allclose(state.arrays["C"].numpy(), mean, rtol=1e-7)
     assert done.metrics["aggregation_error"] < 1e-15
-    assert state.known == {0, 1, 3, 4, 5}, "a client that failed is sent the bases again"
+    assert state.chain.the(Bases).known == {0, 1, 3, 4, 5}, "a client that failed is sent the bases again"
 
 
 @pytest.mark.parametrize("basis", ["random", "update"])
@@ -163,6 +165,7 @@ def test_a_real_client_with_other_bases_is_refused(basis: str, tiny_bert: Path, 
     ):
         run_round(engine, exact(), run, state)
     assert state.round == 0
+    state = State(to_record(prepared.model.values()))
     with LocalGrid(client_app, 4, run_config={"fedlotr.work": str(tmp_path / "good")}) as engine:
         assert not run_round(engine, exact(), simulated_federation(config, prepared), state).failures
     worker.cache_clear()
@@ -262,7 +265,9 @@ def test_flowers_strategies_run_unchanged_and_resume_to_equal_bytes(name: str) -
         done = run_round(grid(), through, federation(), state)
         assert done.metrics["aggregation_error"] is None, "it does not say that it averages"
     packed, arrays, _ = save_strategy(through)
-    halfway = State(ArrayRecord(dict(state.arrays.items())), state.round, set(state.known))
+    links, link_arrays = state.chain.save()
+    halfway = State(ArrayRecord(dict(state.arrays.items())), state.round, Chain.at_server(federation()))
+    halfway.chain.load(links, link_arrays, {})
     run_round(grid(), through, federation(), state)
 
     again = strategy()

@@ -14,12 +14,20 @@ from transformers import DebertaV2Config, DebertaV2Model
 
 from fedlotr.adapters import CoreConfig
 from fedlotr.evaluation.scores import Scores, evaluate, shards, sum_scores
-from fedlotr.models.loading import UNBATCHED, ModelSpec, adaptable_layers, head_layers, load_base, unbatched_layers
+from fedlotr.models.loading import (
+    UNBATCHED,
+    ModelSpec,
+    _belongs_to_head,
+    adaptable_layers,
+    head_layers,
+    load_base,
+    unbatched_layers,
+)
 from fedlotr.models.supported import is_sentence_encoder
 from fedlotr.training.cohort import ClientWork, LocalTraining, client_batches, cut_cohorts, train_cohort
 from fedlotr.training.examples import IGNORED, Examples
 from fedlotr.training.head import fit_head
-from fedlotr.training.model import Tensors, TrainableModel, _belongs_to_head
+from fedlotr.training.model import Tensors, TrainableModel
 from fedlotr.training.optimizers import OPTIMIZERS
 from fedlotr.training.packing import pack
 from tests.support import rounding

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedlotr import Callbacks, SimulationConfig, cli, doctor, run_simulation
+from fedlotr import Callbacks, SimulationConfig, cli, run_simulation
+from fedlotr.commands import doctor
 from fedlotr.errors import InputError
 from fedlotr.flower import round as loop
 from fedlotr.flower.replies import Failure
@@ -209,14 +210,14 @@ def test_two_worlds_that_differ_in_what_is_hidden_let_out_the_same(
     held = [{**row, "who": f"p{at % 4}"} for at, row in enumerate(rows(40))]
     monkeypatch.setattr(ClientGuard, "mean", still)
     monkeypatch.setattr(DPSGD, "release", lambda _, client, total, expected: {n: v * 0 for n, v in total.items()})
-    monkeypatch.setattr(ClientGuard, "draw", lambda self, server_round: [])
+    monkeypatch.setattr(ClientGuard, "draw", lambda self, server_round, admitted: [])
     one = world(config, {"train": held, "test": test}, monkeypatch)
     # One example another, with a label that nobody else has; or one client another, who is there, and fails.
     other = [{**held[0], "text": "a case unlike all others", "label": "pox"}, *held[1:]]
     if level == "client":
         other = [{**row, "who": "q0"} if row["who"] == "p3" else row for row in other]
         other += [{**row, "who": "q0"} for row in rows(7, 300)]
-        monkeypatch.setattr(ClientGuard, "draw", lambda self, server_round: list(range(server_round + 2)))
+        monkeypatch.setattr(ClientGuard, "draw", lambda self, server_round, admitted: list(range(server_round + 2)))
         check = loop.check_replies
 
         def one_fails(*given: Any) -> Any:

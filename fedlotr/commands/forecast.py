@@ -20,10 +20,11 @@ from fedlotr.communication.wire_form import UNCODED, WireForm
 from fedlotr.cost.formulas import WIRE_BYTES, coded_bytes
 from fedlotr.data import encode
 from fedlotr.errors import shorten
+from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.ranks import block
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import derivable_record
-from fedlotr.flower.round import Federation, sample_clients
+from fedlotr.flower.round import sample_clients
 from fedlotr.flower.strategy import Strategy
 from fedlotr.models.checkpointing import blocks
 from fedlotr.models.loading import count_parameters, linear_layers, load_base

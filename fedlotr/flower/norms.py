@@ -8,15 +8,17 @@ import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord
 
 from fedlotr.flower.lazy import LazyArray, LazyRecord
+from fedlotr.flower.link import Draft, Reply
 from fedlotr.flower.links.moments import MOMENTS
 from fedlotr.flower.links.objectives import CONTROL
 from fedlotr.flower.reading import value
+from fedlotr.flower.records import ARRAYS
 from fedlotr.flower.replies import Failure
 from fedlotr.said import say
 
@@ -72,22 +74,18 @@ def norm_of(record: ArrayRecord, start: Mapping[str, Array] | None = None) -> fl
     return float(np.sqrt(total))
 
 
-def begun_with(
-    messages: Iterable[Message], nodes: Mapping[int, int], expected: Callable[[int], ArrayRecord]
-) -> dict[int, ArrayRecord]:
+def begun_with(drafts: Iterable[Draft], expected: Callable[[int], ArrayRecord]) -> dict[int, ArrayRecord]:
     """Client -> the tensors that it starts from: those of its message; the run's own where these are not to be had.
 
     expected: client -> the tensors that it is to send back, as the server has them.
     """
     found: dict[int, ArrayRecord] = {}
-    for message in messages:
-        client = nodes[message.metadata.dst_node_id]
-        content: Any = message.content
-        sent, wanted = content.get("arrays"), expected(client)
+    for draft in drafts:
+        sent, wanted = draft.meant or draft.records.get(ARRAYS), expected(draft.client)
         fits = isinstance(sent, ArrayRecord) and all(
             name in sent and tuple(sent[name].shape) == tuple(array.shape) for name, array in wanted.items()
         )
-        found[client] = sent if fits else wanted
+        found[draft.client] = sent if fits else wanted  # type: ignore[assignment]
     return found
 
 
@@ -121,35 +119,28 @@ class Norms:
 
 
 def bounded(
-    replies: Sequence[Message],
-    nodes: Mapping[int, int],
-    starts: Mapping[int, ArrayRecord],
-    bound: float | None,
-    *,
-    refuse: bool,
-) -> tuple[list[Message], dict[int, Failure], Norms]:
+    replies: Sequence[Reply], starts: Mapping[int, ArrayRecord], bound: float | None, *, refuse: bool
+) -> tuple[list[Reply], dict[int, Failure], Norms]:
     """(replies, failures, norms): no update that is left is longer than the bound. starts: what each was trained from.
 
     A longer one is scaled down to it, x + bound / norm · (x_i - x), with its change of control variates, or refused.
     Tensors are scaled as they are asked for. bound: None: any length goes.
     """
-    good: list[Message] = []
+    good: list[Reply] = []
     failures: dict[int, Failure] = {}
     norms: dict[int, float] = {}
     clipped: list[int] = []
     for reply in replies:
-        client, content = nodes[reply.metadata.src_node_id], cast(Any, reply.content)
-        norm = norms[client] = norm_of(content["arrays"], starts[client])
+        norm = norms[reply.client] = norm_of(reply.arrays, starts[reply.client])
         if bound is not None and norm > bound and refuse:
             reason = f"its update has a norm of {norm:.3g}, expected at most {bound:g} (--max-update-norm)"
-            failures[client] = Failure("update too large", reason)
+            failures[reply.client] = Failure("update too large", reason)
             continue
         if bound is not None and norm > bound:
-            records = {**content, "arrays": _scaled(content["arrays"], starts[client], bound / norm)}
-            if CONTROL in content:
-                records[CONTROL] = _scaled(content[CONTROL], None, bound / norm)
-            reply.content = RecordDict(records)
-            clipped.append(client)
+            reply.arrays = _scaled(reply.arrays, starts[reply.client], bound / norm)
+            if CONTROL in reply.records:
+                reply.records[CONTROL] = _scaled(reply.records[CONTROL], None, bound / norm)
+            clipped.append(reply.client)
         good.append(reply)
     return good, failures, Norms(norms, clipped)
 
@@ -184,18 +175,15 @@ def outside(norms: Mapping[int, float]) -> dict[int, float]:
     return {client: norm / usual for client, norm in norms.items() if norm > far}
 
 
-def look_at(
-    watch: Watch, server_round: int, replies: Sequence[Message], nodes: Mapping[int, int], norms: Norms
-) -> None:
+def look_at(watch: Watch, server_round: int, replies: Sequence[Reply], norms: Norms) -> None:
     """Say whose update is far outside, whose other records are, and who has most of the round's weight.
 
     replies: those that are averaged.
     """
-    contents: dict[int, Any] = {nodes[reply.metadata.src_node_id]: reply.content for reply in replies}
     if norms.clipped:
         them = {client: f"{norms.of[client]:.3g}" for client in norms.clipped}
         log.info("round %d: --max-update-norm has clipped the updates of %s", server_round, _named(them))
-    if far := outside({client: norms.of[client] for client in contents}):
+    if far := outside({reply.client: norms.of[reply.client] for reply in replies}):
         text = f"round {server_round}: the norm of an update is far outside: {_factors(norms.of, far)}"
         if set(far) <= set(norms.clipped):
             text += "; --max-update-norm has clipped it"
@@ -203,14 +191,14 @@ def look_at(
             bound = "--max-update-norm X clips updates to a norm of X, or with --on-large-update refuse leaves them out"
             text += f"; it may carry the model away: {bound}; {_noted(watch, server_round)}"
         _tell(watch, text, [f"norm {client}" for client in far])
-    controls = {k: norm_of(content[CONTROL]) for k, content in contents.items() if CONTROL in content}
-    moments = {k: _norm_of_moments(content[MOMENTS]) for k, content in contents.items() if MOMENTS in content}
+    controls = {one.client: norm_of(one.records[CONTROL]) for one in replies if CONTROL in one.records}
+    moments = {one.client: _norm_of_moments(one.records[MOMENTS]) for one in replies if MOMENTS in one.records}
     for what, sizes in (("change of control variates", controls), ("record of second moments", moments)):
         if far := outside(sizes):
             text = f"round {server_round}: the norm of a {what} is far outside: {_factors(sizes, far)}"
             text += f"; it reaches every client, and no bound is set on it: {_noted(watch, server_round)}"
             _tell(watch, text, [f"{what} {client}" for client in far])
-    _look_at_weights(watch, server_round, contents)
+    _look_at_weights(watch, server_round, {reply.client: reply.weight for reply in replies})
 
 
 def _norm_of_moments(record: ArrayRecord) -> float:
@@ -227,8 +215,7 @@ def _noted(watch: Watch, server_round: int) -> str:
     return f"the checkpoint of round {before} is kept, and --resume --resume-round {before} goes back to it"
 
 
-def _look_at_weights(watch: Watch, server_round: int, contents: Mapping[int, Any]) -> None:
-    weights = {client: float(content["metrics"]["weight"]) for client, content in contents.items()}
+def _look_at_weights(watch: Watch, server_round: int, weights: Mapping[int, float]) -> None:
     heaviest = max(weights, key=lambda client: weights[client], default=None)
     if heaviest is None or len(weights) < 3 or weights[heaviest] <= sum(weights.values()) / 2:
         return

@@ -3,13 +3,13 @@
 The core never imports a strategy by name, so a built-in one has no privilege over a user's.
 """
 
-import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -129,45 +129,52 @@ def _parameters(kind: type) -> set[str] | None:
 
 
 def _find(name: str) -> type[FlowerStrategy]:
+    wanted = "fedlotr.flower.Strategy or Flower's Strategy"
+    kind: type[FlowerStrategy] = load_class(name, "--strategy", "strategy", installed(), FlowerStrategy, wanted)
+    return kind
+
+
+def load_class(name: str, option: str, what: str, announced: Mapping[str, EntryPoint], base: Any, wanted: str) -> Any:
+    """The class of an announced name, of module:Class or of path/to/file.py:Class.
+
+    option, what, wanted: how messages call it. Raises InputError where there is none that is derived from `base`.
+    """
+
+    def fits(value: object) -> bool:
+        return isinstance(value, type) and issubclass(value, base)
+
     where, colon, attribute = name.rpartition(":")
     try:
         if not colon:
-            found = installed()
-            if name not in found:
+            if name not in announced:
                 raise InputError(
-                    f"--strategy {name}: no such strategy{nearest(name, found)} "
+                    f"{option} {name}: no such {what}{nearest(name, announced)} "
                     "(or give your own as module:Class or path/to/file.py:Class)"
                 )
-            kind = found[name].load()
+            kind = announced[name].load()
         else:
-            module = _module_from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+            module = _module_from_file(Path(where), option, what) if where.endswith(".py") else import_module(where)
             kind = getattr(module, attribute, None)
             if kind is None:
-                classes = [key for key, value in vars(module).items() if _is_strategy(value)]
-                raise InputError(f"--strategy {name}: {where} has no {attribute}{nearest(attribute, classes)}")
+                classes = [key for key, value in vars(module).items() if fits(value)]
+                raise InputError(f"{option} {name}: {where} has no {attribute}{nearest(attribute, classes)}")
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a module or a class may also end the program
-        raise InputError(f"--strategy {name}: cannot be loaded: {_in_a_line(error)}") from error
-    if not _is_strategy(kind):
-        raise InputError(
-            f"--strategy {name}: expected a class derived from fedlotr.flower.Strategy or Flower's Strategy"
-        )
-    return kind  # type: ignore[no-any-return]
+        raise InputError(f"{option} {name}: cannot be loaded: {_in_a_line(error)}") from error
+    if not fits(kind):
+        raise InputError(f"{option} {name}: expected a class derived from {wanted}")
+    return kind
 
 
 def _in_a_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _is_strategy(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, FlowerStrategy)
-
-
-def _module_from_file(path: Path) -> Any:
+def _module_from_file(path: Path, option: str, what: str) -> Any:
     if not path.is_file():
-        raise InputError(f"--strategy: there is no file {path}")
-    name = f"fedlotr_user_strategy_{path.stem}"
+        raise InputError(f"{option}: there is no file {path}")
+    name = f"fedlotr_user_{what}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

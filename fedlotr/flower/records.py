@@ -12,6 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from fedlotr.flower.reading import value
 
 Arrays = dict[str, npt.NDArray[np.float64]]
+ARRAYS, CONFIG, METRICS, CLIENT = "arrays", "config", "metrics", "client"
+"""Records: trained tensors both ways, what a message asks; what a reply says of its training, and who it is from."""
 FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.core_(?P<factor>[A-Z])")
 """How the trained tensors of an adapted layer are called."""
 Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]

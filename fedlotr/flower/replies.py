@@ -1,29 +1,30 @@
 """Which replies are fit to be averaged, and why the others are not."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedlotr.errors import harmless, written
+from fedlotr.flower.chain import Chain
+from fedlotr.flower.federation import Weights
 from fedlotr.flower.lazy import LazyRecord
-from fedlotr.flower.links.moments import MOMENTS
+from fedlotr.flower.link import Draft, Refused, Reply
 from fedlotr.flower.private import CLIENT_CRASHED
 from fedlotr.flower.reading import value
+from fedlotr.flower.records import ARRAYS, CLIENT, METRICS
 
-RECORDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "client": ConfigRecord}
+RECORDS = {ARRAYS: ArrayRecord, METRICS: MetricRecord, CLIENT: ConfigRecord}
 """What a reply consists of, ConfigRecords of other names apart."""
-METRICS = {"num-examples", "weight", "loss"}
+METRICS_OF_A_REPLY = {"num-examples", "weight", "loss"}
 """What its MetricRecord holds: Flower's strategies stop the run where one client's has other keys than the rest.
 
 The loss is missing from all of them where single examples are hidden: it would tell of them."""
-IDENTITY = {"client", "bases-sha256", "carry-sha256"}
-"""What its record `client` may say. Its rank is not for a client to say: strategies cut by it."""
 LEAST_WEIGHT = 1e-9
 """Below, a mean of so light clients alone would lose its numbers to underflow, down to zeros."""
 LARGEST_LOSS = float(np.finfo(np.float32).max)
@@ -54,155 +55,148 @@ class Failure:
         return "not finite" in self.kind or "not finite" in first_line(self.reason)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What clients may say that they weigh. most: of a weight, and of a count of examples. uniform: all weigh 1."""
-
-    most: float = 1e9
-    uniform: bool = False
-
-
 def check_replies(
-    replies: Iterable[Message],
-    messages: Iterable[Message],
-    nodes: Mapping[int, int],
-    expected: Callable[[int], ArrayRecord],
-    bases_sha256: str,
-    carry_sha256: str = "",
-    beside: Mapping[str, ArrayRecord] = MappingProxyType({}),
-    metrics: Collection[str] = METRICS,
-    weights: Weights = Weights(),
-) -> tuple[list[Message], dict[int, Failure]]:
-    """Replies fit to be averaged, sorted by client, and the reason for every other client that was asked.
+    replies: Iterable[Message], drafts: Iterable[Draft], nodes: Mapping[int, int], rules: "Rules"
+) -> tuple[list[Reply], dict[int, Failure]]:
+    """Replies fit to be averaged, by client, and the reason for every other client that was asked.
 
-    nodes: node id -> client. expected: client -> tensors whose names, shapes and dtypes its reply must have.
-    bases_sha256, carry_sha256: what a client must have computed with. beside: by the name of a record the same as
-    `expected`, of what every reply holds besides. metrics: the keys of its MetricRecord. weights: what these may say.
+    nodes: node id -> client.
     """
     by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
-    good: list[Message] = []
+    good: list[Reply] = []
     failures: dict[int, Failure] = {}
-    for client in sorted(nodes[message.metadata.dst_node_id] for message in messages):
-        reply = by_client.get(client)
+    for draft in drafts:
         try:
-            failure = (
-                Failure("no reply", "no reply")
-                if reply is None
-                else _failure(
-                    reply, client, {"arrays": expected(client), **beside}, bases_sha256, carry_sha256, metrics, weights
-                )
-            )
+            good.append(rules.read(draft.client, by_client.get(draft.client)))
+        except Refused as refused:
+            failures[draft.client] = Failure(refused.kind, refused.reason)
         except Exception as error:  # a reply is what a client sends, and may hold anything
-            failure = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
-        if failure is not None:
-            failures[client] = failure
-        elif reply is not None:
-            good.append(reply)
+            failures[draft.client] = Failure("unreadable", f"its reply cannot be read: {type(error).__name__}: {error}")
     return good, failures
 
 
-def _failure(
-    reply: Message,
-    client: int,
-    expected: Mapping[str, ArrayRecord],
-    bases_sha256: str,
-    carry_sha256: str,
-    wanted_metrics: Collection[str],
-    weights: Weights,
-) -> Failure | None:
-    """What makes a reply unfit to be averaged; None if nothing does."""
-    if reply.has_error():
-        reason = reply.error.reason or "no reason was given"
-        name = reason[:100].split(":")[0].strip()
-        named = name if KIND.fullmatch(name) else "error"
-        return Failure("worker died" if reply.error.code == CLIENT_CRASHED else named, reason)
-    content: Any = reply.content
-    kinds = {name: ArrayRecord if type(r) is LazyRecord else type(r) for name, r in content.items()}
-    needed = RECORDS | dict.fromkeys(expected, ArrayRecord)
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a reply has to be in one round.
+
+    expected: client -> the tensors that it is to have: names, shapes, dtypes. chain: undoes what the way up did, knows
+    which records a reply has besides, and refuses what is wrong with those. metrics: the keys of its MetricRecord.
+    weights: what these may say.
+    """
+
+    expected: Callable[[int], ArrayRecord]
+    chain: Chain
+    metrics: Collection[str]
+    weights: Weights
+
+    def read(self, client: int, message: Message | None) -> Reply:
+        """A client's reply. Raises Refused for what makes it unfit to be averaged."""
+        if message is None:
+            raise Refused("no reply", "no reply")
+        if message.has_error():
+            reason = message.error.reason or "no reason was given"
+            name = reason[:100].split(":")[0].strip()
+            named = name if KIND.fullmatch(name) else "error"
+            raise Refused("worker died" if message.error.code == CLIENT_CRASHED else named, reason)
+        records: dict[str, Any] = dict(message.content.items())
+        self.chain.arrived(client, records)
+        beside = self.chain.expects(client)
+        _check_records(records, beside)
+        for name, wanted in {ARRAYS: self.expected(client), **beside}.items():
+            _check_tensors(name, records[name], wanted)
+            if list(records[name]) != list(
+                wanted
+            ):  # Flower's Krum and Bulyan go by the order, and would mix tensors up
+                records[name] = LazyRecord(dict.fromkeys(wanted), records[name].__getitem__)
+        metrics, identity = records[METRICS], records[CLIENT]
+        if set(metrics) != set(self.metrics):
+            raise Refused("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(self.metrics)}")
+        _check_metrics(metrics, self.weights)
+        if unknown := sorted(identity.keys() - self.chain.says - {"client"}):
+            raise Refused("records", f"its record client says {unknown[:3]}, which is not for it to say")
+        if type(sender := identity.get("client")) is not int or sender != client:
+            raise Refused(
+                "another client", f"it answers as client {written(sender)}: the engine lists its nodes in another order"
+            )
+        reply = Reply(
+            client=client,
+            arrays=records[ARRAYS],
+            weight=float(metrics["weight"]),
+            examples=metrics["num-examples"],
+            loss=metrics.get("loss"),
+            records={name: record for name, record in records.items() if name not in RECORDS},
+            identity=identity,
+            origin=message,
+        )
+        self.chain.verify(reply)
+        return reply
+
+
+def as_message(reply: Reply) -> Message:
+    """A reply as Flower's strategies have it, who may change it."""
+    metrics: dict[str, Any] = {"num-examples": reply.examples, "weight": reply.weight}
+    rank = {} if reply.rank is None else {"rank": reply.rank}
+    content = RecordDict(
+        {
+            ARRAYS: reply.arrays.copy(),
+            METRICS: MetricRecord(metrics if reply.loss is None else {**metrics, "loss": reply.loss}),
+            CLIENT: ConfigRecord({**reply.identity, "client": reply.client, **rank}),
+            **{name: record.copy() for name, record in reply.records.items()},
+        }
+    )
+    if reply.origin is None:
+        return Message(content, 0, MessageType.TRAIN)
+    own = copy.copy(reply.origin)
+    own.content = content
+    return own
+
+
+def _check_records(records: Mapping[str, Any], beside: Collection[str]) -> None:
+    kinds = {name: ArrayRecord if type(r) is LazyRecord else type(r) for name, r in records.items()}
+    needed = RECORDS | dict.fromkeys(beside, ArrayRecord)
     if needed.items() - kinds.items() or any(kinds[name] is not ConfigRecord for name in kinds.keys() - needed.keys()):
         found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items()) or "none"
         wanted = f"{', '.join(list(needed)[:-1])} and {list(needed)[-1]}"
-        return Failure("records", f"a reply needs the records {wanted}; this one has {found}")
-    for name, tensors in expected.items():
-        if (failure := _tensors(content[name], tensors)) is not None:
-            return failure if name == "arrays" else Failure(failure.kind, f"its {name}: {failure.reason}")
-        if list(content[name]) != list(tensors):  # Flower's Krum and Bulyan go by the order, and would mix tensors up
-            content[name] = LazyRecord(dict.fromkeys(tensors), content[name].__getitem__)
-    if MOMENTS in expected and (failure := _moments(content[MOMENTS])) is not None:
-        return failure
-    metrics = content["metrics"]
-    if set(metrics) != set(wanted_metrics):
-        return Failure("metrics", f"its metrics are {sorted(metrics)}, expected {sorted(wanted_metrics)}")
-    if (failure := _metrics(metrics, weights)) is not None:
-        return failure
-    if unknown := sorted(content["client"].keys() - IDENTITY):
-        return Failure("records", f"its record client says {unknown[:3]}, which is not for it to say")
-    sender = content["client"].get("client")
-    if type(sender) is not int or sender != client:
-        return Failure(
-            "another client", f"it answers as client {written(sender)}: the engine lists its nodes in another order"
-        )
-    found = str(content["client"].get("bases-sha256"))
-    if found != bases_sha256:
-        reason = f"it trained between other bases (SHA-256 {found[:12]}…, expected {bases_sha256[:12]}…)"
-        return Failure("other bases", reason)
-    found = str(content["client"].get("carry-sha256", ""))
-    if found != carry_sha256:
-        reason = (
-            f"it trained beside another carried term (SHA-256 {found[:12] or 'none'}, expected {carry_sha256[:12]})"
-        )
-        return Failure("another carried term", reason)
-    return None
+        raise Refused("records", f"a reply needs the records {wanted}; this one has {found}")
 
 
-def _metrics(metrics: Mapping[str, Any], weights: Weights) -> Failure | None:
+def _check_metrics(metrics: Mapping[str, Any], weights: Weights) -> None:
     """What of the numbers that a client says of itself cannot be reckoned with."""
     weight, count, loss = metrics["weight"], metrics["num-examples"], metrics.get("loss", 0.0)
     limit = f"{weights.most:g} (--max-weight)"
     if not _is_number(weight) or not LEAST_WEIGHT <= weight <= weights.most:
         wanted = f"a number from {LEAST_WEIGHT:g} to {limit}"
-        return Failure("weight", f"its weight is {written(weight)}, expected {wanted}")
+        raise Refused("weight", f"its weight is {written(weight)}, expected {wanted}")
     if weights.uniform and weight != 1:
-        return Failure("weight", f"its weight is {written(weight)}, expected 1 as of all clients (--weights uniform)")
+        raise Refused("weight", f"its weight is {written(weight)}, expected 1 as of all clients (--weights uniform)")
     if type(count) is not int or not 1 <= count <= weights.most:
         wanted = f"a whole number from 1 to {limit}"
-        return Failure("num-examples", f"its num-examples is {written(count)}, expected {wanted}")
+        raise Refused("num-examples", f"its num-examples is {written(count)}, expected {wanted}")
     if not _is_number(loss) or (isinstance(loss, float) and not math.isfinite(loss)):
-        return Failure("loss not finite", f"its loss is {written(loss)}, which is not finite; expected a number")
+        raise Refused("loss not finite", f"its loss is {written(loss)}, which is not finite; expected a number")
     if abs(loss) > LARGEST_LOSS:
-        return Failure("loss", f"its loss is {written(loss)}, expected at most {LARGEST_LOSS:.2g}")
-    return None
+        raise Refused("loss", f"its loss is {written(loss)}, expected at most {LARGEST_LOSS:.2g}")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _tensors(arrays: ArrayRecord, expected: ArrayRecord) -> Failure | None:
-    """What of a record's tensors is not as expected."""
+def _check_tensors(record: str, arrays: ArrayRecord, expected: ArrayRecord) -> None:
+    """Raises Refused for what of a record's tensors is not as expected."""
+    its = "" if record == ARRAYS else f"its {record}: "
     if set(arrays) != set(expected):
         missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
-        return Failure("tensors", f"tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
+        raise Refused("tensors", f"{its}tensors missing: {missing[:3] or 'none'}, unexpected: {extra[:3] or 'none'}")
     for name, array in arrays.items():
         # Decoded, and not only by what it says of itself: that need not be so.
         decoded, wanted = value(array), expected[name]
         shape, dtype = tuple(wanted.shape), wanted.dtype
         if {tuple(array.shape), decoded.shape} != {shape} or {array.dtype, str(decoded.dtype)} != {dtype}:
             kind = "wrong dtype" if decoded.shape == shape == tuple(array.shape) else "wrong shape"
-            return Failure(kind, f"{name} is {decoded.dtype} {decoded.shape}, expected {dtype} {shape}")
+            raise Refused(kind, f"{its}{name} is {decoded.dtype} {decoded.shape}, expected {dtype} {shape}")
         if not np.isfinite(decoded).all():
-            return Failure("not finite", f"{name} has values that are not finite")
-    return None
-
-
-def _moments(pairs: ArrayRecord) -> Failure | None:
-    """What of some means of second moments cannot be one: no square is negative, and weights sum to at most 1."""
-    for name, array in pairs.items():
-        square, weight = value(array).tolist()
-        if square < 0 or not 0 < weight <= 1:
-            wanted = "a number of 0 or more and a weight above 0, at most 1"
-            return Failure("moments", f"its moments of {name} are {square:g} and {weight:g}, expected {wanted}")
-    return None
+            raise Refused("not finite", f"{its}{name} has values that are not finite")
 
 
 def first_line(reason: str) -> str:

@@ -1,47 +1,42 @@
 """The round loop: what holds for every strategy, ours, a user's or Flower's, is done here and not in the strategy.
 
-A round samples clients, lets the strategy make the messages, sends them, checks and sorts the replies, lets the
-strategy aggregate, certifies the result, casts it to the wire's numbers, and hands the finished round on.
+A round samples clients, lets the strategy draft the messages, runs the chain of links over them, sends, checks the
+replies and runs the chain back, lets the strategy combine, certifies the result, casts it to the wire's numbers, and
+hands the finished round on.
 """
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.carry import Carry, in_words
-from fedlotr.communication.codecs import Tensors
 from fedlotr.communication.ledger import Entry, total
-from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.errors import FedlotrError
-from fedlotr.evaluation.results import Results
 from fedlotr.flower.blame import blaming
-from fedlotr.flower.certificate import Layer, Weighted, aggregation_error, codec_error, transport_error
+from fedlotr.flower.certificate import Product, Weighted, aggregation_error, codec_error, transport_error
+from fedlotr.flower.chain import Chain, post
+from fedlotr.flower.federation import Federation
 from fedlotr.flower.fewest import fewest
 from fedlotr.flower.lazy import Decoded
-from fedlotr.flower.links.carry import add_carry, additions, lost, merged
-from fedlotr.flower.links.codec import RoundCoding, lost_by
-from fedlotr.flower.links.moments import MOMENTS, add_moments, expected_moments, mean_moments
-from fedlotr.flower.links.objectives import CONTROL
-from fedlotr.flower.links.ranks import Blocks
+from fedlotr.flower.link import Reply, Turn
+from fedlotr.flower.links.carry import CarriedTerm, additions, lost
+from fedlotr.flower.links.codec import lost_by
 from fedlotr.flower.norms import Norms, Watch, begun_with, bounded, look_at
 from fedlotr.flower.plugins import whoever_is_there
 from fedlotr.flower.records import Arrays, to_arrays, to_record
-from fedlotr.flower.released import all_lost, released
-from fedlotr.flower.replies import METRICS, Failure, Weights, check_replies, first_line
+from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, as_message, check_replies, first_line
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Strategy
-from fedlotr.privacy.guard import ClientGuard, Guard
 from fedlotr.said import say
 from fedlotr.streams import generator, own_streams, stream_key
 
@@ -65,66 +60,22 @@ class TooManyFailuresError(FedlotrError):
     """More of a round's clients failed than the run allows; the last good state is on disk."""
 
 
-@dataclass(frozen=True)
-class Federation:
-    """What the loop needs to know of a run; all else is the strategy's or the engine's affair.
-
-    sampled: clients in a round. lr_factor: round -> what the clients' learning rates are multiplied by.
-    basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
-    layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
-    method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
-    measure: further metrics, of what the model made of each test row.
-    ranks: of each client; None: all have the run's, which is `rank`.
-    mean_moments: whether means of AdamW's second moments travel beside them.
-    guard: keeps the clients' privacy, where that was promised. coding: of what crosses, if anything is coded.
-    weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
-    where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
-    harm another.
-    """
-
-    clients: int
-    sampled: int
-    rounds: int
-    seed: int
-    max_failed: float
-    lr_factor: Callable[[int], float]
-    basis: ArrayRecord | ConfigRecord | None
-    bases_sha256: str
-    layers: Sequence[Layer]
-    held_out: int
-    causal: bool
-    method: str
-    moving: Callable[[int], frozenset[str]] | None = None
-    measure: Callable[[Results], dict[str, float | None]] | None = None
-    ranks: Sequence[int] | None = None
-    rank: int = 0
-    mean_moments: bool = False
-    guard: Guard | None = None
-    coding: Coding = UNCODED
-    weights: Weights = field(default_factory=Weights)
-    max_update_norm: float | None = None
-    refuse_large: bool = False
-    watched: bool = True
-
-
 @dataclass
 class State:
     """Where a run stands after a round: with the strategy's own state, all that the next round depends on."""
 
     arrays: ArrayRecord
     round: int = 0
-    known: set[int] = field(default_factory=set)
-    """Clients that have received the bases."""
-    carry: Carry = field(default_factory=Carry)
-    """What the server has merged into the model."""
-    holds: dict[int, int] = field(default_factory=dict)
-    """Client -> the version of it that the client has; a client that is not named has version 0."""
-    moments: Arrays = field(default_factory=dict)
-    """Where `mean_moments`: by tensor the mean of AdamW's second moments, and the weight it is corrected by."""
-    held: dict[int, Tensors] = field(default_factory=dict)
-    """Where broadcasts are told by delta: client -> what it holds, bit for bit."""
+    chain: Chain = field(default_factory=lambda: Chain([]))
+    """The server's links, with what each knows; made by the first round where there is none yet."""
     watch: Watch = field(default_factory=Watch)
     """What has been noticed of clients that stand out."""
+
+    @property
+    def carry(self) -> Carry:
+        """What the server has merged into the model."""
+        link = self.chain.of(CarriedTerm)
+        return Carry() if link is None else link.carry
 
 
 @dataclass(frozen=True)
@@ -153,20 +104,18 @@ def sample_clients(federation: Federation, server_round: int) -> list[int]:
 
 def can_pay(federation: Federation, server_round: int) -> bool:
     """Whether anybody who is to train in a round has enough of the privacy budget left."""
-    return federation.guard is None or bool(federation.guard.admitted(sample_clients(federation, server_round)))
+    return bool(federation.guard.admitted(sample_clients(federation, server_round)))
 
 
 def _cohort(federation: Federation, server_round: int) -> list[int]:
     """Who trains in a round. It may be nobody, where the guard draws. Raises BudgetSpentError."""
-    guard, clients = federation.guard, sample_clients(federation, server_round)
-    if guard is None:
-        return clients
-    admitted = guard.admitted(clients)
+    clients = sample_clients(federation, server_round)
+    admitted = federation.guard.admitted(clients)
     if not admitted:
         raise BudgetSpentError(f"round {server_round}: what it would release is over the privacy budget")
     if left_out := sorted(set(clients) - set(admitted)):
         say(f"round {server_round}: clients {left_out} have spent their privacy budget and sit out")
-    return guard.draw(server_round) if isinstance(guard, ClientGuard) else admitted
+    return federation.guard.draw(server_round, admitted)
 
 
 def nodes_by_client(grid: Grid) -> Sequence[int]:
@@ -179,18 +128,76 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 
     Raises TooManyFailuresError or StrategyError, and then leaves `state` as it was.
     """
-    number = state.round + 1
+    if not state.chain:
+        state.chain = Chain.at_server(federation)
     # Flower's strategies draw from the global generators: seeded per round, a resumed run draws the same.
-    with own_streams(stream_key(federation.seed, "strategy", number)):
-        return _run_round(grid, strategy, federation, state, number)
+    with own_streams(stream_key(federation.seed, "strategy", state.round + 1)):
+        return _run_round(grid, strategy, federation, state)
 
 
-def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State, number: int) -> Round:
-    started = time.monotonic()
-    clients, guard = _cohort(federation, number), federation.guard
-    nodes = nodes_by_client(grid)
+def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
+    started, number = time.monotonic(), state.round + 1
+    chain, guard = state.chain, federation.guard
+
+    clients, nodes = _cohort(federation, number), nodes_by_client(grid)
     view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
+    messages = _messages(strategy, federation, state, view, clients)
+    kept = ClientStates(grid, clients)
+    turn = _turn(strategy, federation, state)
+    drafts = chain.outgoing(turn, messages, view.nodes)
+    starts = begun_with(drafts, turn.expected)
+    guard.charge(number, [draft.client for draft in drafts])
+    replies = view.send_and_receive(post(drafts))
 
+    metrics = METRICS_OF_A_REPLY if not guard.promises or guard.hides_clients else METRICS_OF_A_REPLY - {"loss"}
+    rules = Rules(expected=turn.expected, chain=chain, metrics=metrics, weights=federation.weights)
+    good, failures = check_replies(replies, drafts, view.nodes, rules)
+    norms = Norms()
+    if not guard.hides_clients:
+        bound, refuse = federation.max_update_norm, federation.refuse_large
+        good, large, norms = bounded(good, starts, bound, refuse=refuse)
+        failures |= large
+    chain.incoming(good)
+    kept.restore(failures)
+    _weigh_failures(federation, state, failures, replies, good)
+
+    watch = replace(state.watch, told=set(state.watch.told))
+    _look(watch, strategy, federation, number, good, len(messages), norms)
+    combined = _combined(strategy, federation, state, turn, good, norms)
+    mean, sent = to_arrays(combined.published), _cast(combined.published, state.arrays)
+    errors = _errors(strategy, federation, state, turn, kept, good, combined, mean, to_arrays(sent))
+
+    row: dict[str, Any] = {
+        "round": number,
+        "loss": None,
+        "clients": len(messages),
+        "failed": len(failures),
+        "failures": {str(client): failure.kind for client, failure in failures.items()},
+        "train_loss": None if guard.promises else _loss(combined.metrics, good),
+        "bytes_up": total(view.entries, "wire_bytes", direction="up"),
+        "bytes_down": total(view.entries, "wire_bytes", direction="down"),
+        **errors,
+        **norms.row(),
+        **({"clipped": len(norms.clipped)} if federation.max_update_norm is not None else {}),
+        **chain.row(),
+        "epsilon": guard.epsilon(),
+        "train_seconds": time.monotonic() - started,
+        "evaluate_seconds": None,
+    }
+    chain.commit(good)
+    state.arrays, state.round, state.watch = sent, number, watch
+    if guard.hides_clients:  # who came is not told of either
+        log.info("round %d: %s", number, {name: row[name] for name in TELLS_WHO_CAME if name in row})
+        row |= {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
+        return Round(row, view.entries, {})
+    return Round(row, view.entries, failures, {reply.client: _said(reply) for reply in good})
+
+
+def _messages(
+    strategy: FlowerStrategy, federation: Federation, state: State, view: RoundGrid, clients: Sequence[int]
+) -> list[Message]:
+    """What the strategy would send, before any link. Raises StrategyError."""
+    number = state.round + 1
     config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
     messages: list[Message] = []
     with blaming(strategy, number, federation.method, "configure_train"):
@@ -198,139 +205,140 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
             with whoever_is_there(strategy, len(clients)):
                 messages = list(strategy.configure_train(number, state.arrays, config, view))
         _check_addresses(messages, view)
-    kept = ClientStates(grid, clients)
-    add_moments(messages, state.moments)
-    newcomers = _add_basis(messages, view.nodes, federation.basis, state.known)
-    add_carry(messages, view.nodes, state.carry, state.holds)
-    blocks = Blocks(_ranks(strategy, federation))
-    blocks.cut(messages, view.nodes)
-    names = set(state.arrays) if federation.moving is None else federation.moving(number)
-    expected = ArrayRecord({name: array for name, array in state.arrays.items() if name in names})
-    wanted = partial(blocks.of, expected)
-    starts = begun_with(messages, view.nodes, wanted)
-    coder = RoundCoding(federation.coding, federation.seed, number, view.nodes, state.held)
-    if federation.coding.at_work:
-        coder.encode(messages)
-    if guard is not None:
-        guard.charge(number, sorted(view.nodes[message.metadata.dst_node_id] for message in messages))
-    replies = view.send_and_receive(sorted(messages, key=lambda message: view.nodes[message.metadata.dst_node_id]))
+    return messages
 
-    carry_sha256 = state.carry.sha256 if state.carry.version else ""
-    beside = {CONTROL: expected} if getattr(strategy, "controls", False) else {}
-    if federation.mean_moments:
-        beside[MOMENTS] = expected_moments(expected)
-    keys = METRICS if guard is None or guard.hides_clients else METRICS - {"loss"}
-    readable, damaged = coder.decode(replies, wanted) if federation.coding.at_work else (replies, {})
-    good, failures = check_replies(
-        readable, messages, view.nodes, wanted, federation.bases_sha256, carry_sha256, beside, keys, federation.weights
+
+def _turn(strategy: FlowerStrategy, federation: Federation, state: State) -> Turn:
+    number = state.round + 1
+    names = set(state.arrays) if federation.moving is None else federation.moving(number)
+    return Turn(
+        number=number,
+        moved=ArrayRecord({name: array for name, array in state.arrays.items() if name in names}),
+        fewer=strategy.ranks if isinstance(strategy, Strategy) else {},
+        controls=getattr(strategy, "controls", False),
     )
-    failures |= damaged
-    central, norms = isinstance(guard, ClientGuard), Norms()
-    if not central:
-        refuse = federation.refuse_large
-        good, large, norms = bounded(good, view.nodes, starts, federation.max_update_norm, refuse=refuse)
-        failures |= large
-    blocks.pad(good, view.nodes, expected)
-    kept.restore(failures)
+
+
+def _weigh_failures(
+    federation: Federation,
+    state: State,
+    failures: Mapping[int, Failure],
+    replies: Sequence[Message],
+    good: Sequence[Reply],
+) -> None:
+    """Log who failed. Raises TooManyFailuresError where more did than the run allows."""
+    number, asked = state.round + 1, len(good) + len(failures)
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
-    # Where clients are hidden, one that failed counts as one that changed nothing: stopping for it would tell of it.
-    if all_lost(messages, replies) if central else not good or len(failures) > federation.max_failed * len(messages):
+    if federation.guard.hides_clients:
+        # One that failed counts as one that changed nothing: stopping for it would tell of it. All of several: that is
+        # the program's fault, and no client's data.
+        if asked > 1 and len(replies) == asked and all(reply.has_error() for reply in replies):
+            raise TooManyFailuresError(
+                f"round {number}: all clients failed, which is the program's fault; log.txt has their reasons"
+            )
+    elif not good or len(failures) > federation.max_failed * asked:
         raise TooManyFailuresError(
-            f"round {number}: all clients failed, which is the program's fault; log.txt has their reasons"
-            if central
-            else f"round {number}: {len(failures)} of {len(messages)} clients failed (--max-failed "
-            f"{federation.max_failed}); {_some(failures)}{_likely_cause(number, failures, messages, state.watch)}"
+            f"round {number}: {len(failures)} of {asked} clients failed (--max-failed {federation.max_failed}); "
+            f"{_some(failures)}{_likely_cause(number, failures, asked, state.watch)}"
         )
-    watch = replace(state.watch, told=set(state.watch.told))
-    if federation.watched and not central:
-        look_at(watch, number, good, view.nodes, norms)
-        _tell_of_few(watch, number, strategy, good, messages)
-    if central:
+
+
+def _look(
+    watch: Watch,
+    strategy: FlowerStrategy,
+    federation: Federation,
+    number: int,
+    good: Sequence[Reply],
+    asked: int,
+    norms: Norms,
+) -> None:
+    """Say what stands out of a round's clients, and where its strategy has too few of them."""
+    if federation.guard.hides_clients:
         _tell_of_one(watch, strategy)
+    elif federation.watched:
+        look_at(watch, number, good, norms)
+        _tell_of_few(watch, number, strategy, len(good), asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Combined:
+    """What came of a strategy's turn. added: to the carried term, scaled. carry: with that."""
+
+    published: ArrayRecord
+    metrics: MetricRecord | None
+    added: Mapping[str, Product]
+    carry: Carry
+
+
+def _combined(
+    strategy: FlowerStrategy,
+    federation: Federation,
+    state: State,
+    turn: Turn,
+    good: Sequence[Reply],
+    norms: Norms,
+) -> _Combined:
+    """Let the strategy combine, and check all that it gives. Raises StrategyError."""
     unfit = not_finite(strategy)
-    with blaming(strategy, number, federation.method, "aggregate_train"):
-        seen = good
-        if isinstance(guard, ClientGuard):
-            seen = [released(guard, expected, good)]
-        elif type(strategy).aggregate_train is not Strategy.aggregate_train:
-            seen = list(map(_copy, good))  # some of Flower's strategies pop arrays out of the replies
-        aggregated, metrics = strategy.aggregate_train(number, seen)
+    with blaming(strategy, turn.number, federation.method, "aggregate_train"):
+        seen = [as_message(reply) for reply in state.chain.gather(list(good))]
+        aggregated, metrics = strategy.aggregate_train(turn.number, seen)
         if aggregated is None and seen:
             say(
                 f"{type(strategy).__name__} combined nothing of a round's updates, so the model stayed as it was: some "
                 "of Flower's strategies do that where they have too few"
             )
-        published = _published(aggregated, expected, norms.largest())
-        start = to_arrays(state.arrays)
+        published = _published(aggregated, turn.moved, norms.largest())
         try:
-            added = additions(strategy, federation.layers, start)
-            carry = merged(state.carry, added)
+            carried = strategy.take_carry() if isinstance(strategy, Strategy) else {}
+            added = additions(carried, federation.layers, to_arrays(state.arrays))
+            carry = state.chain.the(CarriedTerm).merge(added)
         except ValueError as problem:
             raise ValueError(f"{problem}{norms.largest()}") from problem
         if getattr(strategy, "controls", False):
-            _check_controls(strategy.control(expected), norms.largest())  # type: ignore[attr-defined]
+            _check_controls(strategy.control(turn.moved), norms.largest())  # type: ignore[attr-defined]
         if spoilt := sorted(not_finite(strategy) - unfit):  # a strategy's own infinities are its affair
             raise ValueError(f"what it keeps between rounds is not finite ({', '.join(spoilt)}){norms.largest()}")
-    # What did not move in this round stays.
-    published = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
-
-    mean, sent = to_arrays(published), _cast(published, state.arrays)
-    error = None
-    weighted = _weighted(good, start)
-    if getattr(strategy, "averages", False) and not central:
-        error = aggregation_error(federation.layers, start, _certified(strategy, mean), weighted, added)
-    if federation.coding.update.lossy:
-        lost_on_the_way = None if central else _codec_error(federation, kept, good, weighted, start, expected)
-    else:
-        lost_on_the_way = transport_error(
-            federation.layers, start, mean, to_arrays(sent), added, partial(lost, state.carry, carry, added)
-        )
     if added:
-        log.info("round %d: the model carries %s", number, in_words(carry.terms.values()))
-    row: dict[str, Any] = {
-        "round": number,
-        "loss": None,
-        "clients": len(messages),
-        "failed": len(failures),
-        "failures": {str(client): failure.kind for client, failure in failures.items()},
-        "train_loss": _loss(metrics, good) if guard is None else None,
-        "bytes_up": total(view.entries, "wire_bytes", direction="up"),
-        "bytes_down": total(view.entries, "wire_bytes", direction="down"),
-        "aggregation_error": error,
-        "transport_error": lost_on_the_way,
-        **norms.row(),
-        **({"clipped": len(norms.clipped)} if federation.max_update_norm is not None else {}),
-        **({"broadcast_error": coder.broadcast_error()} if federation.coding.broadcast.lossy else {}),
-        "epsilon": None if guard is None else guard.epsilon(),
-        "train_seconds": time.monotonic() - started,
-        "evaluate_seconds": None,
-    }
-    if central:
-        log.info("round %d: %s", number, {name: row[name] for name in TELLS_WHO_CAME if name in row})
-        row |= {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
-    if federation.mean_moments:
-        state.moments = mean_moments(good, state.moments)
-    state.arrays, state.round = sent, number
-    state.known |= newcomers - set(failures)
-    state.holds |= {view.nodes[message.metadata.src_node_id]: state.carry.version for message in good}
-    if federation.coding.broadcast.delta:
-        answered = [view.nodes[message.metadata.src_node_id] for message in good]
-        state.held |= {client: coder.sent[client] for client in answered if client in coder.sent}
-    state.carry, state.watch = carry, watch
-    if central:  # who came is not told of either
-        return Round(row, view.entries, {})
-    said = [(int(reply.content["client"]["client"]), dict(reply.content["metrics"])) for reply in good]  # type: ignore[arg-type]
-    return Round(row, view.entries, failures, dict(said))
+        log.info("round %d: the model carries %s", turn.number, in_words(carry.terms.values()))
+    # What did not move in this round stays.
+    whole = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
+    return _Combined(published=whole, metrics=metrics, added=added, carry=carry)
 
 
-def _ranks(strategy: FlowerStrategy, federation: Federation) -> Sequence[int] | None:
-    """Of each client in this round; None where all have the run's."""
-    fewer = strategy.ranks if isinstance(strategy, Strategy) else {}
-    if not fewer:
-        return federation.ranks
-    own = federation.ranks or [federation.rank] * federation.clients
-    return [min(rank, fewer.get(client, rank)) for client, rank in enumerate(own)]
+def _errors(
+    strategy: FlowerStrategy,
+    federation: Federation,
+    state: State,
+    turn: Turn,
+    kept: ClientStates,
+    good: Sequence[Reply],
+    combined: _Combined,
+    mean: Arrays,
+    sent: Arrays,
+) -> dict[str, float | None]:
+    """The certificate: how far what is published is from the clients' mean, and what the way took of it.
+
+    mean: what the strategy published, float64; sent: in the wire's numbers.
+    """
+    hidden, start, weighted = federation.guard.hides_clients, to_arrays(state.arrays), _weighted(good, state)
+    error = None
+    if getattr(strategy, "averages", False) and not hidden:
+        certified = _certified(strategy, mean)
+        error = aggregation_error(federation.layers, start, certified, weighted, combined.added)
+    if federation.coding.update.lossy:
+        lossy = None if hidden else _codec_error(federation, kept, good, weighted, start, turn.moved)
+    else:
+        missed = partial(lost, state.carry, combined.carry, combined.added)
+        lossy = transport_error(federation.layers, start, mean, sent, combined.added, missed)
+    return {"aggregation_error": error, "transport_error": lossy}
+
+
+def _said(reply: Reply) -> dict[str, Any]:
+    """What a client says of its training."""
+    loss = {} if reply.loss is None else {"loss": reply.loss}
+    return {"num-examples": reply.examples, "weight": reply.weight, **loss}
 
 
 def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:
@@ -339,21 +347,6 @@ def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:
         raise ValueError(
             f"it addressed nodes {addressed[:5]}…; expected each of {view.get_node_ids()[:5]}… at most once"
         )
-
-
-def _add_basis(
-    messages: Iterable[Message], nodes: Mapping[int, int], basis: ArrayRecord | ConfigRecord | None, known: set[int]
-) -> set[int]:
-    """Put the bases into the messages of clients that have none yet; returns those clients."""
-    if basis is None:
-        return set()
-    newcomers = set()
-    for message in messages:
-        client = nodes[message.metadata.dst_node_id]
-        if client not in known:
-            message.content = RecordDict({**message.content, "basis": basis})
-            newcomers.add(client)
-    return newcomers
 
 
 def _some(failures: Mapping[int, Failure]) -> str:
@@ -366,11 +359,11 @@ def _some(failures: Mapping[int, Failure]) -> str:
     return "; ".join(shown + more) or "no client was asked"
 
 
-def _likely_cause(number: int, failures: Mapping[int, Failure], messages: Sequence[Message], watch: Watch) -> str:
+def _likely_cause(number: int, failures: Mapping[int, Failure], asked: int, watch: Watch) -> str:
     """Where most clients come to numbers that are not finite: that it is the model they were sent, and no fault of
     theirs; and the way back."""
     lost = sum(failure.not_finite for failure in failures.values())
-    if number == 1 or 2 * lost <= len(messages):
+    if number == 1 or 2 * lost <= asked:
         return ""
     text = (
         f"; {lost} of them came to numbers that are not finite, so the likely cause is not they but the model that "
@@ -383,15 +376,13 @@ def _likely_cause(number: int, failures: Mapping[int, Failure], messages: Sequen
     return f"{text}, with updates far outside in it since {since}: {back}, and with --max-update-norm"
 
 
-def _tell_of_few(
-    watch: Watch, number: int, strategy: FlowerStrategy, good: Sequence[Message], messages: Sequence[Message]
-) -> None:
+def _tell_of_few(watch: Watch, number: int, strategy: FlowerStrategy, left: int, asked: int) -> None:
     """Say where a round has fewer clients than its strategy needs: by failures, or who has no privacy budget left."""
     needed = fewest(strategy)
-    if needed is None or len(good) >= needed.clients:
+    if needed is None or left >= needed.clients:
         return
     text = (
-        f"round {number}: of {len(messages)} clients {len(good)} are left for {type(strategy).__name__}, which needs "
+        f"round {number}: of {asked} clients {left} are left for {type(strategy).__name__}, which needs "
         f"{needed.clients}: {needed.why}"
     )
     if watch.once("few"):
@@ -415,45 +406,35 @@ def _certified(strategy: FlowerStrategy, published: Arrays) -> Arrays:
     return published if before_step is None else published | before_step
 
 
-def _weighted(good: Sequence[Message], start: Arrays) -> list[Weighted]:
-    contents: list[Any] = [message.content for message in good]
-    weights = [float(content["metrics"]["weight"]) for content in contents]
-    total = sum(weights)
-    return [Weighted(Decoded(c["arrays"], start), w / total) for c, w in zip(contents, weights, strict=True)]
+def _weighted(good: Sequence[Reply], state: State) -> list[Weighted]:
+    start, total = to_arrays(state.arrays), sum(reply.weight for reply in good)
+    return [Weighted(Decoded(reply.arrays, start), reply.weight / total) for reply in good]
 
 
 def _codec_error(
     federation: Federation,
     kept: ClientStates,
-    good: Sequence[Message],
+    good: Sequence[Reply],
     weighted: Sequence[Weighted],
     start: Arrays,
     moved: ArrayRecord,
 ) -> float | None:
     """What the updates' codec loses of their mean; None where an engine does not show what clients keep."""
-    clients = [int(reply.content["client"]["client"]) for reply in good]  # type: ignore[arg-type]
-    gone = [lost_by(kept, client, moved, federation.coding) for client in clients]
+    memories = [(kept.before(reply.client), kept.now(reply.client)) for reply in good]
+    gone = [lost_by(before, now, moved, federation.coding) for before, now in memories]
     seen = [one for one in gone if one is not None]
     if not good or len(seen) < len(good):
         return None
     return codec_error(federation.layers, start, weighted, seen)
 
 
-def _loss(metrics: MetricRecord | None, good: Sequence[Message]) -> float:
+def _loss(metrics: MetricRecord | None, good: Sequence[Reply]) -> float:
     """The clients' mean training loss: the strategy's own figure, or else the weighted mean."""
     found = None if metrics is None else metrics.get("loss")
     if isinstance(found, int | float):
         return float(found)
-    contents: list[Any] = [message.content for message in good]
-    return float(
-        np.average([c["metrics"]["loss"] for c in contents], weights=[c["metrics"]["weight"] for c in contents])
-    )
-
-
-def _copy(message: Message) -> Message:
-    own = copy.copy(message)
-    own.content = RecordDict({name: record.copy() for name, record in message.content.items()})
-    return own
+    losses = [cast(float, reply.loss) for reply in good]
+    return float(np.average(losses, weights=[reply.weight for reply in good]))
 
 
 def _published(aggregated: ArrayRecord | None, before: ArrayRecord, cause: str) -> ArrayRecord:

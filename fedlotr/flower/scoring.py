@@ -11,9 +11,10 @@ from fedlotr.adapters.carry import Carry
 from fedlotr.errors import FedlotrError
 from fedlotr.evaluation.results import Results
 from fedlotr.evaluation.scores import Scores, shards, sum_scores
+from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.carry import carry_records
 from fedlotr.flower.replies import first_line
-from fedlotr.flower.round import Federation, nodes_by_client
+from fedlotr.flower.round import nodes_by_client
 
 log = logging.getLogger("fedlotr")
 

@@ -36,13 +36,13 @@ def work_folder(run: Path, start: str) -> Path:
     return run / ".work" / start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What every client of a run does alike.
 
     core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
     threads: to compute with; another number gives other bits. noise: where clients hide their single examples.
-    coding: of what crosses.
+    coding: of what crosses. links: of the user's, as `chain.link_classes` finds them.
     """
 
     model: ModelSpec
@@ -53,6 +53,7 @@ class Recipe:
     threads: int
     noise: ExampleNoise | None = None
     coding: Coding = UNCODED
+    links: tuple[str, ...] = ()
 
 
 class Workplace:
@@ -95,14 +96,15 @@ class Workplace:
         """As written."""
         found = json.loads((self.folder / "recipe.json").read_text(encoding="utf-8"))
         return Recipe(
-            ModelSpec(**found["model"]),
-            found["core"],
-            LocalTraining(**found["training"]),
-            found["weights"],
-            found["seed"],
-            found["threads"],
-            None if found["noise"] is None else ExampleNoise(**found["noise"]),
-            Coding(**found["coding"]),
+            model=ModelSpec(**found["model"]),
+            core=found["core"],
+            training=LocalTraining(**found["training"]),
+            weights=found["weights"],
+            seed=found["seed"],
+            threads=found["threads"],
+            noise=None if found["noise"] is None else ExampleNoise(**found["noise"]),
+            coding=Coding(**found["coding"]),
+            links=tuple(found["links"]),
         )
 
     @cached_property

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import override
 
 from fedlotr.privacy.accounting import Releases, dearest, epsilon, epsilon_by_prv, epsilon_by_rdp, rough
 from fedlotr.privacy.clipping import clip_factors, clipped
@@ -24,24 +25,68 @@ REPRODUCIBLE = "the noise can be made again from the seed (--reproducible-noise)
 SIMULATED = "the noise is that of a larger federation (--noise-cohort), so it hides less here"
 
 
-class Guard:
+class NoGuard:
+    """Of a run that promises nothing: everybody may take part, and it costs nothing."""
+
+    promises = False
+    """Whether anything is hidden."""
+    hides_clients = False
+    """Whether the unit is a whole client: then the server, not the clients, clips and adds noise."""
+
+    def admitted(self, clients: Sequence[int]) -> list[int]:
+        """Those of a round's clients that can still pay for it."""
+        return list(clients)
+
+    def draw(self, server_round: int, admitted: Sequence[int] = ()) -> list[int]:
+        """Who takes part, of those that can pay."""
+        return list(admitted)
+
+    def charge(self, server_round: int, clients: Sequence[int]) -> None:
+        """To be called before anything that depends on these clients' data goes out."""
+
+    def epsilon(self) -> float | None:
+        """What the dearest account has spent; None where nothing may be claimed."""
+        return None
+
+    def in_words(self) -> str | None:
+        """The promise in a line."""
+        return None
+
+    def keyed(self, digest: str) -> str:
+        """A hash of the examples as a checkpoint may hold it."""
+        return digest
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps."""
+        return None
+
+    def load_state(self, state: Any) -> None:
+        """Go on from a checkpoint."""
+
+    def summary(self) -> dict[str, Any] | None:
+        """The promise and what became of it, for summary.json."""
+        return None
+
+
+class Guard(NoGuard):
     """Keeps the ledger of one run, and says what its promise amounts to."""
+
+    promises = True
 
     def __init__(self, ledger: Ledger, facts: Mapping[str, Any]) -> None:
         """facts: what else summary.json is to say of the promise."""
         self.ledger, self._facts = ledger, dict(facts)
 
-    @property
-    def hides_clients(self) -> bool:
-        """Whether the unit is a whole client: then the server, not the clients, clips and adds noise."""
-        return self.ledger.promise.unit == "client"
-
+    @override
     def admitted(self, clients: Sequence[int]) -> list[int]:
-        """Those of a round's clients that can still pay for it."""
         return [client for client in clients if self.ledger.affords(client)]
 
+    @override
+    def keyed(self, digest: str) -> str:
+        return self.ledger.keyed(digest)
+
+    @override
     def charge(self, server_round: int, clients: Sequence[int]) -> None:
-        """To be called before anything that depends on these clients' data goes out."""
         if clients:
             self.ledger.charge(server_round, clients)
 
@@ -49,8 +94,8 @@ class Guard:
         """Why no epsilon may be claimed, if so."""
         return REPRODUCIBLE if self.ledger.promise.reproducible else None
 
+    @override
     def epsilon(self) -> float | None:
-        """What the dearest account has spent; None where nothing may be claimed."""
         return None if self.void() else self._dearest()[1]
 
     def _accounts(self) -> list[Releases]:
@@ -67,23 +112,24 @@ class Guard:
             sorted(self._accounts(), key=lambda spent: rough(spent, delta))[len(self.ledger.spent) // 2], delta
         )
 
+    @override
     def in_words(self) -> str:
-        """The promise in a line."""
         promise = self.ledger.promise
         budget = "" if promise.target is None else f" at most {promise.target:g}"
         claim = self.void() or f"epsilon{budget} at delta {promise.delta:.2g}"
         return f"{promise.unit} level, {claim}; noise {promise.sigma:.3g} times the bound {self._facts['clip_norm']:g}"
 
+    @override
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return self.ledger.mark()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises InputError where the ledger knows less than that."""
+    @override
+    def load_state(self, state: Any) -> None:
+        """Raises InputError where the ledger knows less than that."""
         self.ledger.check(state)
 
+    @override
     def summary(self) -> dict[str, Any]:
-        """The promise and what became of it, for summary.json."""
         promise, void = self.ledger.promise, self.void()
         most, worst = self._dearest()
         found: dict[str, Any] = {
@@ -156,16 +202,21 @@ class ClientGuard(Guard):
         self._noise_cohort = noise_cohort
         self._stream: NoiseStream | None = None
 
-    def draw(self, server_round: int) -> list[int]:
-        """The round's cohort, which may be empty; nobody can foretell it."""
+    hides_clients = True
+
+    @override
+    def draw(self, server_round: int, admitted: Sequence[int] = ()) -> list[int]:
+        """Drawn anew; it may be empty, and nobody can foretell it."""
         key = f"{self._seed}/client noise/{server_round}" if self.ledger.promise.reproducible else None
         self._stream = NoiseStream(key)
         return [int(client) for client in self._stream.chosen(self._clients, self.ledger.promise.rates[0])]
 
+    @override
     def admitted(self, clients: Sequence[int]) -> list[int]:
         """All or none: there is one account."""
         return list(clients) if self.ledger.affords(0) else []
 
+    @override
     def charge(self, server_round: int, clients: Sequence[int]) -> None:
         """A round costs all clients the same, whoever takes part."""
         self.ledger.charge(server_round, [0])
@@ -195,21 +246,21 @@ class ClientGuard(Guard):
             self.bound = self._adaptive.moved(self.bound, (whole + noise) / cohort + 0.5)
         return released
 
+    @override
     def void(self) -> str | None:
-        """See `Guard`."""
         return super().void() or (SIMULATED if self._noise_cohort is not None else None)
 
+    @override
     def state(self) -> dict[str, Any]:
-        """See `Guard`."""
         return {**super().state(), "bound": self.bound}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """See `Guard`."""
+    @override
+    def load_state(self, state: Any) -> None:
         super().load_state(state)
         self.bound = state["bound"]
 
+    @override
     def summary(self) -> dict[str, Any]:
-        """See `Guard`."""
         found = super().summary() | {"clip_norm": self.bound}
         if self._noise_cohort is not None:
             population = round(self._clients * self._noise_cohort / self.cohort)

@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 KEPT_CHECKPOINTS = 2
 """The last one, and the one before in case that is damaged."""
-FORMAT = 1
+FORMAT = 2
 """Of the checkpoints; another number is another version's."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -13,11 +13,10 @@ from fedlotr.adapters.tuner import bases_of, factored_layers
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.data import measure
 from fedlotr.flower.certificate import Layer
+from fedlotr.flower.federation import Federation, Weights
 from fedlotr.flower.links.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record
-from fedlotr.flower.replies import Weights
-from fedlotr.flower.round import Federation
-from fedlotr.privacy.guard import Guard
+from fedlotr.privacy.guard import Guard, NoGuard
 from fedlotr.run.preparation import Prepared
 from fedlotr.training.model import TrainableModel
 
@@ -60,7 +59,8 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None
         ranks=ranks_of(config),
         rank=config.rank,
         mean_moments=config.optimizer_state == "mean-v",
-        guard=guard,
+        carried=model.carried,
+        guard=guard or NoGuard(),
         coding=config.coding,
         weights=Weights(config.max_weight, config.weights == "uniform"),
         max_update_norm=config.max_update_norm,

@@ -397,14 +397,14 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     # A client makes the others again by itself.
     bases = bases_of(model.module) if core is not None and core.basis == "update" else {}
     recipe = Recipe(
-        checked.spec,
-        None if core is None else _fields(core),
-        checked.training,
-        config.weights or "examples",
-        config.seed,
-        config.threads or torch.get_num_threads(),
-        noise,
-        config.coding,
+        model=checked.spec,
+        core=None if core is None else _fields(core),
+        training=checked.training,
+        weights=config.weights or "examples",
+        seed=config.seed,
+        threads=config.threads or torch.get_num_threads(),
+        noise=noise,
+        coding=config.coding,
     )
     workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()

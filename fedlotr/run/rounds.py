@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.communication.ledger import Entry, read_ledger, write_part
@@ -18,8 +17,7 @@ from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.flower.blame import blaming
-from fedlotr.flower.links.carry import restored, saved
-from fedlotr.flower.links.codec import holdings
+from fedlotr.flower.chain import Chain
 from fedlotr.flower.links.personal import evaluate_clients, personal
 from fedlotr.flower.norms import Watch
 from fedlotr.flower.records import to_record, to_tensors
@@ -84,12 +82,12 @@ class Rounds:
         self.busy = False
         self.initial: dict[str, float | None] = {}
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
-        self.federation, self.guard = federation(config, prepared, guard), guard
+        self.federation = federation(config, prepared, guard)
         self.contents = prepared.checked.contents
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
-        state = State(to_record(self.prepared.model.values()), carry=self.prepared.model.carried)
+        state = State(to_record(self.prepared.model.values()), chain=Chain.at_server(self.federation))
         log.info(
             "engine %s, %d workers of %s threads on %s, %s%s; strategy %s",
             self.config.engine,
@@ -110,8 +108,7 @@ class Rounds:
         check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
         with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
             load_strategy_state(strategy, checkpoint.extra["strategy"], checkpoint.arrays)
-        if self.guard is not None:
-            self.guard.load_state(checkpoint.extra["privacy"])
+        self.federation.guard.load_state(checkpoint.extra["privacy"])
         self.grid.client_states = load_clients(checkpoint.extra["clients"], checkpoint.arrays)
         latest = max(self.directory.rounds(), default=0)
         if latest > checkpoint.round and self.config.resume_round is not None:
@@ -133,15 +130,11 @@ class Rounds:
                 f"--rounds was {checkpoint.extra['rounds']}: the {self.config.lr_schedule} schedule is now that of a "
                 f"run of {self.config.rounds} rounds, which the first {checkpoint.round} did not follow"
             )
-        carry, holds = state.carry, dict(checkpoint.extra.get("holds", []))
-        if (about := checkpoint.extra.get("carry")) is not None:
-            carry = restored(checkpoint.arrays, about)
-            self.prepared.workplace.save_carry(carry)  # as it would still be on the clients' own disks
-        moments = {name: np.array(pair) for name, pair in checkpoint.extra.get("moments", {}).items()}
-        held = holdings(self.grid.client_states)
+        state.chain.load(checkpoint.extra["links"], checkpoint.arrays, self.grid.client_states)
+        if state.carry.version:
+            self.prepared.workplace.save_carry(state.carry)  # as it would still be on the clients' own disks
         watch = Watch.restored(checkpoint.extra.get("watch", {}))
-        known = set(checkpoint.extra["known"])
-        return State(to_record(trained), checkpoint.round, known, carry, holds, moments, held, watch)
+        return State(to_record(trained), checkpoint.round, state.chain, watch)
 
     def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
         """The rounds that are left, then adapter and summary; returns that."""
@@ -182,7 +175,7 @@ class Rounds:
             self.initial,
             state,
             self.started,
-            None if self.guard is None else self.guard.summary(),
+            self.federation.guard.summary(),
             self.heard.lines,
         )
         summary["checkpoints"] = self.directory.rounds()
@@ -295,28 +288,25 @@ class Rounds:
             )
         clients, client_arrays = save_clients(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
-        carried, about = saved(state.carry)
+        links, link_arrays = state.chain.save()
         start, rows = self.prepared.checked.start, self.prepared.checked.source.sha256
         extra = {
-            "known": sorted(state.known),
             "strategy": packed,
             "clients": clients,
-            **about,
-            "moments": {name: pair.tolist() for name, pair in state.moments.items()},
-            "holds": sorted(state.holds.items()),
+            "links": links,
             "initial": self.initial,
             "rounds": self.config.rounds,
             "seconds": time.monotonic() - self.started,
             "bases_sha256": self.prepared.bases_sha256,
-            "data_sha256": rows if self.guard is None else self.guard.ledger.keyed(rows),
+            "data_sha256": self.federation.guard.keyed(rows),
             "init_adapter_sha256": None if start is None else start.sha256,
             "contents": {name: kept for name, kept in self.contents.items() if name not in (*ROWS, "init_adapter")},
             "configuration": fixed_values(self.config),
-            "privacy": None if self.guard is None else self.guard.state(),
+            "privacy": self.federation.guard.state(),
             "warnings": self.heard.lines,
             "watch": state.watch.state(),
         }
-        every = {**arrays, **client_arrays, **carried, **trained}
+        every = {**arrays, **client_arrays, **link_arrays, **trained}
         before_harm = [] if state.watch.first is None else [state.watch.first - 1]
         self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, before_harm)
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})

@@ -1,33 +1,134 @@
 """The carried term between server and clients: what a strategy adds to it, and the records by which clients follow."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord
+from typing_extensions import override
 
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.flower.certificate import Layer, Matrix, Product
+from fedlotr.flower.federation import Federation
+from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply, Turn
 from fedlotr.flower.records import Arrays, arrays_sha256, to_record, to_tensors
-from fedlotr.flower.strategy import Strategy
+from fedlotr.flower.workplace import Workplace
+from fedlotr.training.model import TrainableModel
 
 PARTS, STATE = "carry", "carry-state"
 """Records of a message: the parts that a client missed, and what it must then have."""
+SAYS = "carry-sha256"
+"""By which a client says beside what it has computed."""
 
 
-def additions(strategy: Any, layers: Sequence[Layer], start: Arrays) -> dict[str, Product]:
+class CarriedTerm(Link):
+    """What the server has merged into the model, and which client has which version of it."""
+
+    name = "carry"
+    traits = LinkTraits(in_evaluation=True)
+    says = frozenset({SAYS})
+
+    def __init__(self, carry: Carry, workplace: Workplace | None = None, model: TrainableModel | None = None) -> None:
+        self.carry = carry
+        self._workplace, self._model, self._sha256 = workplace, model, ""
+        self.holds: dict[int, int] = {}
+        """Client -> the version that it has; a client that is not named has version 0."""
+
+    @classmethod
+    @override
+    def at_server(cls, run: Federation) -> Self:
+        return cls(run.carried)
+
+    @classmethod
+    @override
+    def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self:
+        return cls(model.carried, workplace, model)
+
+    @override
+    def begin(self, turn: Turn) -> None:
+        super().begin(turn)
+        self._after, self._records = self.carry, dict[int, dict[str, Any]]()
+
+    @override
+    def outgoing(self, draft: Draft) -> None:
+        since = self.holds.get(draft.client, 0)
+        if since not in self._records:
+            self._records[since] = carry_records(self.carry, since)
+        draft.records.update(self._records[since])
+
+    @override
+    def verify(self, reply: Reply) -> None:
+        expected = self.carry.sha256 if self.carry.version else ""
+        found = str(reply.identity.get(SAYS, ""))
+        if found != expected:
+            raise Refused(
+                "another carried term",
+                f"it trained beside another carried term (SHA-256 {found[:12] or 'none'}, expected {expected[:12]})",
+            )
+
+    def merge(self, added: Mapping[str, Product]) -> Carry:
+        """What the model carries once the round counts. Raises ValueError where float32 has no room for it."""
+        self._after = merged(self.carry, added)
+        return self._after
+
+    @override
+    def commit(self, good: Sequence[Reply]) -> None:
+        self.holds |= {reply.client: self.carry.version for reply in good}
+        self.carry = self._after
+
+    @override
+    def state(self) -> Mapping[str, Any]:
+        """Nothing of version 0, which the adapter that the run starts from has."""
+        if not self.carry.version:
+            return {}
+        tensors, about = self.carry.saved()
+        parts = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return {"about": about, "parts": parts, "holds": self.holds}
+
+    @override
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if state:
+            parts = {name: torch.from_numpy(array) for name, array in state["parts"].items()}
+            self.carry, self.holds = Carry.restored(parts, state["about"]), dict(state["holds"])
+
+    @override
+    def receive(self, job: Job) -> None:
+        """Bring the carried term to the version of a message; what it brings is used as far as it is not here yet.
+
+        Raises RuntimeError where it is missing parts that this client never had.
+        """
+        if STATE not in job.records or self._workplace is None or self._model is None:
+            return
+        state, here = job.records[STATE], self._model.carried
+        version, since = int(state["version"]), int(state["since"])
+        if here.version != version:
+            if not since <= here.version < version or self._workplace.has_carry(version):
+                found = self._workplace.load_carry(since, version)
+                if found is None:
+                    raise RuntimeError(f"the carried term of version {since}, which this message goes on from, is lost")
+                here = found
+            if here.version < version:
+                here = here.caught_up(version, parts_of(job.records))
+            self._model.carry(here)
+            self._sha256 = here.sha256
+            self._workplace.save_carry(here)
+
+    @override
+    def send(self, job: Job) -> None:
+        if self._sha256:
+            job.identity[SAYS] = self._sha256
+
+
+def additions(carry: Mapping[str, Product], layers: Sequence[Layer], start: Arrays) -> dict[str, Product]:
     """What a strategy adds to the carried term in this round, scaled, in float64.
 
     Raises ValueError for what cannot be added: another layer, another shape, numbers that are not finite.
     """
-    if not isinstance(strategy, Strategy):
-        return {}
     by_name = {layer.name: layer for layer in layers}
     found: dict[str, Product] = {}
-    for name, (left, right) in strategy.take_carry().items():
+    for name, (left, right) in carry.items():
         if name not in by_name:
             raise ValueError(f"it carries {name}, expected an adapted layer such as {next(iter(by_name), '(none)')}")
         d_out, d_in = _shape(by_name[name], start)
@@ -91,34 +192,9 @@ def carry_records(carry: Carry, since: int) -> dict[str, Any]:
     return records
 
 
-def add_carry(messages: Iterable[Message], nodes: Mapping[int, int], carry: Carry, holds: Mapping[int, int]) -> None:
-    """Put into each client's message what it missed. holds: client -> the version it has (default: 0)."""
-    records: dict[int, dict[str, Any]] = {}
-    for message in messages:
-        since = holds.get(nodes[message.metadata.dst_node_id], 0)
-        if since not in records:
-            records[since] = carry_records(carry, since)
-        message.content = RecordDict({**message.content, **records[since]})
-
-
 def parts_of(content: Any) -> dict[str, torch.Tensor]:
     """The parts that a message brings."""
     return to_tensors(content[PARTS]) if PARTS in content else {}
-
-
-def saved(carry: Carry) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """(arrays, JSON values) of a checkpoint; nothing of version 0, which the adapter that the run starts from has."""
-    if not carry.version:
-        return {}, {}
-    tensors, about = carry.saved()
-    return {f"{PARTS}.{name}": tensor.numpy() for name, tensor in tensors.items()}, {PARTS: about}
-
-
-def restored(arrays: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any]) -> Carry:
-    """What `saved` was given, from all arrays of a checkpoint."""
-    prefix = f"{PARTS}."
-    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    return Carry.restored({name: torch.from_numpy(array) for name, array in own.items()}, about)
 
 
 def model_sha256(arrays: ArrayRecord, carry: Carry) -> str:

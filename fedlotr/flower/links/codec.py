@@ -6,22 +6,26 @@ adds what its last message lost to its next one (Seide et al. 2014; Karimireddy 
 the difference to what the client holds; the server keeps the same, bit for bit, and the message's checksum says so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord
+from typing_extensions import override
 
 from fedlotr.communication.codecs import CodecError, Tensors, added, decode, encode, shapes_of, witness
 from fedlotr.communication.wire_form import Coding
+from fedlotr.flower.federation import Federation
+from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply, Turn
 from fedlotr.flower.links.ranks import padded
 from fedlotr.flower.reading import value
-from fedlotr.flower.records import Arrays, to_arrays, to_record
-from fedlotr.flower.replies import Failure
-from fedlotr.flower.state import ClientStates
+from fedlotr.flower.records import ARRAYS, Arrays, to_arrays, to_record
+from fedlotr.flower.workplace import Workplace
 from fedlotr.streams import generator
+from fedlotr.training.model import TrainableModel
 
 CODED, STYPE = "coded", "fedlotr.codec"
 """The one array of a coded record, and what it is, in the place of numpy's format."""
@@ -45,21 +49,13 @@ def _plain(record: ArrayRecord) -> Tensors:
     return {name: value(array) for name, array in record.items()}
 
 
-def holdings(states: Mapping[int, Any]) -> dict[int, Tensors]:
-    """What every client holds that was sent something to go on from: of a resumed run, whose server held the same.
-
-    A checkpoint keeps it once, with the clients; that it is the same is what the next message's checksum says.
-    """
-    return {client: _plain(records[HELD]) for client, records in states.items() if HELD in records}
-
-
 def received(content: Any, state: Any, coding: Coding, shapes: Mapping[str, tuple[int, ...]]) -> ArrayRecord:
     """The tensors that a train message brings to a client, which keeps them where the next ones are told by delta.
 
     shapes: of all that can be sent. Raises CodecError.
     """
     form = coding.broadcast
-    record: ArrayRecord = content["arrays"]
+    record: ArrayRecord = content[ARRAYS]
     if form.coded and (message := coded_message(record)) is not None:
         if not form.delta:
             record = to_record(decode(form, message, shapes))
@@ -94,17 +90,40 @@ def coded_update(
     return coded_record(message)
 
 
-class RoundCoding:
-    """The server's side in one round.
+class Codec(Link):
+    """Tensors to bytes and back on both ways; on the server also what every client holds, and what updates lost."""
 
-    nodes: node id -> client. held: client -> what it holds, where broadcasts are told by delta.
-    """
+    name = "codec"
+    traits = LinkTraits(keeps_client_state=True)
 
-    def __init__(
-        self, coding: Coding, seed: int, server_round: int, nodes: Mapping[int, int], held: Mapping[int, Tensors]
-    ) -> None:
-        self.coding, self._seed, self._round = coding, seed, server_round
-        self._nodes, self._held = nodes, held
+    def __init__(self, coding: Coding, seed: int, model: TrainableModel | None = None) -> None:
+        self.coding, self._seed, self._model = coding, seed, model
+        self.held: dict[int, Tensors] = {}
+        """Where broadcasts are told by delta: client -> what it holds, bit for bit."""
+
+    @classmethod
+    @override
+    def at_server(cls, run: Federation) -> Self | None:
+        return cls(run.coding, run.seed) if run.coding.at_work else None
+
+    @classmethod
+    @override
+    def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self | None:
+        recipe = workplace.recipe
+        return cls(recipe.coding, recipe.seed, model) if recipe.coding.at_work else None
+
+    @override
+    def in_words(self) -> str:
+        ways = (
+            (self.coding.codec, self.coding.update.coded),
+            (self.coding.broadcast_codec, self.coding.broadcast.coded),
+        )
+        up, down = (text if coded else "" for text, coded in ways)
+        return "codec " + ", ".join(filter(None, [up and f"{up} up", down and f"{down} down"]))
+
+    @override
+    def begin(self, turn: Turn) -> None:
+        super().begin(turn)
         self.meant: dict[int, Tensors] = {}
         """Client -> the tensors that its message is about."""
         self.sent: dict[int, Tensors] = {}
@@ -112,30 +131,26 @@ class RoundCoding:
         self._known: dict[int, tuple[ArrayRecord, Tensors]] = {}
         self._whole: dict[int, tuple[ArrayRecord, Tensors]] = {}
 
-    def encode(self, messages: Sequence[Message]) -> None:
-        """Put coded records in place of the tensors of each message."""
-        for message in messages:
-            content: Any = message.content
-            if not isinstance(content.get("arrays"), ArrayRecord):
-                continue
-            client = self._nodes[message.metadata.dst_node_id]
-            record, self.sent[client] = self._coded(content["arrays"], client)
-            self.meant[client] = self._tensors(content["arrays"])
-            message.content = RecordDict({**content, "arrays": record})
+    @override
+    def outgoing(self, draft: Draft) -> None:
+        record = draft.records.get(ARRAYS)
+        if isinstance(record, ArrayRecord):
+            draft.meant, self.meant[draft.client] = record, self._tensors(record)
+            draft.records[ARRAYS], self.sent[draft.client] = self._coded(record, draft.client)
 
     def _coded(self, record: ArrayRecord, client: int) -> tuple[ArrayRecord, Tensors]:
         """What a client is sent in place of some tensors, and what that makes there."""
         form, tensors = self.coding.broadcast, self._tensors(record)
-        if not form.coded or (form.delta and client not in self._held):
+        if not form.coded or (form.delta and client not in self.held):
             return record, tensors
         if form.delta:
-            base = self._held[client]
+            base = self.held[client]
             change = {name: tensor.astype(np.float64) - base[name] for name, tensor in tensors.items()}
             tied = witness(base)
-            message = encode(form, change, generator(self._seed, "broadcast codec", self._round, client), tied)
+            message = encode(form, change, generator(self._seed, "broadcast codec", self.turn.number, client), tied)
             return coded_record(message), added(base, decode(form, message, shapes_of(base), tied))
         if id(record) not in self._whole:
-            message = encode(form, tensors, generator(self._seed, "broadcast codec", self._round))
+            message = encode(form, tensors, generator(self._seed, "broadcast codec", self.turn.number))
             self._whole[id(record)] = coded_record(message), decode(form, message, shapes_of(tensors))
         return self._whole[id(record)]
 
@@ -144,27 +159,13 @@ class RoundCoding:
             self._known[id(record)] = record, _plain(record)  # the record too, so that its id stays its own
         return self._known[id(record)][1]
 
-    def decode(
-        self, replies: Sequence[Message], expected: Callable[[int], ArrayRecord]
-    ) -> tuple[list[Message], dict[int, Failure]]:
-        """The replies with tensors in them, and why those of other clients cannot be decoded.
-
-        expected: client -> the tensors that its reply has.
-        """
-        found: list[Message] = []
-        failures: dict[int, Failure] = {}
-        for reply in replies:
-            client = self._nodes[reply.metadata.src_node_id]
-            content: Any = reply.content if reply.has_content() else {}
-            if client in self.sent and isinstance(content.get("arrays"), ArrayRecord):
-                try:
-                    arrays = self._decoded(content["arrays"], client, expected(client))
-                except CodecError as error:
-                    failures[client] = Failure("damaged message", f"its update cannot be decoded: {error}")
-                    continue
-                reply.content = RecordDict({**content, "arrays": arrays})
-            found.append(reply)
-        return found, failures
+    @override
+    def arrived(self, client: int, records: dict[str, Any]) -> None:
+        if client in self.sent and isinstance(records.get(ARRAYS), ArrayRecord):
+            try:
+                records[ARRAYS] = self._decoded(records[ARRAYS], client, self.turn.expected(client))
+            except CodecError as error:
+                raise Refused("damaged message", f"its update cannot be decoded: {error}") from error
 
     def _decoded(self, record: ArrayRecord, client: int, expected: ArrayRecord) -> ArrayRecord:
         shapes = {name: tuple(array.shape) for name, array in expected.items()}
@@ -181,6 +182,15 @@ class RoundCoding:
             change = {name: array.astype(np.float64) - base[name] for name, array in arrays.items()}
         return to_record(added({name: self.meant[client][name] for name in shapes}, change))
 
+    @override
+    def commit(self, good: Sequence[Reply]) -> None:
+        if self.coding.broadcast.delta:
+            self.held |= {reply.client: self.sent[reply.client] for reply in good if reply.client in self.sent}
+
+    @override
+    def row(self) -> dict[str, Any]:
+        return {"broadcast_error": self.broadcast_error()} if self.coding.broadcast.lossy else {}
+
     def broadcast_error(self) -> float | None:
         """||decoded - meant|| / ||meant|| of the tensors that clients were sent, over all of them; 0/0 is None."""
         pairs = [(self.sent[client], meant) for client, meant in self.meant.items()]
@@ -188,18 +198,43 @@ class RoundCoding:
         size = sum(_square(m[name]) for _, m in pairs for name in m)
         return float(np.sqrt(gone / size)) if size else None
 
+    @override
+    def recall(self, memories: Mapping[int, Any]) -> None:
+        """A checkpoint keeps it once, with the clients; that it is the same is what the next checksum says."""
+        self.held = {client: _plain(records[HELD]) for client, records in memories.items() if HELD in records}
+
+    @override
+    def receive(self, job: Job) -> None:
+        """The tensors of a train message; kept where the next ones are told by delta."""
+        assert self._model is not None
+        if self.coding.broadcast.coded:
+            job.records[ARRAYS] = received(job.records, job.memory, self.coding, self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that travel."""
+        assert self._model is not None
+        return {name: tuple(tensor.shape) for name, tensor in self._model.values().items()}
+
+    @override
+    def send(self, job: Job) -> None:
+        """Raises CodecError for tensors that are not finite."""
+        if self.coding.update.coded:
+            stream = generator(self._seed, "codec", job.round, job.client)
+            sent = job.records[ARRAYS]
+            job.arrays = coded_update(job.trained.tensors, sent, job.memory, self.coding, stream)
+
 
 def _square(x: npt.NDArray[Any]) -> float:
     return float(np.square(x, dtype=np.float64).sum())
 
 
-def lost_by(states: ClientStates, client: int, like: ArrayRecord, coding: Coding) -> Arrays | None:
+def lost_by(before: Any, now: Any, like: ArrayRecord, coding: Coding) -> Arrays | None:
     """By how much a client's own tensors are ahead of what the server decoded; None where nobody can see its state.
 
-    like: the tensors that moved, with the run's shapes. It is read from the simulated client's own memory: in a real
-    federation the server would not know, and it costs no byte here either.
+    before, now: its memory around the round. like: the tensors that moved, with the run's shapes. It is read from the
+    simulated client's own memory: in a real federation the server would not know, and it costs no byte here either.
     """
-    before, now = states.before(client), states.now(client)
     if LOST not in now:
         return None
     gone = {name: array for name, array in to_arrays(now[LOST]).items() if name in like}

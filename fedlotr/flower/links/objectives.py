@@ -6,35 +6,23 @@ of a client goes into the client's own records, `Context.state`, which the engin
 server drops what a client kept in a round in which its reply was refused: its store is what averages were made of.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
+from typing_extensions import override
 
-from fedlotr.flower.records import by_layer, to_record, to_tensors
+from fedlotr.flower.link import Cohort, Job, Link, LinkTraits
+from fedlotr.flower.records import arrays_sha256, by_layer, to_record, to_tensors
 from fedlotr.training.cohort import GradientTransform
-from fedlotr.training.corrections import ControlVariates, proximal
+from fedlotr.training.corrections import ControlVariates, chain, proximal
 from fedlotr.training.model import Tensors
 from fedlotr.training.penalties import tail_penalty
 
 CONTROL = "control"
 """The record of control variates: c in a message, c_i in a client's state, its change in a reply."""
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """Clients that train together, in the order of their training: row j of what is stacked is client j's.
-
-    content: of their train messages, which agree. states: what each keeps, to be changed in place. start: of what is
-    the federation's the tensors that move in this round, (K, ...), or (1, ...) where all start alike; personal factors
-    are no part of it.
-    """
-
-    content: Any
-    states: Sequence[Any]
-    start: Mapping[str, torch.Tensor]
 
 
 Report = Callable[[int], dict[str, ArrayRecord]]
@@ -100,3 +88,37 @@ TAIL_SHARE = "tail-share"
 def terms(cohort: Cohort) -> list[Term]:
     """What the cohort's messages ask, in the order of the table."""
     return [make(cohort) for key, make in TERMS.items() if key in cohort.content["config"]]
+
+
+class Objectives(Link):
+    """What the strategy's messages ask beyond plain training; the strategy itself puts it into them."""
+
+    name = "objectives"
+    traits = LinkTraits(keeps_client_state=True)
+    understands = frozenset({TAIL_SHARE, *TERMS})
+
+    def __init__(self) -> None:
+        self._asked: list[Term] = []
+
+    @override
+    def in_words(self) -> str:
+        return ""  # whether there are any is the strategy's affair
+
+    @override
+    def expects(self, client: int) -> Mapping[str, ArrayRecord]:
+        """Of a client's change of control variates the run's shapes: ranks and such do not go together."""
+        return {CONTROL: self.turn.moved} if self.turn.controls else {}
+
+    @override
+    def alike(self, job: Job) -> str:
+        return arrays_sha256(job.records[CONTROL]) if CONTROL in job.records else ""
+
+    @override
+    def gradient(self, cohort: Cohort) -> GradientTransform | None:
+        self._asked = terms(cohort)
+        return chain([term.transform for term in self._asked])
+
+    @override
+    def send(self, job: Job) -> None:
+        for term in self._asked:
+            job.beside |= term.report(job.row)

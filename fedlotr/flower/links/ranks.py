@@ -4,15 +4,20 @@ A client of rank k has A[:k], B[:, :k] and C[:k, :k]. The server computes with t
 rank, where the weighted mean is still exactly that of the updates; which entries a client owned, `Update.rank` says.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord
+from typing_extensions import override
 
+from fedlotr.flower.federation import Federation
 from fedlotr.flower.lazy import LazyArray, LazyRecord
-from fedlotr.flower.records import FACTOR
+from fedlotr.flower.link import Draft, Link, Reply, Turn
+from fedlotr.flower.records import ARRAYS, FACTOR
+from fedlotr.flower.workplace import Workplace
 from fedlotr.streams import generator
+from fedlotr.training.model import TrainableModel
 
 
 def client_ranks(given: str, clients: int, seed: int) -> list[int]:
@@ -43,17 +48,40 @@ def block_record(record: ArrayRecord, rank: int) -> ArrayRecord:
     )
 
 
-class Blocks:
-    """What each client is sent and expected to send of the run's tensors; made once for all clients of a rank.
+class Ranks(Link):
+    """What each client is sent and expected to send of the run's tensors; made once for all clients of a rank."""
 
-    ranks: of each client, or None where all have the run's, and everything crosses whole.
-    """
+    name = "ranks"
 
-    def __init__(self, ranks: Sequence[int] | None) -> None:
-        self._ranks = ranks
-        self._made: dict[tuple[int, int], tuple[ArrayRecord, ArrayRecord]] = {}
+    def __init__(self, ranks: Sequence[int] | None, rank: int, clients: int) -> None:
+        """ranks: of each client, or None where all have the run's, `rank`, and everything crosses whole."""
+        self._given, self._rank, self._clients = ranks, rank, clients
 
-    def of(self, record: ArrayRecord, client: int) -> ArrayRecord:
+    @classmethod
+    @override
+    def at_server(cls, run: Federation) -> Self:
+        return cls(run.ranks, run.rank, run.clients)
+
+    @classmethod
+    @override
+    def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self | None:
+        return None  # a client trains whatever block it is sent
+
+    @override
+    def in_words(self) -> str:
+        return "ranks of the clients" if self._given is not None else ""
+
+    @override
+    def begin(self, turn: Turn) -> None:
+        """Where the strategy leaves a client fewer than its own, those."""
+        super().begin(turn)
+        self._ranks, self._made = self._given, dict[tuple[int, int], tuple[ArrayRecord, ArrayRecord]]()
+        if turn.fewer:
+            own = self._given or [self._rank] * self._clients
+            self._ranks = [min(rank, turn.fewer.get(client, rank)) for client, rank in enumerate(own)]
+        turn.part = self.part
+
+    def part(self, record: ArrayRecord, client: int) -> ArrayRecord:
         """The client's part of a record."""
         if self._ranks is None:
             return record
@@ -62,24 +90,17 @@ class Blocks:
             self._made[key] = (record, block_record(record, key[1]))  # the record too, so that its id stays its own
         return self._made[key][1]
 
-    def cut(self, messages: Iterable[Message], nodes: Mapping[int, int]) -> None:
-        """Leave in each message what its client trains. nodes: node id -> client."""
-        for message in messages if self._ranks is not None else ():
-            content: Any = message.content
-            if isinstance(content.get("arrays"), ArrayRecord):
-                part = self.of(content["arrays"], nodes[message.metadata.dst_node_id])
-                message.content = RecordDict({**content, "arrays": part})
+    @override
+    def outgoing(self, draft: Draft) -> None:
+        if isinstance(draft.records.get(ARRAYS), ArrayRecord):
+            draft.records[ARRAYS] = self.part(draft.records[ARRAYS], draft.client)
 
-    def pad(self, replies: Iterable[Message], nodes: Mapping[int, int], like: ArrayRecord) -> None:
-        """Fill checked replies up with zeros to the shapes of `like`, and note the client's rank in each."""
-        if self._ranks is None:
-            return
-        for reply in replies:
-            content: Any = reply.content
-            rank = self._ranks[nodes[reply.metadata.src_node_id]]
-            whole = _padded_record(content["arrays"], like)
-            client = ConfigRecord({**content["client"], "rank": rank})
-            reply.content = RecordDict({**content, "arrays": whole, "client": client})
+    @override
+    def incoming(self, reply: Reply) -> None:
+        """Filled up with zeros to the run's shapes."""
+        if self._ranks is not None:
+            reply.arrays = _padded_record(reply.arrays, self.turn.moved)
+            reply.rank = self._ranks[reply.client]
 
 
 def _padded_record(record: ArrayRecord, like: ArrayRecord) -> ArrayRecord:

@@ -1,0 +1,64 @@
+"""What the round loop is told of a run; all else is the strategy's or the engine's affair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord
+
+from fedlotr.adapters.carry import Carry
+from fedlotr.communication.wire_form import UNCODED, Coding
+from fedlotr.evaluation.results import Results
+from fedlotr.flower.certificate import Layer
+from fedlotr.privacy.guard import Guard, NoGuard
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What clients may say that they weigh. most: of a weight, and of a count of examples. uniform: all weigh 1."""
+
+    most: float = 1e9
+    uniform: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """A run as the round loop and the links know it.
+
+    sampled: clients in a round. lr_factor: round -> what the clients' learning rates are multiplied by.
+    basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
+    layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
+    method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
+    measure: further metrics, of what the model made of each test row.
+    ranks: of each client; None: all have the run's, which is `rank`. carried: what the model carries from the start.
+    mean_moments: whether means of AdamW's second moments travel beside them.
+    guard: keeps the clients' privacy. coding: of what crosses. links: of the user's, as module:Name or entry point.
+    weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
+    where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
+    harm another.
+    """
+
+    clients: int
+    sampled: int
+    rounds: int
+    seed: int
+    max_failed: float
+    lr_factor: Callable[[int], float]
+    basis: ArrayRecord | ConfigRecord | None
+    bases_sha256: str
+    layers: Sequence[Layer]
+    held_out: int
+    causal: bool
+    method: str
+    moving: Callable[[int], frozenset[str]] | None = None
+    measure: Callable[[Results], dict[str, float | None]] | None = None
+    ranks: Sequence[int] | None = None
+    rank: int = 0
+    carried: Carry = field(default_factory=Carry)
+    mean_moments: bool = False
+    guard: NoGuard | Guard = field(default_factory=NoGuard)
+    coding: Coding = UNCODED
+    links: Sequence[str] = ()
+    weights: Weights = field(default_factory=Weights)
+    max_update_norm: float | None = None
+    refuse_large: bool = False
+    watched: bool = True
