@@ -276,7 +276,8 @@ def _facts(checked: Checked) -> dict[str, Any]:
     """What summary.json says of a promise beside its numbers."""
     config = checked.config
     basis = config.basis or METHODS[config.method].basis
-    made = {"update": "a gradient on the public data", "random": "the seed"}.get(basis, "the base model")
+    seeded = {"random": "the seed", "lora": "the seed"}
+    made = ({"update": "a gradient on the public data"} | seeded).get(basis, "the base model")
     found: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "adversary_sees": SEES[config.privacy],
