@@ -116,7 +116,7 @@ def _model(method: str, tie: str, dtype: torch.dtype, width: int = RANK) -> Trai
         parameter.data = torch.from_numpy(stream.standard_normal(parameter.shape)).to(dtype)
     scale: Any = {"alpha": ALPHA, "tie": tie} if METHODS[method].factored else {}
     config = CoreConfig(method=method, r=RANK, target_modules=r".*\.(q|up|conv)", **scale)
-    if config.basis == "update":
+    if config.basis_kind.made_of == "gradient":
         x = torch.from_numpy(stream.standard_normal((8, width))).to(dtype)
         config = initialize_basis(net, [x], lambda model, batch: model(batch).square().sum(), config)
     return TrainableModel(net, ModelSpec("", "causal-lm", 0, False, 0), config)
@@ -306,7 +306,7 @@ def _models(method: str) -> Iterator[TrainableModel | None]:
         return
     yield _model(method, row.tie, torch.float32)
     yield _model(method, row.tie, torch.bfloat16)
-    if row.has_core and row.basis not in ("nystrom", "ldu"):
+    if row.has_core and not row.basis_kind().one_layer:
         yield _model(method, "type" if row.tie == "layer" else "layer", torch.float32)
 
 

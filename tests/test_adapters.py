@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr import CoreConfig, initialize_basis
-from fedlotr.adapters import METHODS, bases_of, bases_sha256, copies
+from fedlotr.adapters import CORES, METHODS, bases_of, bases_sha256, copies
 from fedlotr.adapters.bases import (
     Factors,
     Request,
@@ -83,7 +83,7 @@ def layer_with(base: nn.Module, r: int, scaling: float = 1.0) -> FactoredLayer:
     basis = Basis(layer.in_features, layer.out_features, r, persistent=False)
     basis.A.copy_(torch.randn_like(basis.A.nan_to_num()))
     basis.B.copy_(torch.randn_like(basis.B.nan_to_num()))
-    layer.add("default", r=r, scaling=scaling, basis=basis, parameters={"C": torch.randn(r, r)})
+    layer.add("default", r=r, scaling=scaling, basis=basis, parameters={"C": torch.randn(r, r)}, core=CORES["full"])
     layer._active_adapter = "default"
     return layer
 

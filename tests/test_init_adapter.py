@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr import SimulationConfig, run_simulation
-from fedlotr.adapters import bases_of
+from fedlotr.adapters import CORES, bases_of
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.layer import Basis, FactoredLayer
 from fedlotr.adapters.start import carrying
@@ -249,7 +249,7 @@ def test_a_carried_term_is_computed_disabled_merged_and_taken_out_again(conv: bo
     basis.A.copy_(a)
     basis.B.copy_(b)
     layer = FactoredLayer(base)
-    layer.add("default", r=4, scaling=0.5, basis=basis, parameters={"C": core})
+    layer.add("default", r=4, scaling=0.5, basis=basis, parameters={"C": core}, core=CORES["full"])
     layer.add_carry("default", v, u)
     layer.set_adapter(["default"])
     delta = 0.5 * b.double() @ core.double() @ a.double() + u.double() @ v.double()

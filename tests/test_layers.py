@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("errors", "files", "machine", "said", "streams"),
-    ("adapters.methods", "communication.wire_form"),
+    ("adapters.kinds", "adapters.methods", "communication.wire_form"),
     ("config",),
     ("adapters",),
     ("communication",),
@@ -37,7 +37,7 @@ The second floor has tables that a configuration needs: they import nothing that
 """
 INSIDE = {
     "config": ("own", "values", "preflight", "yaml_file", "command_line", "rules configuration"),
-    "adapters": ("bases methods packed quantised", "carry cores", "layer", "export tuner", "start"),
+    "adapters": ("bases kinds methods packed quantised", "carry cores", "layer", "export tuner", "start"),
     "training": (
         *("examples memory optimizers packing", "token_losses varlen", "frozen_prefix", "model", "head varlen_pass"),
         *("backward", "cohort", "corrections penalties"),

@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES, Method
+from fedlotr.adapters.kinds import BASES, CORES, TIES, BasisKind, CoreKind
+from fedlotr.adapters.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from fedlotr.adapters.layer import CopiesLinear, FactoredLayer, copies
@@ -14,8 +15,10 @@ __all__ = [
     "CORES",
     "METHODS",
     "TIES",
+    "BasisKind",
     "CopiesLinear",
     "CoreConfig",
+    "CoreKind",
     "CoreModel",
     "FactoredLayer",
     "Method",

@@ -145,18 +145,6 @@ def ldu_basis(request: Request) -> Factors:
     return _factors(unit[: request.r], (p @ lower)[:, : request.r])
 
 
-MAKERS: dict[str, Callable[[Request], Factors]] = {
-    "random": random_basis,
-    "svd": spectral_basis,
-    "update": spectral_basis,
-    "lora": lora_basis,
-    "nystrom": nystrom_basis,
-    "ldu": ldu_basis,
-    "tucker": tucker_basis,
-}
-"""How each basis of `methods.BASES` is made."""
-
-
 def leading_singular_vectors(matrix: torch.Tensor, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """U (d_out, r) and V (d_in, r) of a float64 matrix (d_out, d_in), signs fixed.
 

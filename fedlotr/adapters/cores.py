@@ -1,35 +1,28 @@
-"""What stands between the frozen factors: each core is two plain functions of its trained tensors θ.
+"""What stands between the frozen factors: the plain functions that the entries of `kinds.CORES` name."""
 
-`expand(θ, P)` gives C (..., r, r), linear in what is published, for any leading copies axes; `publish(θ)` gives the
-tensors that leave the client. "S" stays on the client: it starts at one in every round. All other tensors start at
-zero, so that the first forward is the base model's.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 
-from fedlotr.adapters.methods import HEADS
+from fedlotr.adapters.kinds import MIXED
 from fedlotr.streams import stream_key
-
-MIXED = 64
-"""Matrices that `mix` combines, at most: the number that PEFT's TinyLoRA takes."""
 
 Theta = Mapping[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Core:
-    """shapes: r -> the trained tensors' shapes, "C" and perhaps "S"."""
-
-    shapes: Callable[[int], dict[str, tuple[int, ...]]]
-    expand: Callable[[Theta, torch.Tensor | None], torch.Tensor]
-    publish: Callable[[Theta], dict[str, torch.Tensor]]
+def as_trained(theta: Theta, _: torch.Tensor | None = None) -> torch.Tensor:
+    """C is the trained matrix itself."""
+    return theta["C"]
 
 
-def _itself(theta: Theta) -> dict[str, torch.Tensor]:
+def core_alone(theta: Theta) -> dict[str, torch.Tensor]:
+    """What leaves the client is "C" as it is trained."""
     return {"C": theta["C"]}
+
+
+def expand_diagonal(theta: Theta, _: torch.Tensor | None = None) -> torch.Tensor:
+    """C = diag(v): Shi et al. 2024, LoLDU (arXiv:2410.13618)."""
+    return torch.diag_embed(theta["C"])
 
 
 def expand_heads(theta: Theta, _: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,12 +51,3 @@ def mixed_matrices(r: int, seed: int, tag: str) -> torch.Tensor:
     """P (n, r, r), normal with variance 1/r, from the seed and the tie's name; n is 64, or r² where that is less."""
     stream = torch.Generator().manual_seed(stream_key(seed, "mix", tag))
     return torch.randn(min(MIXED, r * r), r, r, generator=stream, dtype=torch.float64).div(r**0.5).float()
-
-
-CORES: dict[str, Core] = {
-    "full": Core(lambda r: {"C": (r, r)}, lambda theta, _: theta["C"], _itself),
-    "diag": Core(lambda r: {"C": (r,)}, lambda theta, _: torch.diag_embed(theta["C"]), _itself),
-    "heads": Core(lambda r: {"C": (HEADS, r // HEADS, r // HEADS), "S": (HEADS,)}, expand_heads, publish_heads),
-    "mix": Core(lambda r: {"C": (min(MIXED, r * r),)}, expand_mix, _itself),
-}
-"""The functions of each core of `methods.CORES` but `identity`, which has nothing to train."""

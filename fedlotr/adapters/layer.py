@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlotr.adapters.cores import CORES, Core
+from fedlotr.adapters.kinds import CoreKind
 from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
 from fedlotr.adapters.quantised import dequantised, is_quantised
 
@@ -138,7 +138,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         self.core_D = nn.ParameterDict()
         self.core_S = nn.ParameterDict()
         self.core_basis = nn.ModuleDict()
-        self.core: dict[str, Core] = {}
+        self.core: dict[str, CoreKind] = {}
         self.core_carry = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
@@ -153,7 +153,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         scaling: float,
         basis: Basis | None,
         parameters: Mapping[str, torch.Tensor],
-        core: Core = CORES["full"],
+        core: CoreKind,
     ) -> None:
         """Put an adapter beside the base: its frozen pair (or None), its trained tensors by name, and what C is."""
         self.r[adapter], self.scaling[adapter], self.core[adapter] = r, scaling, core
@@ -198,7 +198,9 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             return None
         basis = self.basis(adapter)
         mixed = None if basis is None else basis.P
-        return self.core[adapter].expand({name: copied.get(name, own) for name, own in theta.items()}, mixed)
+        theta = {name: copied.get(name, own) for name, own in theta.items()}
+        core: torch.Tensor = self.core[adapter].expand(theta, mixed)
+        return core
 
     def basis(self, adapter: str) -> Basis | None:
         """The frozen pair of an adapter, or None where none is frozen."""

@@ -8,37 +8,9 @@ method is adding a row. This module imports nothing heavy, so that the command l
 from dataclasses import dataclass
 from typing import Literal
 
+from fedlotr.adapters.kinds import BASES, CORES, BasisKind, CoreKind
+
 Factor = Literal["A", "B", "C", "D"]
-
-BASES: dict[str, str] = {
-    "random": "orthonormal, drawn from the seed",
-    "svd": "leading singular vectors of the frozen weights",
-    "update": "leading singular vectors of the first step of full fine-tuning, from the public examples",
-    "lora": "A Kaiming-uniform, B zero (LoRA's own start)",
-    "nystrom": "the first rows and columns of the frozen weights (not orthonormal)",
-    "ldu": "the unit triangular factors of the frozen weights (not orthonormal)",
-    "tucker": "the Tucker-2 decomposition of the frozen weights of a tie, stacked",
-}
-"""Where the factors B and A come from."""
-
-TIES: dict[str, str] = {
-    "layer": "each adapted matrix has its own B and A",
-    "type": "all layers of one projection type share one pair",
-    "all": "all adapted layers share one pair; they must have one shape",
-}
-"""Who shares B and A."""
-
-CORES: dict[str, str] = {
-    "full": "r×r numbers",
-    "diag": "the diagonal: r numbers",
-    "heads": "four blocks of r/4 × r/4 with a trainable scale each; the products are published",
-    "mix": "a combination of at most 64 seeded r×r matrices",
-    "identity": "nothing between B and A",
-}
-"""What stands between B and A."""
-
-HEADS = 4
-"""Blocks of `heads`, as in RAVAN's experiments."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +39,14 @@ class Method:
     core: str = "full"
     turns: tuple[tuple[Factor, ...], ...] = ()
     publish: tuple[Factor, ...] | None = None
+
+    def basis_kind(self, other: str | None = None) -> BasisKind:
+        """The entry of its basis, or of another one in its place."""
+        return BASES[other or self.basis]
+
+    def core_kind(self, other: str | None = None) -> CoreKind:
+        """The entry of its core, or of another one in its place."""
+        return CORES[other or self.core]
 
     @property
     def personal(self) -> frozenset[Factor]:

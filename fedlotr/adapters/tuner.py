@@ -24,10 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters import bases as basis_makers
 from fedlotr.adapters.bases import Factors, Request
-from fedlotr.adapters.cores import CORES as CORE_FUNCTIONS
-from fedlotr.adapters.cores import HEADS, mixed_matrices
+from fedlotr.adapters.kinds import BASES, CORES, TIES, BasisKind, CoreKind
 from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of, widths
-from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES, Method
+from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.adapters.quantised import is_quantised
 from fedlotr.errors import nearest
 
@@ -65,8 +64,9 @@ class CoreConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = CoreType.FEDLOTR_CORE
-        # Pairs made beforehand, by the name of the tie's first layer; not part of the saved configuration.
-        self.bases: dict[str, Factors] = {}
+        # Pairs made beforehand, by the name of the tie's first layer (None: the adapter's state brings them); not part
+        # of the saved configuration.
+        self.bases: dict[str, Factors] | None = {}
         for name, value, choices in (
             ("method", self.method, METHODS),
             ("basis", self.basis, BASES),
@@ -89,19 +89,21 @@ class CoreConfig(PeftConfig):
             self.core = self.core or row.core
         if self.r < 1:
             raise ValueError(f"r is {self.r}; a rank is at least 1")
-        if row.has_core and self.basis == "lora":
+        if row.has_core and self.basis_kind.zero_b:
             raise ValueError(
-                f"basis 'lora' has B = 0, so the core of {self.method!r} would never learn; take another basis"
+                f"basis {self.basis!r} has B = 0, so the core of {self.method!r} would never learn; take another basis"
             )
         if not row.has_core and self.tie not in (None, "layer"):
             raise ValueError(f"method {self.method!r} trains B and A in every layer, so tie {self.tie!r} cannot hold")
-        if row.has_core != (self.core not in (None, "identity")):
+        if row.has_core != self.core_kind.trained:
             raise ValueError(
                 f"core {self.core!r} does not go with method {self.method!r}, which trains {', '.join(row.train)}"
             )
-        if self.core == "heads" and self.r % HEADS:
-            raise ValueError(f"rank {self.r} cannot be cut into the {HEADS} blocks of core 'heads'; take a multiple")
-        if self.basis in ("nystrom", "ldu") and self.tie != "layer":
+        if self.r % (blocks := self.core_kind.blocks):
+            raise ValueError(
+                f"rank {self.r} cannot be cut into the {blocks} blocks of core {self.core!r}; take a multiple"
+            )
+        if self.basis_kind.one_layer and self.tie != "layer":
             raise ValueError(f"basis {self.basis!r} is made from one layer's weights, so tie {self.tie!r} cannot hold")
         if isinstance(self.target_modules, list | set | tuple):
             self.target_modules = sorted(self.target_modules)
@@ -110,6 +112,16 @@ class CoreConfig(PeftConfig):
     def row(self) -> Method:
         """The method's row of the table."""
         return METHODS[self.method]
+
+    @property
+    def basis_kind(self) -> BasisKind:
+        """The entry of its basis."""
+        return self.row.basis_kind(self.basis)
+
+    @property
+    def core_kind(self) -> CoreKind:
+        """The entry of its core."""
+        return self.row.core_kind(self.core)
 
     @property
     def scaling(self) -> float:
@@ -166,10 +178,8 @@ class CoreModel(BaseTuner):
         d_in, d_out, r, row = layer.in_features, layer.out_features, config.r, config.row
         if r > min(d_in, d_out) and row.factored:
             raise ValueError(f"rank {r} is above the width of {current_key} ({d_in} in, {d_out} out)")
-        core = CORE_FUNCTIONS[config.core if row.has_core else "full"]  # type: ignore[index]
-        shapes: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r), "D": (d_out, d_in)} | (
-            core.shapes(r) if row.has_core else {}
-        )
+        core = config.core_kind
+        shapes: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r), "D": (d_out, d_in), **core.shapes(r)}
         tag = config.tag(current_key, layer)
         members = self._members[tag]
         if not row.freezes:
@@ -178,8 +188,8 @@ class CoreModel(BaseTuner):
             check_one_shape([*members, (current_key, layer)])
             basis = members[0][1].basis(adapter_name)
         else:
-            mixed = mixed_matrices(r, config.seed, tag) if config.core == "mix" else None
-            basis = Basis(d_in, d_out, r, persistent=config.basis == "update", mixed=mixed)
+            mixed = None if core.constant is None else core.constant(r, config.seed, tag)
+            basis = Basis(d_in, d_out, r, persistent=not config.basis_kind.derivable, mixed=mixed)
         members.append((current_key, layer))
         layer.add(
             adapter_name,
@@ -201,11 +211,13 @@ class CoreModel(BaseTuner):
 
     def _fill(self, config: CoreConfig, adapter: str) -> None:
         """Give every tie its pair; trained factors start from it too, but for B at zero where there is no core."""
-        if config.basis == "update" and not config.bases:
+        if config.bases is None:
+            return
+        if config.basis_kind.made_of == "gradient" and not config.bases:
             if config.bases_sha256 is None:
                 raise ValueError(
-                    "basis 'update' needs gradients: config = initialize_basis(model, batches, loss, config) first, "
-                    "then get_peft_model(model, config)"
+                    f"basis {config.basis!r} needs gradients: config = initialize_basis(model, batches, loss, config) "
+                    "first, then get_peft_model(model, config)"
                 )
             return  # a saved adapter: its bases come with its state
         ties = self._members if config.row.factored else {}
@@ -242,11 +254,16 @@ def check_one_shape(members: Sequence[tuple[str, nn.Module]]) -> None:
 
 def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Factors:
     """The pair of one tie, from its seed or its members' frozen weights."""
-    if config.basis == "update":
+    if config.basis_kind.made_of == "gradient":
         raise ValueError(f"initialize_basis made no basis for {tag}; call it again for the present target_modules")
     d_in, d_out = widths(layers[0])
     request = Request(tag, d_in, d_out, config.r, config.seed, lambda: (weight_of(layer).cpu() for layer in layers))
-    return basis_makers.MAKERS[str(config.basis)](request)
+    return _made(config, request)
+
+
+def _made(config: CoreConfig, request: Request) -> Factors:
+    pair: Factors = config.basis_kind.make(request)
+    return pair
 
 
 def target_layers(model: nn.Module, config: CoreConfig) -> dict[str, nn.Module]:
@@ -270,7 +287,7 @@ def initialize_basis(
     *,
     memory: int = GRADIENT_MEMORY,
 ) -> CoreConfig:
-    """Make `update` bases and return the configuration that carries them, ready for `get_peft_model`.
+    """Make bases of gradients (`update`) and return the configuration that carries them, ready for `get_peft_model`.
 
     The first step of AdamW on the full weights is -η·sign(ḡ), ḡ the gradient averaged over all batches; its leading
     singular vectors are the bases (Ponkshe et al. 2025, LoRA-SB; the size of the step does not matter). Several
@@ -287,13 +304,13 @@ def initialize_basis(
     steps = _first_steps(model, [member for members in ties.values() for member in members], batches, loss, memory)
     for members in ties.values():
         check_one_shape(members)
-    config.bases = {}
+    config.bases = made = {}
     with basis_makers.one_thread():
         for tag, members in ties.items():
             d_in, d_out = widths(members[0][1])
             matrices = partial(islice, steps, len(members))
             request = Request(tag, d_in, d_out, config.r, config.seed, matrices)
-            config.bases[members[0][0]] = basis_makers.spectral_basis(request)
+            made[members[0][0]] = _made(config, request)
     return config
 
 

@@ -31,7 +31,7 @@ from fedlotr.models.loading import count_parameters, linear_layers, load_base
 from fedlotr.models.source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.run.federation import DERIVABLE, ranks_of
+from fedlotr.run.federation import ranks_of
 from fedlotr.run.preparation import Checked
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.frozen_prefix import KEPT_BYTES
@@ -96,7 +96,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     one_off = 0
     basis_bytes = WIRE_BYTES * sum(factor.numel() for pair in bases.values() for factor in pair)
     if bases and checked.core is not None:
-        derivable = checked.core.basis in DERIVABLE
+        derivable = checked.core.basis_kind.derivable
         one_off = payload_bytes(derivable_record(config.seed, "00" * 32)) if derivable else basis_bytes
     rounds = _rounds(checked)
     kept = payload * (config.coding.update.lossy + config.coding.broadcast.delta)
@@ -233,7 +233,7 @@ def _carried_bytes(
 def _without_bases(core: CoreConfig) -> CoreConfig:
     """The same shapes; no basis is made, as for a saved adapter whose bases come with its state."""
     same = copy(core)
-    same.basis, same.bases_sha256, same.bases = "update", "0" * 64, {}
+    same.bases = None
     return same
 
 

@@ -22,7 +22,7 @@ def one_off(row: Method) -> str:
     """What a client receives once: the frozen factors, a seed and a hash, or nothing."""
     if not row.freezes:
         return "nothing"
-    if row.basis != "update":
+    if row.basis_kind().derivable:
         return f"seed and hash, {SEED_AND_HASH} bytes"
     return f"{PAIR.text} {'per type' if row.tie == 'type' else 'per layer'}"
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from fedlotr.adapters.methods import BASES, METHODS, TIES
+from fedlotr.adapters.kinds import BASES, TIES
+from fedlotr.adapters.methods import METHODS
 from fedlotr.config.yaml_file import key_of
 
 _PLACEHOLDERS = {

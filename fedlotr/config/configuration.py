@@ -22,7 +22,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedlotr.adapters.methods import BASES, CORES, METHODS, TIES
+from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
+from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
 from fedlotr.config.command_line import flag_of, option_parser, read_words
 from fedlotr.config.preflight import path_problems
@@ -135,7 +136,7 @@ class SimulationConfig(BaseModel):
         ge=0,
         le=LARGEST,
         description="rows of train withheld from every client: the head is fitted on them before the first round, "
-        "and the basis 'update' takes its gradient there",
+        f"and the basis {' or '.join(map(repr, bases_made_of('gradient')))} takes its gradient there",
     )
 
     method: Annotated[str, one_of("method", METHODS)] = Field(

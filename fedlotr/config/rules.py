@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fedlotr.adapters.kinds import bases_made_of, cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.wire_form import read_form
 
@@ -105,34 +106,43 @@ def conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ...], str]]
             if getattr(config, field) is not None:
                 yield (field, "method"), "this method trains whole matrices, without factors"
         return
+    basis, basis_name = method.basis_kind(config.basis), config.basis or method.basis
+    core, core_name = method.core_kind(config.core), config.core or method.core
     if config.client_rank is not None:
         largest = max(int(part.partition(":")[0]) for part in config.client_rank.split(","))
         if largest != config.rank:
             yield ("client_rank", "rank"), f"the largest must be --rank; give --rank {largest}, or one of {config.rank}"
-        if (core := config.core or method.core) in ("heads", "mix"):
+        if core.trained and not core.nested:
             decisive = "core" if config.core else "method"
-            yield ("client_rank", decisive), f"the core {core!r} has no leading block; choose 'full' or 'diag'"
+            able = " or ".join(map(repr, cores_that(lambda kind: kind.nested)))
+            yield (
+                ("client_rank", decisive),
+                f"the core {core_name!r} has no leading block; choose {able}",
+            )
     if config.tie not in (None, "layer") and not (method.has_core and method.freezes):
         yield ("tie", "method"), "this method trains B and A in every layer, so no layers can share them"
-    update = (config.basis or method.basis) == "update"
-    if update and config.privacy != "none" and config.public_data is None:
+    of_gradient = basis.made_of == "gradient"
+    if of_gradient and config.privacy != "none" and config.public_data is None:
         if config.basis is not None:  # else it gives way to one from W
             yield (
                 ("basis", "privacy"),
                 "it is made of a gradient, and rows withheld from private data are private: give --public-data, or a "
-                "basis from a seed (random) or from W (svd)",
+                f"basis from a seed ({bases_made_of('seed')[0]}) or from W ({bases_made_of('weights')[0]})",
             )
-    elif update and config.public_examples == 0:
+    elif of_gradient and config.public_examples == 0:
         decisive = "basis" if config.basis else "method"
-        yield ("public_examples", decisive), "the basis 'update' takes its gradient from public examples; give some"
-    if config.core == "mix" and not method.freezes:
+        yield (
+            ("public_examples", decisive),
+            f"the basis {basis_name!r} takes its gradient from public examples; give some",
+        )
+    if core.constant is not None and not method.freezes:
         yield (
             ("core", "method"),
-            "the matrices of 'mix' belong to frozen factors, and this method trains B and A",
+            f"the matrices of {core_name!r} belong to frozen factors, and this method trains B and A",
         )
-    if (config.basis or method.basis) == "lora" and method.has_core and "B" in method.train:
+    if basis.zero_b and method.has_core and "B" in method.train:
         yield ("basis", "method"), "this basis starts with B at zero, as does the method's core: nothing would learn"
-    if (config.basis or method.basis) == "lora" and "B" not in method.train:
+    if basis.zero_b and "B" not in method.train:
         yield ("basis", "method"), "this basis starts with B at zero and the method never moves B: nothing would learn"
 
 
@@ -164,11 +174,12 @@ def _privacy_conflicts(config: SimulationConfig) -> Iterator[tuple[tuple[str, ..
     if config.privacy_engine == "opacus":
         if config.privacy != "example":
             yield ("privacy_engine", "privacy"), "it belongs to --privacy example"
-        core = config.core or METHODS[config.method].core
-        if not METHODS[config.method].factored or core not in ("full", "identity"):
+        method = METHODS[config.method]
+        if not (method.factored and method.core_kind(config.core).plain):
+            able = " or ".join(cores_that(lambda kind: kind.plain))
             yield (
                 ("privacy_engine", "method"),
-                "Opacus' hooks are for plain matrices: a method with the core full or identity, such as fed-sb or lora",
+                f"Opacus' hooks are for plain matrices: a method with the core {able}, such as fed-sb or lora",
             )
         if config.optimizer_state != "reset":
             yield ("privacy_engine", "optimizer_state"), "its optimizer begins anew in every round"

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from fedlotr.adapters.methods import HEADS, METHODS, Method
+from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.cost.formulas import PUBLISHED, Bill, Published, Shapes, bill
 from fedlotr.errors import InputError, shorten
@@ -63,8 +63,8 @@ def bills(
         if row.factored and rank > width:
             option = "--lora-rank" if rank_of(row, (0, 1)) else "--rank"
             raise InputError(f"{option} {rank}: above the width {width} of {narrowest.name}; choose at most {width}")
-        if row.core == "heads" and rank % HEADS:
-            left_out[method] = f"rank {rank} cannot be cut into its {HEADS} blocks"
+        if rank % (blocks := row.core_kind().blocks):
+            left_out[method] = f"rank {rank} cannot be cut into its {blocks} blocks"
             continue
         if not row.adapts and not shapes.head:
             left_out[method] = "a language model has no classification head"
@@ -110,8 +110,8 @@ class _Terms:
 
     def go_with(self, row: Method) -> bool:
         """Whether clients send what the strategy combines, and can keep what it has them keep."""
-        if self.controls and row.adapts and row.core == "heads":
-            return False  # the scales of its blocks start again in every round
+        if self.controls and row.adapts and row.core_kind().restarts:
+            return False
         return all(self.needs <= set(turn) for turn in row.sent)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from fedlotr.adapters.kinds import CoreKind
 from fedlotr.adapters.methods import Factor, Method
 from fedlotr.communication.wire_form import UNCODED, Coding, Kind, WireForm
 
@@ -61,15 +62,13 @@ FACTORS: Mapping[Factor, Formula] = {
     "D": Formula("d_in·d_out", lambda r, d_in, d_out: d_in * d_out, "McMahan et al. 2017, FedAvg"),
 }
 """Of a factor that is trained as it is."""
-CORES: Mapping[str, Formula] = {
-    "full": Formula("r²", lambda r, d_in, d_out: r * r, "Singhal et al. 2025, Fed-SB; Bałazy et al. 2024, LoRA-XS"),
-    "diag": Formula("r", lambda r, d_in, d_out: r, "Shi et al. 2024, LoLDU"),
-    "heads": Formula("r²/4", lambda r, d_in, d_out: r * r // 4, "Raje et al. 2025, RAVAN: h blocks of (r/h)², h = 4"),
-    "mix": Formula("min(64, r²)", lambda r, d_in, d_out: min(64, r * r), "Morris et al. 2026, TinyLoRA"),
-}
-"""Of what is trained between B and A."""
 PAIR = Formula("r·(d_in + d_out)", lambda r, d_in, d_out: r * (d_in + d_out), "Singhal et al. 2025, Fed-SB: B and A")
 """Of a frozen pair that is sent, once a tie."""
+
+
+def of_core(kind: CoreKind) -> Formula:
+    """Of what is trained between B and A."""
+    return Formula(kind.numbers, lambda r, d_in, d_out: kind.count(r), kind.source)
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _pairs(layers: Sequence[Layer], r: int) -> int:
 
 _STACKED = Published("c·r·Σ(d_in + d_out)", lambda layers, r, c: c * _pairs(layers, r))
 PUBLISHED: Mapping[tuple[str, str], Published] = {
-    ("fed-sb", "exact-average"): Published("N·r²", lambda layers, r, c: CORES["full"].over(layers, r)),
+    ("fed-sb", "exact-average"): Published("N·r²", lambda layers, r, c: len(layers) * r * r),
     ("lora", "fedit"): Published("r·Σ(d_in + d_out)", lambda layers, r, c: _pairs(layers, r)),
     ("lora", "fedex-lora"): _STACKED,
     ("lora", "flora"): Published(
@@ -236,7 +235,7 @@ def one_off(row: Method, layers: Sequence[Layer], r: int) -> int:
     """Bytes that a client receives once: nothing, a seed and a hash, or B and A of every tie."""
     if not row.freezes:
         return 0
-    if row.basis != "update":
+    if row.basis_kind().derivable:
         return SEED_AND_HASH
     ties = {layer.kind: layer for layer in layers}.values() if row.tie == "type" else layers
     return WIRE_BYTES * PAIR.over(ties, r)
@@ -253,4 +252,4 @@ def source(row: Method) -> str:
 
 
 def _factor(row: Method, factor: Factor) -> Formula:
-    return CORES[row.core] if factor == "C" else FACTORS[factor]
+    return of_core(row.core_kind()) if factor == "C" else FACTORS[factor]

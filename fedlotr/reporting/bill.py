@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from rich import box
 from rich.console import Console
 
+from fedlotr.adapters.kinds import CORES
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
 from fedlotr.communication.wire_form import Coding
-from fedlotr.cost.formulas import CODED, CORES, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, source
+from fedlotr.cost.formulas import CODED, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, of_core, source
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table, wrapped
 
@@ -109,7 +110,7 @@ def entries(quote: Quote) -> list[dict[str, Any]]:
 def as_json(quote: Quote) -> str:
     """One object: the model, the link, the rows, the table of formulas, and what is left out."""
     formulas: dict[str, Formula] = {str(factor): formula for factor, formula in FACTORS.items()}
-    formulas |= {f"core {core}": formula for core, formula in CORES.items()} | {"frozen pair": PAIR}
+    formulas |= {f"core {name}": of_core(kind) for name, kind in CORES.items() if kind.trained} | {"frozen pair": PAIR}
     return (
         json.dumps(
             {

@@ -245,7 +245,7 @@ def _bill(run: RunRecord) -> list[Section]:
         return row.method if usual else row.strategies[0], {"this run" if mine else "others": float(row.bill.total)}
 
     # Of the usual rows: what sends everything twice, or whole matrices, would dwarf the rest.
-    drawn = [row for row in owed if row.method != "full" and row.strategies[0] != "scaffold"]
+    drawn = [row for row in owed if "D" not in METHODS[row.method].train and row.strategies[0] != "scaffold"]
     columns = ["method", "strategies that cost the same", "upload bytes", "download bytes", "one off bytes"]
     cells = [
         [row.method, ", ".join(row.strategies), bill.round_up, bill.round_down, bill.one_off, bill.total]

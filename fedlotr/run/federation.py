@@ -20,8 +20,6 @@ from fedlotr.privacy.guard import Guard, NoGuard
 from fedlotr.run.preparation import Prepared
 from fedlotr.training.model import TrainableModel
 
-DERIVABLE = ("random", "svd", "lora", "nystrom", "ldu", "tucker")
-"""Bases that a client makes again from the seed or from W, and so costs a seed and a hash instead of the factors."""
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -37,7 +35,7 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None
     bases = bases_of(model.module)
     basis: Any = None
     if bases and checked.core is not None:
-        if checked.core.basis in DERIVABLE:
+        if checked.core.basis_kind.derivable:
             basis = derivable_record(config.seed, prepared.bases_sha256)
         else:
             basis = bases_record(bases)

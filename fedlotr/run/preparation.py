@@ -380,7 +380,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
             bare.assign(checked.start.head)
         else:
             fit_head(bare, shown, public)
-        if core is not None and core.basis == "update":
+        if core is not None and core.basis_kind.made_of == "gradient":
             batches = [public[chosen] for chosen in pack(shown.lengths[public])]
             try:
                 core = initialize_basis(
@@ -390,12 +390,12 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
                     core,
                 )
             except ValueError as error:
-                raise InputError(f"--basis update: {error}; or leave that layer out by --targets") from error
+                raise InputError(f"--basis {core.basis}: {error}; or leave that layer out by --targets") from error
     model = TrainableModel(base, checked.spec, core, carry)
     if checked.start is not None:
         log.info(checked.start.in_words(has_head=bool(bare.heads)))
     # A client makes the others again by itself.
-    bases = bases_of(model.module) if core is not None and core.basis == "update" else {}
+    bases = bases_of(model.module) if core is not None and not core.basis_kind.derivable else {}
     recipe = Recipe(
         model=checked.spec,
         core=None if core is None else _fields(core),

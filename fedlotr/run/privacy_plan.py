@@ -30,8 +30,8 @@ log = logging.getLogger("fedlotr")
 EXAMPLE_BOUND = 0.1
 """Of an example's gradient, where --clip-norm does not say: small, so that nearly all are clipped and AdamW, whose
 steps do not depend on the size of gradients, sees a mean of directions (Bu et al. 2023, arXiv:2206.07136)."""
-PRIVATE_BASIS = "svd"
-"""In place of a method's `update` basis where there are no public data to take that gradient from."""
+MADE_OF = {"seed": "the seed", "weights": "the base model", "gradient": "a gradient on the public data"}
+"""Where a basis is from, in words."""
 DELTA_SHARE = 0.1
 """Of 1/n, where --delta does not say."""
 
@@ -275,9 +275,7 @@ def _not_hidden(checked: Checked) -> str:
 def _facts(checked: Checked) -> dict[str, Any]:
     """What summary.json says of a promise beside its numbers."""
     config = checked.config
-    basis = config.basis or METHODS[config.method].basis
-    seeded = {"random": "the seed", "lora": "the seed"}
-    made = ({"update": "a gradient on the public data"} | seeded).get(basis, "the base model")
+    made = MADE_OF[METHODS[config.method].basis_kind(config.basis).made_of]
     found: dict[str, Any] = {
         "clip_norm": config.clip_norm,
         "adversary_sees": SEES[config.privacy],

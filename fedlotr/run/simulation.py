@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from threadpoolctl import threadpool_limits
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedlotr.adapters.kinds import bases_made_of
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.quantised import check_quantiser
 from fedlotr.communication.links import read_links
@@ -40,7 +41,7 @@ from fedlotr.run.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.log import log_to
 from fedlotr.run.preparation import Checked, check, prepare
-from fedlotr.run.privacy_plan import EXAMPLE_BOUND, PRIVATE_BASIS, check_delta, example_noise, guard_of, unmet_privacy
+from fedlotr.run.privacy_plan import EXAMPLE_BOUND, check_delta, example_noise, guard_of, unmet_privacy
 from fedlotr.run.processes import CLIENT_APP, threads_of
 from fedlotr.run.resumption import continue_from, saved_configuration
 from fedlotr.run.rounds import Rounds
@@ -285,8 +286,9 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
         resolved["cohort"] = 1  # each client of a cohort would have its own copy of the matrices for each example
     if row.factored:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
-        if config.basis is None and row.basis == "update" and config.privacy != "none" and config.public_data is None:
-            resolved["basis"] = PRIVATE_BASIS
+        of_gradient = config.basis is None and row.basis_kind().made_of == "gradient"
+        if of_gradient and config.privacy != "none" and config.public_data is None:
+            resolved["basis"] = bases_made_of("weights")[0]  # of private data no gradient is to be had
     if config.device == "auto" and before is not None:
         config = config.model_copy(update={"device": before.device})
         if config.device == "cuda" and not gpus():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlotr.adapters.kinds import cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.rules import NO_CLIENT_STATE
@@ -39,10 +40,12 @@ def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterat
     if not getattr(strategy, "controls", False):
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    if METHODS[config.method].adapts and (config.core or METHODS[config.method].core) == "heads":
+    row = METHODS[config.method]
+    if row.adapts and row.core_kind(config.core).restarts:
+        able = cores_that(lambda kind: kind.trained and not kind.restarts)
         yield (
-            f"{name} with --core heads: the blocks' scales start again in every round, so there is no lasting gradient "
-            "that a control variate could stand for; choose --core full"
+            f"{name} with --core {config.core or row.core}: the blocks' scales start again in every round, so there is "
+            f"no lasting gradient that a control variate could stand for; choose --core {able[0]}"
         )
     if config.client_rank is not None:
         yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
