@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedlotr import SimulationConfig, processes, simulate
-from fedlotr.commands import doctor
+from fedlotr import SimulationConfig
+from fedlotr.commands import doctor, simulate
 from fedlotr.config.configuration import load
 from fedlotr.errors import InputError
+from fedlotr.run import processes
 from fedlotr.run.simulation import problems_at_the_door, resolve
 from fedlotr.training import precision
 from tests.support import read_run

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from fedlotr import SimulationConfig, cli, machine, processes, simulate
+from fedlotr import SimulationConfig, cli, machine
 from fedlotr.adapters.methods import METHODS
-from fedlotr.commands import doctor
+from fedlotr.commands import doctor, simulate
 from fedlotr.communication.ledger import read_ledger
+from fedlotr.run import processes
 from tests.support import read_run
 
 GB = 10**9
