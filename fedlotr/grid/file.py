@@ -16,10 +16,15 @@ tune:               # for each row the best of these, by trials on rows of train
 
 import hashlib
 import itertools
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedlotr.config.configuration import SimulationConfig, configuration_of
 from fedlotr.config.values import MAX_SEED
@@ -27,7 +32,6 @@ from fedlotr.config.yaml_file import key_of, read_yaml
 from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import InputError, nearest, shorten, written
 
-KEYS = ("base", "axes", "rows", "seeds", "tune")
 NOT_IN_A_GRID = {
     "seed": "seeds are listed under 'seeds'",
     **dict.fromkeys(
@@ -83,23 +87,74 @@ class Grid:
     trials: Sequence[Run]
 
 
-@dataclass(frozen=True)
-class _Tuning:
-    """The part 'tune' of a file. axes: what is tried; on: the split it is tried on."""
+def _key(key: str) -> str:
+    if key in NOT_IN_A_GRID:
+        raise PydanticCustomError("not_in_a_grid", NOT_IN_A_GRID[key])
+    return key
 
-    axes: Mapping[str, Sequence[object]]
-    seeds: Sequence[int]
-    on: str
 
-    @property
-    def split(self) -> Options:
-        """The options of a trial that say so: a tenth of train is one of --data's, whatever else is tested on."""
-        return {"eval_split": self.on, **({"eval_data": None} if self.on == HELD_OUT else {})}
+def _table(given: object) -> Options:
+    if not isinstance(given, dict | None):
+        raise ValueError("expected options with their values, such as 'rank: 16'")
+    return {key_of(str(key)): value for key, value in (given or {}).items()}
 
-    def points(self, row: Row) -> list[Options]:
-        """What is tried for a row: none of what it says itself."""
-        axes = {key: values for key, values in self.axes.items() if key not in row.options}
-        return list(_points(axes)) if axes else []
+
+def _tried(given: object) -> Options:
+    expected = "expected what is tried, such as 'lr: [0.005, 0.01, 0.02]'"
+    if not isinstance(given, dict):
+        raise ValueError(expected)
+    if not given.keys() - {"seeds", "on"}:
+        raise PydanticCustomError("nothing_tried", expected)
+    return _table(given)
+
+
+def _list(expected: str, one: str = "", right: Callable[[object], bool] = lambda value: True) -> BeforeValidator:
+    """A list that is not empty, of values that are right; one: what may not stand there twice."""
+
+    def read(given: object) -> list[object]:
+        if not isinstance(given, list) or not given or not all(map(right, given)):
+            raise ValueError(f"expected a list of {expected}")
+        if one and any(value in given[:at] for at, value in enumerate(given)):
+            raise ValueError(f"a {one} stands there twice")
+        return given
+
+    return BeforeValidator(read)
+
+
+def _word(given: object) -> str:
+    if not isinstance(given, str | int | float) or (given and not _safe(str(given))):
+        raise ValueError("expected a word, which names a folder too")
+    return _safe(str(given))
+
+
+_Key = Annotated[str, AfterValidator(_key)]
+_Values = Annotated[list[object], _list("values, such as [8, 16]", "value")]
+_Seeds = Annotated[
+    list[int],
+    _list("whole numbers from 0, such as [0, 1, 2]", "seed", lambda seed: type(seed) is int and 0 <= seed <= MAX_SEED),
+]
+
+
+class _Row(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[_Key, object] = Field(init=False)
+    name: Annotated[str, BeforeValidator(_word)] = ""
+
+
+class _Tuning(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[_Key, _Values] = Field(init=False)
+    seeds: _Seeds = [0]
+    on: str = Field(HELD_OUT, strict=True)
+
+
+_Rows = Annotated[list[Annotated[_Row, BeforeValidator(_table)]], _list("rows, such as '- {method: lotr, rank: 8}'")]
+
+
+class _File(BaseModel, extra="forbid"):
+    base: Annotated[dict[_Key, object], BeforeValidator(_table)] = {}
+    axes: Annotated[dict[_Key, _Values], BeforeValidator(_table)] = {}
+    rows: _Rows | None = None
+    seeds: _Seeds = [0]
+    tune: Annotated[_Tuning, BeforeValidator(_tried)] | None = None
 
 
 def read_grid(path: Path, out: Path) -> Grid:
@@ -111,44 +166,34 @@ def read_grid(path: Path, out: Path) -> Grid:
     found = read_yaml(path, problems)
     if problems:
         raise InputError(problems)
-    problems = [
-        f"{shorten(key)} in {shorten(path)}: no such part of a grid{nearest(key, KEYS)}"
-        for key in found
-        if key not in KEYS
-    ]
-    base = _options(found.get("base"), "base", problems)
-    axes = _axes(found.get("axes"), problems)
-    given = _rows(found.get("rows"), problems)
-    seeds = _seeds(found.get("seeds", [0]), problems)
-    tuning = _tuning(found.get("tune"), problems)
-    count = len(given) * len(seeds)
-    for values in axes.values():
-        count *= len(values)
+    try:
+        file = _File.model_validate(found)
+    except ValidationError as error:
+        raise InputError([_problem(detail, path) for detail in error.errors()]) from None
+    given, tune = file.rows or [_Row()], file.tune or _Tuning.model_construct()
+    count = len(given) * len(file.seeds) * math.prod(map(len, file.axes.values()))
     if count > MOST_RUNS:
-        problems.append(f"{shorten(path)}: {count:,} runs; expected at most {MOST_RUNS:,}")
-    if problems:
-        raise InputError(problems)
+        raise InputError(f"{shorten(path)}: {count:,} runs; expected at most {MOST_RUNS:,}")
     rows = [
-        Row(_name(name, point, own, base), {**own, **point})
-        for name, own in given
-        for point in _points({key: values for key, values in axes.items() if key not in own})
+        Row(_name(row.name, point, own, file.base), {**own, **point})
+        for row in given
+        for own in [row.__pydantic_extra__]
+        for point in _points(file.axes, own)
     ]
     problems += _repeated(rows)
     runs: list[Run] = []
     trials: list[Run] = []
     mistakes: list[tuple[str, str]] = []
+    # A tenth of train is one of --data's, whatever else is tested on.
+    tried_on = {"eval_split": tune.on, **({"eval_data": None} if tune.on == HELD_OUT else {})}
     for row in rows:
-        points = tuning.points(row)
-        tried = [
-            (seed, {**row.options, **point, **tuning.split}, f"tune_{_name('', point, {}, {})}", point)
-            for point in points
-            for seed in tuning.seeds
-        ]
+        points = [point for point in _points(tune.__pydantic_extra__, row.options) if point]
         try:
-            for seed, options, trial, point in tried:
-                trials.append(Run(row, seed, _configuration(base, options, seed, path, out / row.name), trial, point))
-            for seed in seeds:
-                config = _configuration(base, row.options, seed, path, out / row.name)
+            for point, seed in itertools.product(points, tune.seeds):
+                config = _configuration(file.base, {**row.options, **point, **tried_on}, seed, path, out / row.name)
+                trials.append(Run(row, seed, config, f"tune_{_name('', point, {}, {})}", point))
+            for seed in file.seeds:
+                config = _configuration(file.base, row.options, seed, path, out / row.name)
                 runs.append(Run(row, seed, config, open=frozenset(*points[:1])))
         except InputError as error:
             mistakes += [(row.name, problem) for problem in error.problems]
@@ -156,6 +201,22 @@ def read_grid(path: Path, out: Path) -> Grid:
     if problems:
         raise InputError(problems)
     return Grid(rows, runs, trials)
+
+
+def _problem(error: ErrorDetails, path: Path) -> str:
+    """A complaint of pydantic's in a user's words."""
+    where = [part for part in error["loc"] if part != "[key]"]
+    if len(where) > 1 and where[0] == "rows":
+        where[:2] = [f"row {int(where[1]) + 1}"]
+    name = " in ".join(shorten(part) for part in reversed(where))
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{name} in {shorten(path)}: no such part of a grid{nearest(name, _File.model_fields)}"
+        case "value_error":
+            return f"{name}: {written(error['input'])}: {error['ctx']['error']}"
+        case "string_type":
+            return f"{name}: {written(error['input'])}: expected {HELD_OUT} (a tenth of train), or the name of a split"
+    return f"{name}: {error['msg']}"
 
 
 def together(mistakes: Iterable[tuple[str, str]], everything: Iterable[str]) -> list[str]:
@@ -177,78 +238,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _options(given: object, where: str, problems: list[str]) -> Options:
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        problems.append(f"{where}: {written(given)}: expected options with their values, such as 'rank: 16'")
-        return {}
-    options = {key_of(str(key)): value for key, value in given.items()}
-    problems += [f"{key} in {where}: {NOT_IN_A_GRID[key]}" for key in options if key in NOT_IN_A_GRID]
-    return options
-
-
-def _axes(given: object, problems: list[str], where: str = "axes") -> dict[str, list[object]]:
-    axes: dict[str, list[object]] = {}
-    for key, values in _options(given, where, problems).items():
-        if not isinstance(values, list) or not values:
-            problems.append(f"{shorten(key)} in {where}: {written(values)}: expected a list of values, such as [8, 16]")
-        elif any(value in values[:at] for at, value in enumerate(values)):
-            problems.append(f"{shorten(key)} in {where}: {written(values)}: a value stands there twice")
-        else:
-            axes[key] = values
-    return axes
-
-
-def _rows(given: object, problems: list[str]) -> list[tuple[str, Options]]:
-    """(name, or nothing; options) of each row; one empty row where none is given."""
-    if given is None:
-        return [("", {})]
-    if not isinstance(given, list) or not given:
-        problems.append(f"rows: {written(given)}: expected a list of rows, such as '- {{method: lotr, rank: 8}}'")
-        return []
-    rows = []
-    for number, row in enumerate(given, start=1):
-        options = _options(row, f"row {number}", problems)
-        name = options.pop("name", "")
-        if not isinstance(name, str | int | float) or (name and not _safe(str(name))):
-            problems.append(f"name in row {number}: {written(name)}: expected a word, which names a folder too")
-            name = ""
-        rows.append((_safe(str(name)), options))
-    return rows
-
-
-def _tuning(given: object, problems: list[str]) -> _Tuning:
-    if given is None:
-        return _Tuning({}, [], HELD_OUT)
-    if not isinstance(given, Mapping):
-        problems.append(f"tune: {written(given)}: expected what is tried, such as 'lr: [0.005, 0.01, 0.02]'")
-        return _Tuning({}, [], HELD_OUT)
-    parts = {str(key): value for key, value in given.items()}
-    seeds = _seeds(parts.pop("seeds", [0]), problems, "seeds in tune")
-    on = parts.pop("on", HELD_OUT)
-    if not isinstance(on, str):
-        problems.append(f"on in tune: {written(on)}: expected {HELD_OUT} (a tenth of train), or the name of a split")
-    axes = _axes(parts, problems, "tune")
-    if not parts:
-        problems.append("tune: expected what is tried, such as 'lr: [0.005, 0.01, 0.02]'")
-    return _Tuning(axes, seeds, str(on))
-
-
-def _seeds(given: object, problems: list[str], where: str = "seeds") -> list[int]:
-    seeds = given if isinstance(given, list) else []
-    if not seeds or any(type(seed) is not int or not 0 <= seed <= MAX_SEED for seed in seeds):
-        problems.append(f"{where}: {written(given)}: expected a list of whole numbers from 0, such as [0, 1, 2]")
-        return []
-    if len(set(seeds)) < len(seeds):
-        problems.append(f"{where}: {written(given)}: a seed stands there twice")
-    return seeds
-
-
-def _points(axes: Mapping[str, Sequence[object]]) -> Iterator[Options]:
-    """Each combination of the axes' values; one without options where there are no axes."""
-    for values in itertools.product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
+def _points(axes: Mapping[str, Sequence[object]], own: Mapping[str, object]) -> list[Options]:
+    """Each combination of the axes' values; of the axes that a row says itself, none."""
+    axes = {key: values for key, values in axes.items() if key not in own}
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def _name(name: str, point: Options, own: Options, base: Options) -> str:
