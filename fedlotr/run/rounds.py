@@ -40,21 +40,6 @@ from fedlotr.said import Heard, say
 
 log = logging.getLogger("fedlotr")
 
-SHARED_ALONE = (
-    "It holds what the clients share; the factors that stay with each of them are here as before any training. "
-    "`--client-adapters` writes one of every client."
-)
-BESIDE_QUANTISED = (
-    "It was trained and scored beside a base with its linear layers in {form}; beside the base as it is loaded above, "
-    "scores differ a little. To have that one, give its `from_pretrained` also\n"
-    "`quantization_config=transformers.BitsAndBytesConfig({how})`."
-)
-HOW_QUANTISED = {
-    "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-    "bnb_4bit_compute_dtype=torch.float32",
-    "8bit": "load_in_8bit=True",
-}
-
 
 class Rounds:
     """The rounds of one run."""
@@ -236,17 +221,15 @@ class Rounds:
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
             own=self._own_base(),
+            quantize=config.quantize,
         )
         model.carry(state.carry)
         model.assign(shared)
-        form = config.quantize
-        beside = "" if form == "none" else BESIDE_QUANTISED.format(form=form, how=HOW_QUANTISED[form])
-        write(self.directory.adapter, note="\n".join(filter(None, [SHARED_ALONE if model.personal else "", beside])))
+        write(self.directory.adapter)
         if config.client_adapters:
             for client in range(config.clients):
                 model.assign(shared | personal(self.grid.client_states.get(client, {})))
-                own = f"It is that of client {client}, whose factors differ."
-                write(self.directory.adapter_of(client), note="\n".join(filter(None, [own, beside])))
+                write(self.directory.adapter_of(client), client=client)
 
     def _own_base(self) -> OwnBase | None:
         own = self.prepared.checked.own_model
