@@ -1,4 +1,8 @@
-"""Files of rows to columns: JSON lines, CSV and TSV, Parquet; what cannot be read is named with its file and line."""
+"""Files of rows to columns: JSON lines, CSV and TSV, Parquet; what cannot be read is named with its file and line.
+
+Lines are read by Python's own modules: pyarrow takes text that looks like a date for one, lets broken quotes pass, and
+numbers neither lines (but records, or from the start of a block) nor more than the first mistake in JSON.
+"""
 
 from __future__ import annotations
 
