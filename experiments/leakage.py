@@ -14,6 +14,7 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import torch
+from attack import named_tokens
 from transformers import AutoTokenizer
 
 from fedlotr.adapters import CoreConfig
@@ -21,7 +22,6 @@ from fedlotr.data import load_source
 from fedlotr.errors import InputError, script
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
-from fedlotr.privacy.leakage import named_tokens
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.examples import Examples

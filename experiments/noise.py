@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from amplification import expected_noise
 from transformers import AutoTokenizer
 
 from fedlotr.adapters import CoreConfig
@@ -24,7 +25,6 @@ from fedlotr.data import load_source
 from fedlotr.errors import InputError, script
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.privacy.accounting import calibrate
-from fedlotr.privacy.amplification import expected_noise
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise, sampling_rate
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from experiments.amplification import expected_noise
+from experiments.attack import first_layers, in_row_space, named_tokens
 from fedlotr.adapters import CoreConfig
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
-from fedlotr.privacy.amplification import expected_noise
 from fedlotr.privacy.dp_sgd import DPSGD, ExampleNoise
-from fedlotr.privacy.leakage import first_layers, in_row_space, named_tokens
 from fedlotr.privacy.noise import NoiseStream
 from fedlotr.simulate import main
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort

@@ -418,7 +418,7 @@ def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:
     if few := [count for count in tokens if count < rank]:
         say(
             f"{len(few)} of {len(tokens)} clients take steps of fewer tokens (from {min(few)} on) than the rank "
-            f"{rank}: one such gradient names its tokens (fedlotr/privacy/leakage.py does it); a lower --rank or a "
+            f"{rank}: one such gradient names its tokens (experiments/attack.py does it); a lower --rank or a "
             "larger --batch-size makes it blind, but only --privacy hides what a client holds"
         )
 

@@ -6,7 +6,7 @@ tries all tokens. From r tokens on the span is the whole space, and the test is 
 A, once B is not zero, shows the x_t themselves, r of them a layer, and layers that meet the same input add up. What
 embeddings alone decide (the inputs of the first layers) can be tried without knowing anything else of the text.
 
-A test that is blind protects nobody: other attacks may see more. Privacy is what `dp_sgd` adds.
+A test that is blind protects nobody: other attacks may see more. Privacy is what `fedlotr/privacy/dp_sgd.py` adds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
