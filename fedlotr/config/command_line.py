@@ -1,18 +1,18 @@
 """From the words of a command line to values by key; and the help.
 
-pydantic-settings makes an argparse parser of the configuration's fields. What that parser cannot read is handed on
-as it is, for the validation to report with all other mistakes: argparse itself would stop there.
+The options are the configuration's fields. What argparse cannot read is handed on as it is, for the validation to
+report with all other mistakes: argparse itself would stop there.
 """
 
 import argparse
 import ast
 import os
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic import BaseModel
 
 from fedlotr.adapters.kinds import BASES, TIES
 from fedlotr.adapters.methods import METHODS
@@ -50,7 +50,7 @@ def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def option_parser(settings: type[BaseSettings], sections: Mapping[str, str]) -> argparse.ArgumentParser:
+def option_parser(fields: type[BaseModel], sections: Mapping[str, str]) -> argparse.ArgumentParser:
     """The options of `python -m fedlotr.simulate` and its help; sections: the key each begins with, and its title."""
     parser = argparse.ArgumentParser(
         prog="python -m fedlotr.simulate",
@@ -62,18 +62,28 @@ def option_parser(settings: type[BaseSettings], sections: Mapping[str, str]) -> 
         exit_on_error=False,
     )
     group: Any = parser
-
-    def add(_: object, flag: str, *, dest: str, help: str, **options: Any) -> None:
-        nonlocal group
-        if dest in sections:
-            group = parser.add_argument_group(sections[dest])
-        if dest in _PLACEHOLDERS:
-            options["metavar"] = _PLACEHOLDERS[dest]
+    for name, field in fields.model_fields.items():
+        key = field.alias or name
+        if key in sections:
+            group = parser.add_argument_group(sections[key])
+        options: dict[str, Any] = {"metavar": _PLACEHOLDERS.get(key) or _kind(field.annotation)}
+        if options["metavar"] == "bool":
+            options = {"action": argparse.BooleanOptionalAction}
+        elif key == "strategy_arg":
+            options["action"] = "append"
         # Where a field is left open, off or empty, its description says what that means.
-        group.add_argument(flag, dest=dest, help=re.sub(r" \(default: (none|False|{})\)$", "", help), **options)
-
-    CliSettingsSource[argparse.ArgumentParser](settings, root_parser=parser, add_argument_method=add)
+        shown = "" if str(field.default) in ("None", "none", "False", "{}") else f" (default: {field.default})"
+        text = f"{field.description}{shown}"
+        group.add_argument(flag_of(key), dest=key, default=argparse.SUPPRESS, help=text, **options)
     return parser
+
+
+def _kind(annotation: Any) -> str:
+    """int, or {auto,int}: the type of a field, or the choices there are."""
+    parts = [part for one in get_args(annotation) or [annotation] for part in get_args(one) or [one]]
+    names = [part.__name__ if isinstance(part, type) else part for part in parts if part is not NoneType]
+    words = [name for name in names if isinstance(name, str)]  # and no validator
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
 def read_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[dict[str, object], list[str]]:

@@ -20,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
 from fedlotr.adapters.methods import METHODS
@@ -666,22 +665,10 @@ SECTIONS = {
 """The field each section of the help and of config.yaml begins with."""
 
 
-class _Settings(SimulationConfig, BaseSettings):
-    """The configuration as pydantic-settings wants it, to make options of its fields; it is never filled itself."""
-
-    model_config = SettingsConfigDict(
-        validate_by_name=False,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_parse_none_str="none",
-    )
-
-
 @functools.cache
 def options() -> ArgumentParser:
     """The options of the command line, and their help."""
-    return option_parser(_Settings, SECTIONS)
+    return option_parser(SimulationConfig, SECTIONS)
 
 
 def dump_yaml(config: SimulationConfig, path: Path) -> None:
