@@ -28,6 +28,7 @@ from fedlotr.flower.links.ranks import block, padded
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_arrays, to_record, to_tensors
 from fedlotr.flower.round import Round, State, run_round, sample_clients
+from fedlotr.flower.traits import traits_of
 from fedlotr.models.loading import ModelSpec
 from fedlotr.run.federation import certificate_layers
 from fedlotr.streams import generator
@@ -215,13 +216,12 @@ class _Case:
             done = run_round(grid, self.strategy, self.federation, self.state)
         asked = sample_clients(self.federation, number)
         assert set(done.failures) == {dropped}.intersection(asked), f"failures {done.failures}"
-        if not getattr(self.strategy, "averages", False) or METHODS[self.method].personal:
+        if not traits_of(self.strategy).averages or METHODS[self.method].personal:
             return done
         clients = [k for k in asked if k != dropped]
         shares = [(k + 1) / sum(k + 1 for k in clients) for k in clients]
         sent = [before | self._sent(before, k, number) for k in clients]
-        stepped = getattr(self.strategy, "mean_before_step", None)
-        found = to_arrays(self.state.arrays) if stepped is None else before | stepped
+        found = to_arrays(self.state.arrays) if done.mean is None else before | dict(done.mean)
         head = sum(p * arrays[HEAD] for p, arrays in zip(shares, sent, strict=True))
         np.testing.assert_allclose(found[HEAD], head, rtol=EXACT, err_msg="the head is not the mean of the updates")
         dense = [_dense(self.model, arrays) for arrays in sent]
@@ -236,7 +236,7 @@ class _Case:
             return done
         oracle = float(np.sqrt(sum(gaps) / sum(moves)))
         assert abs(error - oracle) <= EXACT, f"the certificate says {error:.3g}, a dense oracle {oracle:.3g}"
-        if getattr(self.strategy, "exact", False) or len(METHODS[self.method].moving(number)) == 1:
+        if traits_of(self.strategy).exact or len(METHODS[self.method].moving(number)) == 1:
             assert error <= EXACT, f"round {number}: what is published is not the mean of the updates: {error:.3g}"
         return done
 
@@ -295,7 +295,7 @@ def _carries_on(make: Callable[[int], Any], method: str, ranks: Sequence[int] | 
     found = [w + c for w, c in zip(_dense(model, to_arrays(case.state.arrays)), carried, strict=True)]
     gap = sum(np.square(a - b).sum() for a, b in zip(found, total, strict=True))
     error = float(np.sqrt(gap / sum(np.square(t).sum() for t in total)))
-    exact = getattr(case.strategy, "exact", False)
+    exact = traits_of(case.strategy).exact
     assert error <= EXACT or not exact, f"after ten rounds the model is off what was learnt by {error:.3g}"
 
 

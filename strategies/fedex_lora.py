@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlotr.flower import Product, Strategy, Update, WithCarry, by_layer, weighted_mean
+from fedlotr.flower import Combined, Product, Strategy, Update, by_layer, weighted_mean
 
 
 class FedExLoRA(Strategy):
@@ -23,7 +23,7 @@ class FedExLoRA(Strategy):
         """(c - 1) r."""
         return (len(ranks) - 1) * max(ranks)
 
-    def combine(self, updates: Sequence[Update], server_round: int) -> WithCarry:
+    def combine(self, updates: Sequence[Update], server_round: int) -> Combined:
         """(Ā, B̄), and the residual."""
         total = sum(update.weight for update in updates)
         mean = weighted_mean(updates)
@@ -35,4 +35,4 @@ class FedExLoRA(Strategy):
             lefts = [update.weight / total * (update.arrays[b] - mean[b])[:, :k] for update in others]
             rights = [(update.arrays[a] - last.arrays[a])[:k] for update in others]
             carry[layer] = Product(np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0))
-        return WithCarry(mean, carry)
+        return Combined(mean, carry)

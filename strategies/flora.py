@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedlotr.flower import Arrays, Product, Strategy, Update, WithCarry, by_layer, to_arrays, weighted_mean
+from fedlotr.flower import Arrays, Combined, Product, Strategy, Update, by_layer, to_arrays, weighted_mean
 from fedlotr.streams import generator
 
 RESTARTS = ("fresh", "start")
@@ -47,7 +47,7 @@ class FLoRA(Strategy):
         """Σ r_i."""
         return sum(ranks)
 
-    def combine(self, updates: Sequence[Update], server_round: int) -> WithCarry:
+    def combine(self, updates: Sequence[Update], server_round: int) -> Combined:
         """Stack, and begin anew."""
         total = sum(update.weight for update in updates)
         new = weighted_mean(updates)  # of the head; A and B are replaced
@@ -63,4 +63,4 @@ class FLoRA(Strategy):
             stream = generator(self.seed, "flora", server_round, layer)
             new[a] = self.first[a] if self.first else stream.uniform(-bound, bound, new[a].shape)
             new[b] = np.zeros_like(new[b])
-        return WithCarry(new, carry)
+        return Combined(new, carry)

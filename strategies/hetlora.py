@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedlotr.flower import Arrays, Strategy, Update, by_layer, to_arrays, weighted_mean
+from fedlotr.flower import Arrays, Combined, Strategy, Update, by_layer, to_arrays, weighted_mean
 
 
 class HetLoRA(Strategy):
@@ -46,20 +46,23 @@ class HetLoRA(Strategy):
             config["tail-penalty"], config["tail-share"] = self.penalty, self.gamma
         return super().configure_train(server_round, arrays, config, grid)
 
-    def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
+    def combine(self, updates: Sequence[Update], server_round: int) -> Combined:
         """Prune, weigh, and average."""
         new = weighted_mean(updates)  # of the head; A and B are replaced
         layers = by_layer(new)
-        kept = [self._pruned(update, layers) for update in updates]
+        ranks: dict[int, int] = {}
+        kept = [self._pruned(update, layers, ranks) for update in updates]
         if self.sparsity_weights:
             norms = [_norm(update.arrays, layers) for update in kept]
             if any(norms):
                 kept = [replace(update, weight=norm) for update, norm in zip(kept, norms, strict=True)]
         mean = weighted_mean(kept)
-        return new | {name: mean[name] for factors in layers.values() for name in factors.values()}
+        return Combined(
+            new | {name: mean[name] for factors in layers.values() for name in factors.values()}, ranks=ranks
+        )
 
-    def _pruned(self, update: Update, layers: Mapping[str, Mapping[str, str]]) -> Update:
-        """The update without the tail of a client that is pruned here."""
+    def _pruned(self, update: Update, layers: Mapping[str, Mapping[str, str]], ranks: dict[int, int]) -> Update:
+        """The update without the tail of a client that is pruned here, whose new rank goes to `ranks`."""
         rank = update.rank or max(len(update.arrays[factors["A"]]) for factors in layers.values())
         keeps = int(self.gamma * rank)
         if not 1 <= keeps < rank:
@@ -73,7 +76,7 @@ class HetLoRA(Strategy):
 
         if tail(update.arrays) >= tail(self.current):
             return update
-        self.ranks[update.client] = keeps
+        ranks[update.client] = keeps
         without = {name: value.copy() for name, value in update.arrays.items()}
         for factors in layers.values():
             without[factors["A"]][keeps:], without[factors["B"]][:, keeps:] = 0, 0

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedlotr.flower import Arrays, Strategy, Update, to_arrays, weighted_mean
+from fedlotr.flower import Arrays, Combined, Strategy, Update, to_arrays, weighted_mean
 
 Array = npt.NDArray[np.float64]
 
@@ -35,14 +35,15 @@ class ServerOptimizer(Strategy):
         self.current = to_arrays(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
-    def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
+    def combine(self, updates: Sequence[Update], server_round: int) -> Combined:
         """x + step(Σ p_i x_i - x)."""
-        mean = self.mean_before_step = weighted_mean(updates)
-        return {name: self.current[name] + self.step(name, x - self.current[name]) for name, x in mean.items()}
+        mean = weighted_mean(updates)
+        new = {name: self.current[name] + self.step(name, x - self.current[name]) for name, x in mean.items()}
+        return Combined(new, mean=mean)
 
     def state(self) -> dict[str, Any]:
         """The moments and the arguments; what one round alone needs is not kept."""
-        return {key: value for key, value in vars(self).items() if key not in ("current", "mean_before_step")}
+        return {key: value for key, value in vars(self).items() if key != "current"}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""

@@ -18,6 +18,7 @@ from fedlotr.cost.architectures import read_architecture
 from fedlotr.cost.formulas import bill
 from fedlotr.flower import Update, weighted_mean
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.traits import traits_of
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
 from fedlotr.testing import check_strategy
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
@@ -95,9 +96,9 @@ def check_the_bill(
 ) -> None:
     """The bytes of every round, in both directions, and the one-off are those of the formulas, to the byte."""
     architecture = read_architecture(str(model), "classification", 2, "all-linear")
-    made: Any = load_strategy(strategy, {}, len(ranks), clients=len(ranks))
+    traits = traits_of(load_strategy(strategy, {}, len(ranks), clients=len(ranks)))
     asked = METHODS[method], architecture.layers, architecture.heads, ranks, rounds, coding
-    owed = bill(*asked, merged=made.merges(ranks))
+    owed = bill(*asked, merged=traits.merges(ranks))
     ledger = read_ledger(run / "ledger")
 
     def paid(kinds: set[str], number: int) -> int:
@@ -113,7 +114,7 @@ def check_the_bill(
     else:
         assert (ups, downs) == (list(owed.ups), list(owed.downs))
     assert paid({"basis"}, 1) == len(ranks) * owed.one_off and paid({"basis"}, 2) == 0
-    if made.controls:
+    if traits.controls:
         # Beside the trained tensors control variates of their size, each way; what is left are plain values.
         twice = bill(*asked, controls=True)
         for direction, with_them, without in (("up", twice.ups, owed.ups), ("down", twice.downs, owed.downs)):
@@ -351,7 +352,7 @@ def test_server_optimizers_follow_their_formulas() -> None:
     for name, step in wanted.items():
         made: Any = load_strategy(name, {}, 2)
         made.current = start
-        np.testing.assert_allclose(made.combine([Update(0, x, 2.0)], 1)["C"], start["C"] + step)
+        np.testing.assert_allclose(made.combine([Update(0, x, 2.0)], 1).arrays["C"], start["C"] + step)
 
 
 def test_robust_rules_ignore_one_hostile_client() -> None:

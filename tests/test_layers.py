@@ -43,7 +43,12 @@ INSIDE = {
         *("backward", "cohort", "corrections penalties"),
     ),
     "flower": (
-        *("blame fewest plugins private reading round_grid workplace", "lazy", "records", "certificate serialize"),
+        *(
+            "blame fewest plugins private reading round_grid workplace",
+            "lazy traits",
+            "records",
+            "certificate serialize",
+        ),
         *("federation", "link", "links.moments links.objectives links.ranks links.bases links.carry links.hidden"),
         *("links.codec", "strategy links.personal", "chain", "replies state", "norms", "round"),
         "client_app scoring template",

@@ -1,16 +1,26 @@
 """A strategy from the template runs; one that raises is named with its method and round, and no round is lost."""
 
 import json
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 
 from fedlotr import cli
 from fedlotr.commands import simulate
+from fedlotr.flower import Product, Strategy, Update, WithCarry, traits, weighted_mean
 from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.records import to_record
+from fedlotr.flower.strategy import ask
 from fedlotr.testing import check_strategy
+from tests.conftest import ROOT
 from tests.support import read_run
 
 BROKEN = """
@@ -211,3 +221,50 @@ def test_a_name_of_ours_stays_ours_and_a_broken_strategy_that_is_asked_for_is_on
     assert simulate.main([*words, "--strategy=raises"]) == 2
     said = capsys.readouterr().err.strip()
     assert "--strategy raises: Raises cannot be made: RuntimeError: no licence found" in said and "\n" not in said
+
+
+def test_nothing_but_its_traits_is_asked_of_a_strategy() -> None:
+    probed = re.compile(r"(getattr|hasattr|vars)\((self\._?)?strategy\b|isinstance\((self\._?)?strategy, Strategy\b")
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in ("fedlotr", "strategies")
+        for path in (ROOT / folder).rglob("*.py")
+        if probed.search(path.read_text(encoding="utf-8"))
+    }
+    # The checkpoint keeps the attributes of those that have no `state`.
+    assert found == {"fedlotr/flower/traits.py", "fedlotr/flower/state.py"}
+
+
+def test_a_trait_is_added_by_a_line_in_the_table_and_is_its_default_of_other_authors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class More(traits.StrategyTraits):
+        sleeps: bool = False
+
+    class Tired(FedAvg):
+        sleeps = True
+        averages = True
+
+    monkeypatch.setattr(traits, "StrategyTraits", More)
+    for strategy, expected in ((Tired(), More(sleeps=True, averages=True)), (FedAvg(), More())):
+        assert traits.traits_of(strategy) == expected
+    assert traits.traits_of(load_strategy("fedex-lora", {}, 3)).merges([4, 4, 4]) == 8
+
+
+def test_what_earlier_strategies_answer_is_understood() -> None:
+    class Old(Strategy):
+        def combine(self, updates: Sequence[Update], server_round: int) -> WithCarry:
+            self.mean_before_step = weighted_mean(updates)
+            return WithCarry({"x": np.zeros(2)}, {"layer": Product(np.ones((2, 1)), np.ones((1, 2)))})
+
+    content = {
+        "arrays": to_record({"x": np.ones(2)}),
+        "metrics": MetricRecord({"weight": 1.0, "loss": 0.5}),
+        "client": ConfigRecord({"client": 0}),
+    }
+    arrays, metrics, beside = ask(Old(), 1, [Message(RecordDict(content), 0, MessageType.TRAIN)])
+    assert arrays is not None and arrays["x"].numpy().tolist() == [0, 0] and metrics == {"loss": 0.5}
+    assert list(beside.carry) == ["layer"] and beside.mean is not None and beside.mean["x"].tolist() == [1, 1]
+    tensors, carry = WithCarry({"x": np.zeros(2)}, {})
+    assert list(tensors) == ["x"] and carry == {}

@@ -7,7 +7,6 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from fedlotr.flower.links.ranks import block
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import derivable_record
 from fedlotr.flower.round import sample_clients
-from fedlotr.flower.strategy import Strategy
+from fedlotr.flower.traits import traits_of
 from fedlotr.models.checkpointing import blocks
 from fedlotr.models.loading import count_parameters, linear_layers, load_base
 from fedlotr.models.source import DEMO_MODEL, DEMO_SHA256
@@ -198,9 +197,9 @@ def _carried_bytes(
     config = checked.config
     if config.baseline is not None:
         return [0] * len(rounds), 0
-    strategy: Any = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
+    strategy = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
     own = [[config.rank if ranks is None else ranks[client] for client in clients] for clients in rounds]
-    adds = [strategy.merges(present) if isinstance(strategy, Strategy) else 0 for present in own]
+    adds = [traits_of(strategy).merges(present) for present in own]
     if not any(adds):
         return [0] * len(rounds), 0
     started = {} if checked.start is None else checked.start.layers

@@ -47,12 +47,14 @@ def methods() -> list[Row]:
 
 def strategies() -> list[Row]:
     """One row a strategy that an installed package announces; one that cannot be loaded says why."""
+    from fedlotr.flower.traits import traits_of
+
     found = []
     for point in sorted(entry_points(group="fedlotr.strategies"), key=lambda point: point.name):
         try:
             with redirect_stdout(sys.stderr):  # what its import prints is no part of the list
                 kind = point.load()
-            certified = "yes" if getattr(kind, "averages", False) else "no"
+            certified = "yes" if traits_of(kind).averages else "no"
             about = (kind.__doc__ or "").strip().splitlines()
         except (Exception, SystemExit) as error:  # a package of someone else's, which may also end the program
             certified, about = "?", [f"cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"]

@@ -12,6 +12,7 @@ from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.cost.formulas import PUBLISHED, Bill, Published, Shapes, bill
 from fedlotr.errors import InputError, shorten
 from fedlotr.flower.plugins import installed, load_strategy
+from fedlotr.flower.traits import traits_of
 
 FEDIT = ("lora", "fedit")
 """What others are compared with."""
@@ -134,8 +135,9 @@ def _made(
 
 
 def _terms(strategy: Any, ranks: tuple[int, int], clients: int) -> _Terms:
+    traits = traits_of(strategy)
     return _Terms(
-        frozenset(getattr(strategy, "needs", ())),
-        bool(getattr(strategy, "controls", False)),
-        {r: operator.index(strategy.merges([r] * clients)) if hasattr(strategy, "merges") else 0 for r in ranks},
+        frozenset(traits.needs),
+        bool(traits.controls),
+        {r: operator.index(traits.merges([r] * clients)) for r in ranks},
     )

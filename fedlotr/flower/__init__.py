@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from fedlotr.flower.certificate import Product
     from fedlotr.flower.fewest import Fewest
     from fedlotr.flower.records import Arrays, by_layer, to_arrays
-    from fedlotr.flower.strategy import Strategy, Update, WithCarry, owned, weighted_mean
+    from fedlotr.flower.strategy import Combined, Strategy, Update, WithCarry, owned, weighted_mean
+    from fedlotr.flower.traits import StrategyTraits
 
 __all__ = [
     "Arrays",
+    "Combined",
     "Fewest",
     "Product",
     "Strategy",
+    "StrategyTraits",
     "Update",
     "WithCarry",
     "by_layer",
@@ -31,6 +34,7 @@ _HOMES = {
     "by_layer": "records",
     "to_arrays": "records",
     "Fewest": "fewest",
+    "StrategyTraits": "traits",
 }
 
 

@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, MultiKrum
-from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 MOST = 2**31 - 1
 """Clients of any federation."""
@@ -35,8 +34,8 @@ def krum_of(f: int) -> Fewest:
     return Fewest(2 * f + 3, f"Krum holds against {f} hostile clients among 2 f + 3 or more, and not among fewer")
 
 
-def fewest(strategy: FlowerStrategy) -> Fewest | None:
-    """What a strategy says of itself, or what is known of Flower's own; None where any number of clients goes."""
+def fewest_of_flowers(strategy: MultiKrum | Bulyan | FedTrimmedAvg | FedMedian) -> Fewest | None:
+    """What is known of Flower's own; None where any number of clients goes."""
     if isinstance(strategy, MultiKrum):  # Flower's Krum is one
         f, chosen = strategy.num_malicious_nodes, strategy.num_nodes_to_select
         if f + chosen > 2 * f + 3:
@@ -47,7 +46,4 @@ def fewest(strategy: FlowerStrategy) -> Fewest | None:
         return Fewest(4 * f + 3, f"Bulyan holds against {f} hostile clients among 4 f + 3, and skips a round of fewer")
     if isinstance(strategy, FedTrimmedAvg):
         return trimmed_mean_of(strategy.beta) if strategy.beta > 0 else None
-    if isinstance(strategy, FedMedian):
-        return median_of()
-    own = getattr(strategy, "fewest", None)
-    return own() if callable(own) else None
+    return median_of()

@@ -25,7 +25,6 @@ from fedlotr.flower.blame import blaming
 from fedlotr.flower.certificate import Product, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.chain import Chain, post
 from fedlotr.flower.federation import Federation
-from fedlotr.flower.fewest import fewest
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.link import Reply, Turn
 from fedlotr.flower.links.carry import CarriedTerm, additions, lost
@@ -36,7 +35,8 @@ from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, as_message, check_replies, first_line
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.flower.state import ClientStates, not_finite
-from fedlotr.flower.strategy import Strategy
+from fedlotr.flower.strategy import Combined, ask
+from fedlotr.flower.traits import traits_of
 from fedlotr.said import say
 from fedlotr.streams import generator, own_streams, stream_key
 
@@ -82,14 +82,15 @@ class State:
 class Round:
     """A finished round: its row of metrics.jsonl, its rows of the ledger, and why which client failed.
 
-    replies: what each of the others said of its training. Where whole clients are hidden, the row has nothing of what
-    `TELLS_WHO_CAME`, and no client is named.
+    replies: what each of the others said of its training. mean: what was certified, where it is not what was published.
+    Where whole clients are hidden, the row has nothing of what `TELLS_WHO_CAME`, and no client is named.
     """
 
     metrics: dict[str, Any]
     entries: list[Entry]
     failures: dict[int, Failure]
     replies: dict[int, dict[str, Any]] = field(default_factory=dict)
+    mean: Mapping[str, npt.NDArray[np.float64]] | None = None
 
 
 def draw_clients(clients: int, sampled: int, seed: int, server_round: int) -> list[int]:
@@ -190,7 +191,7 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
         log.info("round %d: %s", number, {name: row[name] for name in TELLS_WHO_CAME if name in row})
         row |= {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
         return Round(row, view.entries, {})
-    return Round(row, view.entries, failures, {reply.client: _said(reply) for reply in good})
+    return Round(row, view.entries, failures, {reply.client: _said(reply) for reply in good}, combined.answer.mean)
 
 
 def _messages(
@@ -209,13 +210,13 @@ def _messages(
 
 
 def _turn(strategy: FlowerStrategy, federation: Federation, state: State) -> Turn:
-    number = state.round + 1
+    number, traits = state.round + 1, traits_of(strategy)
     names = set(state.arrays) if federation.moving is None else federation.moving(number)
     return Turn(
         number=number,
         moved=ArrayRecord({name: array for name, array in state.arrays.items() if name in names}),
-        fewer=strategy.ranks if isinstance(strategy, Strategy) else {},
-        controls=getattr(strategy, "controls", False),
+        fewer=traits.ranks or {},
+        controls=traits.controls,
     )
 
 
@@ -263,10 +264,14 @@ def _look(
 
 @dataclass(frozen=True, kw_only=True)
 class _Combined:
-    """What came of a strategy's turn. added: to the carried term, scaled. carry: with that."""
+    """What came of a strategy's turn. answer: what it said beside tensors. added: to the carried term, scaled.
+
+    carry: with that.
+    """
 
     published: ArrayRecord
     metrics: MetricRecord | None
+    answer: Combined
     added: Mapping[str, Product]
     carry: Carry
 
@@ -283,7 +288,7 @@ def _combined(
     unfit = not_finite(strategy)
     with blaming(strategy, turn.number, federation.method, "aggregate_train"):
         seen = [as_message(reply) for reply in state.chain.gather(list(good))]
-        aggregated, metrics = strategy.aggregate_train(turn.number, seen)
+        aggregated, metrics, answer = ask(strategy, turn.number, seen)
         if aggregated is None and seen:
             say(
                 f"{type(strategy).__name__} combined nothing of a round's updates, so the model stayed as it was: some "
@@ -291,12 +296,11 @@ def _combined(
             )
         published = _published(aggregated, turn.moved, norms.largest())
         try:
-            carried = strategy.take_carry() if isinstance(strategy, Strategy) else {}
-            added = additions(carried, federation.layers, to_arrays(state.arrays))
+            added = additions(answer.carry, federation.layers, to_arrays(state.arrays))
             carry = state.chain.the(CarriedTerm).merge(added)
         except ValueError as problem:
             raise ValueError(f"{problem}{norms.largest()}") from problem
-        if getattr(strategy, "controls", False):
+        if turn.controls:
             _check_controls(strategy.control(turn.moved), norms.largest())  # type: ignore[attr-defined]
         if spoilt := sorted(not_finite(strategy) - unfit):  # a strategy's own infinities are its affair
             raise ValueError(f"what it keeps between rounds is not finite ({', '.join(spoilt)}){norms.largest()}")
@@ -304,7 +308,7 @@ def _combined(
         log.info("round %d: the model carries %s", turn.number, in_words(carry.terms.values()))
     # What did not move in this round stays.
     whole = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
-    return _Combined(published=whole, metrics=metrics, added=added, carry=carry)
+    return _Combined(published=whole, metrics=metrics, answer=answer, added=added, carry=carry)
 
 
 def _errors(
@@ -324,8 +328,8 @@ def _errors(
     """
     hidden, start, weighted = federation.guard.hides_clients, to_arrays(state.arrays), _weighted(good, state)
     error = None
-    if getattr(strategy, "averages", False) and not hidden:
-        certified = _certified(strategy, mean)
+    if traits_of(strategy).averages and not hidden:
+        certified = mean | dict(combined.answer.mean or {})
         error = aggregation_error(federation.layers, start, certified, weighted, combined.added)
     if federation.coding.update.lossy:
         lossy = None if hidden else _codec_error(federation, kept, good, weighted, start, turn.moved)
@@ -378,7 +382,7 @@ def _likely_cause(number: int, failures: Mapping[int, Failure], asked: int, watc
 
 def _tell_of_few(watch: Watch, number: int, strategy: FlowerStrategy, left: int, asked: int) -> None:
     """Say where a round has fewer clients than its strategy needs: by failures, or who has no privacy budget left."""
-    needed = fewest(strategy)
+    needed = traits_of(strategy).fewest()
     if needed is None or left >= needed.clients:
         return
     text = (
@@ -393,17 +397,11 @@ def _tell_of_few(watch: Watch, number: int, strategy: FlowerStrategy, left: int,
 
 def _tell_of_one(watch: Watch, strategy: FlowerStrategy) -> None:
     """Say where a strategy that compares clients is shown one noised mean of them all."""
-    if fewest(strategy) is not None and watch.once("one"):
+    if traits_of(strategy).fewest() is not None and watch.once("one"):
         say(
             f"{type(strategy).__name__} compares clients, and where they are hidden it sees their noised mean alone: "
             "what it publishes is that mean, and --clip-norm is all that bounds a client"
         )
-
-
-def _certified(strategy: FlowerStrategy, published: Arrays) -> Arrays:
-    """What is to be the mean of the updates: what a server optimizer starts its step from, or what is published."""
-    before_step: Arrays | None = getattr(strategy, "mean_before_step", None)
-    return published if before_step is None else published | before_step
 
 
 def _weighted(good: Sequence[Reply], state: State) -> list[Weighted]:

@@ -11,10 +11,9 @@ unchanged, gets the same care.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +22,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.certificate import Product
-from fedlotr.flower.fewest import Fewest
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.links.objectives import CONTROL, CONTROL_VARIATES
 from fedlotr.flower.links.ranks import block, padded
 from fedlotr.flower.records import Arrays, to_record
+from fedlotr.flower.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,34 @@ def weighted_mean(updates: Sequence[Update]) -> Arrays:
     return mean
 
 
-class WithCarry(NamedTuple):
-    """What `combine` may give instead of tensors alone: what the server is to merge into the model besides.
+@dataclass(frozen=True)
+class Combined:
+    """What `combine` answers; tensors alone are `Combined(tensors)`.
 
-    carry: by layer (as `by_layer` names it) the factors of what is added to the carried term, in units of `B A`: the
-    loop scales it by the s of `W x + s·B C A x`, as it does the adapter.
+    arrays: the new trained tensors by name, float64.
+    carry: by layer (as `by_layer` names it) the factors of what the server is to merge into the model besides, in units
+    of `B A`: the loop scales it by the s of `W x + s·B C A x`, as it does the adapter.
+    mean: where `arrays` are a step from it, as a server optimizer's: the mean of the updates, which is certified then.
+    ranks: client -> the rank that it is to train from now on, where that is below its own.
     """
 
     arrays: Mapping[str, npt.NDArray[np.float64]]
-    carry: Mapping[str, Product]
+    carry: Mapping[str, Product] = field(default_factory=dict)
+    mean: Mapping[str, npt.NDArray[np.float64]] | None = None
+    ranks: Mapping[int, int] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.arrays, self.carry))  # as when there were these two
+
+
+WithCarry = Combined
+"""What it was called when `carry` was all that it could say."""
+
+
+class Answer(ArrayRecord):
+    """The tensors of what `combine` answers as Flower wants them, and beside them the rest of it."""
+
+    beside: Combined
 
 
 class Strategy(FlowerStrategy):
@@ -82,34 +100,14 @@ class Strategy(FlowerStrategy):
     A checkpoint keeps the arrays and plain values among its attributes; a class with other state has `state()`, which
     returns arrays and plain values, and `load_state(state)`.
 
-    averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
-    measures how far it is from that. Where it is False, `aggregation_error` is null.
-    restarts: whether the factors of one round are not those of the next, but drawn or turned anew, so that nothing a
-    client keeps of them can be added to its next update.
-    mean_before_step: set by a server optimizer in `combine`: the mean before its step, which is certified.
-    exact: whether what it publishes is that mean also where several factors move; the suite holds it to that.
-    needs: the factors that must be in every update; a method whose clients send others is refused.
-    ranks: client -> the rank that it is to train from now on, where the strategy says so and it is below its own.
-    asks: what clients are to do besides plain training: keys of the train message's config with their values; which
-    there are is said in `fedlotr.flower.links.objectives`.
-    controls: whether they are to correct their gradients by control variates, and keep their own between rounds:
-    `control` is then sent to them, and every `Update` has the change of the client's.
+    What else the program asks of one is a trait, declared by an attribute or a method of its name, such as
+    `averages = True`: `StrategyTraits` has them all, each with its default.
     """
 
     averages: ClassVar[bool] = False
-    exact: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset()
-    controls: ClassVar[bool] = False
-    restarts: ClassVar[bool] = False
-    asks: Mapping[str, float | bool] = MappingProxyType({})
-    mean_before_step: Arrays | None = None
-    ranks: Mapping[int, int] = MappingProxyType({})
-    _carry: Mapping[str, Product] = MappingProxyType({})
 
     @abstractmethod
-    def combine(
-        self, updates: Sequence[Update], server_round: int
-    ) -> Mapping[str, npt.NDArray[np.float64]] | WithCarry:
+    def combine(self, updates: Sequence[Update], server_round: int) -> Mapping[str, npt.NDArray[np.float64]] | Combined:
         """The new trained tensors by name, from at least one update, sorted by client. Return float64."""
 
     def configure_train(
@@ -117,9 +115,10 @@ class Strategy(FlowerStrategy):
     ) -> Iterable[Message]:
         """The same broadcast to every client of the round: the grid shows no others."""
         config["server-round"] = server_round
-        config.update({**self.asks, **({CONTROL_VARIATES: True} if self.controls else {})})
+        traits = traits_of(self)
+        config.update({**traits.asks, **({CONTROL_VARIATES: True} if traits.controls else {})})
         content = RecordDict({"arrays": arrays, "config": config})
-        if self.controls:
+        if traits.controls:
             control = self.control(arrays)
             content[CONTROL] = to_record({name: value.astype(np.float32) for name, value in control.items()})
         return [Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()]
@@ -128,41 +127,26 @@ class Strategy(FlowerStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """`combine` on the replies' arrays, and the weighted mean of their losses."""
-        updates, losses = [], []
+        updates, losses, controls = [], [], traits_of(self).controls
         for reply in replies:
             content: Any = reply.content
             weight, loss = float(content["metrics"]["weight"]), content["metrics"].get("loss")
             client = content["client"]
-            control = Decoded(content[CONTROL]) if self.controls else {}
+            control = Decoded(content[CONTROL]) if controls else {}
             arrays = Decoded(content["arrays"])
             updates.append(Update(int(client["client"]), arrays, weight, client.get("rank"), control))
             losses.append(loss)
         if not updates:
             return None, None
-        combined = self.combine(updates, server_round)
-        if isinstance(combined, WithCarry):
-            combined, self._carry = combined
-        record = to_record(dict(combined))
+        found = self.combine(updates, server_round)
+        combined = found if isinstance(found, Combined) else Combined(found)
+        if combined.ranks:
+            self.ranks = {**(traits_of(self).ranks or {}), **combined.ranks}
+        record = Answer(dict(to_record(dict(combined.arrays))))
+        record.beside = replace(combined, arrays={})  # else they would be there twice
         if None in losses:  # where privacy leaves no loss to tell
             return record, None
         return record, MetricRecord({"loss": float(np.average(losses, weights=[u.weight for u in updates]))})
-
-    def merges(self, ranks: Sequence[int]) -> int:
-        """The rank that a round of clients of these ranks adds to a layer's carried term; `doctor` reckons by it."""
-        return 0
-
-    def fewest(self) -> Fewest | None:
-        """The clients that a round needs at least for what the strategy promises, and why; None: any number goes.
-
-        A run that plans fewer is refused, and a round that is left with fewer, as clients fail, says so.
-        """
-        return None
-
-    def take_carry(self) -> Mapping[str, Product]:
-        """What the last `combine` wants merged, handed out once: the round loop asks."""
-        taken = self._carry
-        vars(self).pop("_carry", None)  # it is no state of ours, and would swell the checkpoints
-        return taken
 
     def control(self, arrays: ArrayRecord) -> Arrays:
         """The server's control variates, one for each of the model's tensors; asked for where `controls` is set."""
@@ -180,3 +164,12 @@ class Strategy(FlowerStrategy):
 
     def summary(self) -> None:
         """Flower prints this where it runs the loop; ours writes its own table."""
+
+
+def ask(
+    strategy: FlowerStrategy, server_round: int, replies: Sequence[Message]
+) -> tuple[ArrayRecord | None, MetricRecord | None, Combined]:
+    """What any strategy makes of a round's replies: (its tensors, its metrics, what it answers beside them)."""
+    arrays, metrics = strategy.aggregate_train(server_round, replies)
+    beside = arrays.beside if isinstance(arrays, Answer) else Combined({})
+    return arrays, metrics, beside if beside.mean else replace(beside, mean=traits_of(strategy).mean_before_step)

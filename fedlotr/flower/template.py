@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedlotr.flower import Arrays, Strategy, Update, to_arrays, weighted_mean
+from fedlotr.flower import Arrays, Combined, Strategy, Update, to_arrays, weighted_mean
 
 
 class Mine(Strategy):
@@ -41,7 +41,7 @@ class Mine(Strategy):
         self.model = to_arrays(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
-    def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
+    def combine(self, updates: Sequence[Update], server_round: int) -> Combined:
         """After a round: the new trained tensors. This is the one method that a strategy must have.
 
         updates: one a client that replied well, by client: `update.client`, `update.weight` (its examples) and
@@ -49,8 +49,8 @@ class Mine(Strategy):
         """
         self.steps += 1
         mean = weighted_mean(updates)
-        self.mean_before_step = mean  # what is certified to be the mean; leave this out where you return it
-        return {name: self.model[name] + self.trust * (x - self.model[name]) for name, x in mean.items()}
+        new = {name: self.model[name] + self.trust * (x - self.model[name]) for name, x in mean.items()}
+        return Combined(new, mean=mean)  # what is certified to be the mean; return tensors alone where they are it
 
     def state(self) -> Mapping[str, Any]:
         """What a checkpoint keeps: arrays, numbers, text, lists and mappings of them. Without this, the attributes."""

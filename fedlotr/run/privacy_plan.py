@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.serverapp.strategy import Bulyan, QFedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.methods import METHODS
@@ -17,7 +16,7 @@ from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
 from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.round import draw_clients
-from fedlotr.flower.strategy import Strategy
+from fedlotr.flower.traits import traits_of
 from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard
@@ -240,19 +239,20 @@ def unmet_privacy(strategy: FlowerStrategy, config: SimulationConfig) -> Iterato
                 f"--strategy-arg {key}={least} with --privacy {config.privacy}: a round goes on with whoever is there, "
                 "as clients spend their budgets or cohorts are drawn; leave it out"
             )
-    if isinstance(strategy, QFedAvg):
+    traits = traits_of(strategy)
+    if traits.losses:
         yield (
             f"--strategy {config.strategy} with --privacy {config.privacy}: it weighs clients by their training "
             "losses, which privacy leaves untold; choose another, such as exact-average"
         )
-    if config.privacy_engine == "opacus" and (getattr(strategy, "controls", False) or getattr(strategy, "asks", {})):
+    if config.privacy_engine == "opacus" and (traits.controls or traits.asks):
         yield f"--privacy-engine opacus with --strategy {config.strategy}: Opacus trains plainly; leave the engine out"
     if config.privacy != "client":
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy} with --privacy client"
-    if isinstance(strategy, Bulyan):
+    if traits.several:
         yield f"{name}: it combines three updates or more, and is shown the noised mean alone; choose exact-average"
-    if isinstance(strategy, Strategy) and (strategy.controls or strategy.merges([1, 1]) or not strategy.averages):
+    if traits.controls or traits.merges([1, 1]) or traits.averages is False:
         yield (
             f"{name}: it needs more of every client than what the noised mean tells; choose one that averages, such as "
             "exact-average, fedit or fedadam"

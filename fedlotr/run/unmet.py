@@ -8,18 +8,18 @@ from fedlotr.adapters.kinds import cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.rules import NO_CLIENT_STATE
-from fedlotr.flower.fewest import fewest
-from fedlotr.flower.strategy import Strategy
+from fedlotr.flower.traits import traits_of
 
 
 def unmet_updates(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """What a strategy needs of every update and the method's clients do not send, each in one line."""
-    if config.optimizer_state == "keep" and "ranks" in vars(strategy):
+    if config.optimizer_state == "keep" and traits_of(strategy).ranks is not None:
         yield (
             f"--optimizer-state keep with --strategy {config.strategy}: it changes clients' ranks, and what an "
             "optimizer holds has the old one; choose reset or mean-v"
         )
-    needed: frozenset[str] = getattr(strategy, "needs", frozenset())
+    traits = traits_of(strategy)
+    needed = frozenset(traits.needs)
     row = METHODS[config.method]
     if any(needed - set(turn) for turn in row.sent):
         able = [name for name, other in METHODS.items() if all(needed <= set(turn) for turn in other.sent)]
@@ -28,7 +28,7 @@ def unmet_updates(strategy: FlowerStrategy, config: SimulationConfig) -> Iterato
             f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
             f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"
         )
-    elif row.has_core and isinstance(strategy, Strategy) and strategy.merges([1, 1]):
+    elif row.has_core and traits.merges([1, 1]):
         yield (
             f"--strategy {config.strategy} with --method {config.method}: what it merges is B A, without the core "
             "between them; choose --method lora"
@@ -37,7 +37,7 @@ def unmet_updates(strategy: FlowerStrategy, config: SimulationConfig) -> Iterato
 
 def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """Why clients cannot keep control variates as a strategy asks, each one line."""
-    if not getattr(strategy, "controls", False):
+    if not traits_of(strategy).controls:
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
     row = METHODS[config.method]
@@ -55,7 +55,7 @@ def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterat
 
 def unmet_clients(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """Why the rounds that are planned have too few clients for a strategy, or clients that it cannot compare."""
-    needed = fewest(strategy)
+    needed = traits_of(strategy).fewest()
     if needed is None:
         return
     name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
@@ -79,20 +79,16 @@ def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
     """
     if config.error_feedback is not None or not config.coding.update.lossy:
         return config.error_feedback
-    return config.engine != "flower" and _factors_last(strategy)
-
-
-def _factors_last(strategy: FlowerStrategy) -> bool:
-    return not getattr(strategy, "restarts", False) and "ranks" not in vars(strategy)
+    return config.engine != "flower" and traits_of(strategy).factors_last
 
 
 def unmet_codec(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """Why a codec does not go with a strategy, each one line."""
     name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    if config.error_feedback and not _factors_last(strategy):
+    if config.error_feedback and not traits_of(strategy).factors_last:
         yield (
             f"--error-feedback with {name}: the factors of a round are not those of the next, so what was lost of them "
             "cannot be made up for; choose --no-error-feedback"
         )
-    if config.coding.broadcast.coded and "ranks" in vars(strategy):
+    if config.coding.broadcast.coded and traits_of(strategy).ranks is not None:
         yield f"--broadcast-codec {config.broadcast_codec} with {name}: it changes clients' ranks; only --codec goes"

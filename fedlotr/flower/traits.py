@@ -1,0 +1,75 @@
+"""What the program asks of a strategy: one record with defaults, also for strategies of other authors.
+
+A strategy declares a trait by an attribute or method of its name, on the class or itself. `traits_of` alone reads it.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg
+from flwr.serverapp.strategy import Strategy as FlowerStrategy
+
+from fedlotr.flower.fewest import Fewest, fewest_of_flowers
+
+FLOWERS = {Bulyan: {"several": True}, QFedAvg: {"losses": True}}
+"""What is known of Flower's own."""
+
+
+def _nothing(ranks: Sequence[int]) -> int:
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyTraits:
+    """Each with what holds where a strategy says nothing.
+
+    averages: whether `combine` means to publish the weighted mean of the clients' updates, so that the certificate
+    measures how far it is from that; else `aggregation_error` is null. None: it says nothing of it, as Flower's own.
+    exact: whether what it publishes is that mean also where several factors move; the suite holds it to that.
+    needs: the factors that must be in every update; a method whose clients send others is refused.
+    controls: whether clients are to correct their gradients by control variates, and keep their own between rounds:
+    `control` is then sent to them, and every `Update` has the change of the client's.
+    restarts: whether the factors of one round are not those of the next, but drawn or turned anew, so that nothing a
+    client keeps of them can be added to its next update.
+    asks: what clients are to do besides plain training: keys of the train message's config with their values; which
+    there are is said in `fedlotr.flower.links.objectives`.
+    ranks: client -> the rank that it is to train from now on, where that is below its own; None: it changes no ranks.
+    merges: ranks of a round's clients -> the rank that they add to a layer's carried term; `doctor` reckons by it.
+    fewest: the clients that a round needs at least for what the strategy promises, and why; None: any number goes.
+    several: whether it fails on a single update. losses: whether it reads the clients' training losses.
+    mean_before_step: set in `combine`, the same as `Combined.mean` says.
+    """
+
+    averages: bool | None = None
+    exact: bool = False
+    needs: Collection[str] = frozenset()
+    controls: bool = False
+    restarts: bool = False
+    asks: Mapping[str, float | bool] = field(default_factory=lambda: MappingProxyType({}))
+    ranks: Mapping[int, int] | None = None
+    merges: Callable[[Sequence[int]], int] = _nothing
+    fewest: Callable[[], Fewest | None] = lambda: None
+    several: bool = False
+    losses: bool = False
+    mean_before_step: Mapping[str, npt.NDArray[np.float64]] | None = None
+
+    @property
+    def factors_last(self) -> bool:
+        """Whether what a client keeps of its factors is of those that it gets next."""
+        return not self.restarts and self.ranks is None
+
+
+def traits_of(strategy: FlowerStrategy | type[FlowerStrategy]) -> StrategyTraits:
+    """What a strategy says of itself, or what is known of Flower's own; of a class, without what its methods say."""
+    names = [trait.name for trait in fields(StrategyTraits)]
+    said: dict[str, Any] = {name: getattr(strategy, name) for name in names if hasattr(strategy, name)}
+    for kind, known in FLOWERS.items():
+        said |= known if isinstance(strategy, kind) else {}
+    if isinstance(strategy, MultiKrum | Bulyan | FedTrimmedAvg | FedMedian):
+        said["fewest"] = partial(fewest_of_flowers, strategy)
+    return StrategyTraits(**said)
