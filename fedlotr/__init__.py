@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis
     from fedlotr.config.configuration import SimulationConfig
     from fedlotr.data import OwnTask
-    from fedlotr.run.callbacks import Callbacks, ClientEvent, EvaluateEvent, RoundEvent
+    from fedlotr.reporting.callbacks import Callbacks, ClientEvent, EvaluateEvent, RoundEvent
     from fedlotr.run.simulation import SimulationResult, run_simulation
 
     __version__: str
@@ -50,10 +50,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Callbacks": "fedlotr.run.callbacks",
-    "ClientEvent": "fedlotr.run.callbacks",
-    "EvaluateEvent": "fedlotr.run.callbacks",
-    "RoundEvent": "fedlotr.run.callbacks",
+    "Callbacks": "fedlotr.reporting.callbacks",
+    "ClientEvent": "fedlotr.reporting.callbacks",
+    "EvaluateEvent": "fedlotr.reporting.callbacks",
+    "RoundEvent": "fedlotr.reporting.callbacks",
     "CoreConfig": "fedlotr.adapters",
     "CoreModel": "fedlotr.adapters",
     "initialize_basis": "fedlotr.adapters",
@@ -66,7 +66,7 @@ _HOMES = {
 _MOVED = {
     "fedlotr.architectures": "fedlotr.cost.architectures",
     "fedlotr.billing": "fedlotr.cost.billing",
-    "fedlotr.callbacks": "fedlotr.run.callbacks",
+    "fedlotr.callbacks": "fedlotr.reporting.callbacks fedlotr.run.callbacks",
     "fedlotr.configuration": "fedlotr.config.configuration",
     "fedlotr.flower.carried": "fedlotr.flower.links.carry",
     "fedlotr.flower.loop": "fedlotr.flower.round",

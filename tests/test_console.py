@@ -16,6 +16,7 @@ from fedlotr import cli
 from fedlotr.adapters import METHODS
 from fedlotr.commands import doctor, grid
 from fedlotr.config.configuration import SimulationConfig
+from fedlotr.reporting.callbacks import FinishEvent, RoundEvent, StartEvent
 from fedlotr.reporting.console import SHOWN_CLIENTS, Console, readable_bytes
 from fedlotr.reporting.fitting import fits, show_table
 from fedlotr.reporting.grid_table import Line
@@ -76,14 +77,26 @@ def partition(clients: int) -> list[dict[str, Any]]:
     ]
 
 
+def start(console: Console, config: SimulationConfig, facts: dict[str, Any]) -> None:
+    console.on_start(StartEvent(0, config, facts))
+
+
+def show_round(console: Console, row: dict[str, Any]) -> None:
+    console.on_round(RoundEvent(row["round"], row, Path()))
+
+
+def finish(console: Console, summary: dict[str, Any]) -> None:
+    console.on_finish(FinishEvent(1, summary))
+
+
 def shown(stream: io.StringIO, clients: int = 3, quiet: bool = False) -> str:
     with Console(quiet=quiet, stream=stream) as console:
         console.stage("reading pydoc")
         console.begin(Path("runs/brave-otter"))
-        console.start(SimulationConfig(rounds=2), {**FACTS, "partition": partition(clients)})
-        console.round(ROUND)
-        console.round({**ROUND, "round": 2, "failed": 1, "loss": None, "accuracy": None})
-        console.finish(SUMMARY)
+        start(console, SimulationConfig(rounds=2), {**FACTS, "partition": partition(clients)})
+        show_round(console, ROUND)
+        show_round(console, {**ROUND, "round": 2, "failed": 1, "loss": None, "accuracy": None})
+        finish(console, SUMMARY)
     return stream.getvalue()
 
 
@@ -108,8 +121,8 @@ def test_a_terminal_gets_a_bar_that_is_taken_away_again() -> None:
 def test_an_error_takes_the_bar_away_too() -> None:
     stream = Terminal()
     with pytest.raises(KeyboardInterrupt), Console(stream=stream) as console:
-        console.start(SimulationConfig(), {})
-        console.round(ROUND)
+        start(console, SimulationConfig(), {})
+        show_round(console, ROUND)
         raise KeyboardInterrupt
     text = stream.getvalue()
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") >= 0
@@ -120,8 +133,8 @@ def test_quiet_prints_nothing_but_knows_where_the_run_is() -> None:
         assert shown(stream, quiet=True) == ""
     console = Console(quiet=True)
     console.begin(Path("runs/brave-otter"))
-    console.start(SimulationConfig(), FACTS)
-    console.round({**ROUND, "round": 4})
+    start(console, SimulationConfig(), FACTS)
+    show_round(console, {**ROUND, "round": 4})
     assert (str(console.run_dir), console.finished_rounds) == ("runs/brave-otter", 4)
 
 
@@ -159,7 +172,7 @@ def test_many_labels_are_counted_instead_of_shown() -> None:
     stream = io.StringIO()
     labels = [f"intent-{number}" for number in range(77)]
     clients = [{"client": "a", "examples": 3, "labels": {"intent-1": 2, "intent-5": 1}}]
-    Console(stream=stream).start(SimulationConfig(), {"labels": labels, "partition": clients})
+    start(Console(stream=stream), SimulationConfig(), {"labels": labels, "partition": clients})
     assert "intent-1" not in stream.getvalue()
     assert re.search(r"│ a +│ +3 │ +2 │", stream.getvalue())
 
@@ -186,7 +199,7 @@ def test_the_closing_table_has_the_whole_bill() -> None:
 def test_the_closing_table_names_who_failed_and_how_and_stays_short() -> None:
     stream = io.StringIO()
     failures = {"not finite": {"7": 1}, "KeyError": {"12": 3, "40": 1}, "wrong shape": {str(k): 1 for k in range(1008)}}
-    Console(stream=stream).finish({"failed_clients": 1013, "failures": failures})
+    finish(Console(stream=stream), {"failed_clients": 1013, "failures": failures})
     for name, value in {
         "failed clients": "1,013",
         "  not finite": "client 7",
@@ -244,8 +257,8 @@ def test_header_and_tables_of_a_run_fit_eighty_columns(stream: io.StringIO) -> N
     summary = {**SUMMARY, "aggregation_error_max": None, "aggregation_error_reason": reason, "failures": failures}
     summary["communication"] = {"total_wire_bytes": 12_345_678_901_234, "total_payload_bytes": 9_876_543_210_987}
     with Console(stream=stream) as console:
-        console.start(SimulationConfig(model=path, rounds=1), {**FACTS, "labels": labels, "partition": clients})
-        console.finish(summary)
+        start(console, SimulationConfig(model=path, rounds=1), {**FACTS, "labels": labels, "partition": clients})
+        finish(console, summary)
     text = bare(stream.getvalue())
     whole(text, path, *(f"hospital of…istrict of {number}" for number in range(8)), reason, *failures)
     assert labels[0] not in text and "12.3 TB (12,345,678,901,234 B)" in text and "1,000,000,000" in text
@@ -255,9 +268,9 @@ def test_a_round_and_its_bar_fit_a_terminal_of_eighty_columns(monkeypatch: pytes
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     stream = Terminal()
     with Console(stream=stream) as console:
-        console.start(SimulationConfig(rounds=1000), {})
+        start(console, SimulationConfig(rounds=1000), {})
         console.warn("4 of 4 clients take steps of fewer tokens than the rank: one such gradient names its tokens")
-        console.round({**ROUND, "round": 999, "failed": 12, "bytes_up": 123_456_789_012})
+        show_round(console, {**ROUND, "round": 999, "failed": 12, "bytes_up": 123_456_789_012})
     text = bare(stream.getvalue()).replace("\r", "\n")
     whole(text, "aggregation error 3.2e-08", "gradient names its tokens")
     (bar,) = {line for line in text.splitlines() if "999/1000" in line and "━" in line and "loss" in line}
@@ -328,11 +341,11 @@ def test_a_notebook_has_one_output_that_is_renewed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FORCE_COLOR", "1")  # as a kernel has it
     with Console() as console:
         console.stage("reading <data>")
-        console.start(SimulationConfig(rounds=2), FACTS)
-        console.round(ROUND)
-        console.round({**ROUND, "round": 2})
+        start(console, SimulationConfig(rounds=2), FACTS)
+        show_round(console, ROUND)
+        show_round(console, {**ROUND, "round": 2})
         bar = shown[-1]["text/plain"].splitlines()[-1]
-        console.finish(SUMMARY)
+        finish(console, SUMMARY)
     assert len(handles) == 1 and len(shown) > 5
     assert re.match(r"rounds ━+ 2/2 loss 1.2500  accuracy 0.5000  15.2 MB", bar)
     last = shown[-1]
@@ -344,6 +357,6 @@ def test_a_notebook_has_one_output_that_is_renewed(monkeypatch: pytest.MonkeyPat
     assert "reading &lt;data&gt;" in last["text/html"] and "Result" in last["text/html"]
     shown.clear()
     with Console(quiet=True) as console:
-        console.start(SimulationConfig(rounds=2), FACTS)
-        console.round(ROUND)
+        start(console, SimulationConfig(rounds=2), FACTS)
+        show_round(console, ROUND)
     assert not shown

@@ -55,7 +55,7 @@ INSIDE = {
     ),
     "engines": ("base endings flower", "broadcast local own_ray", "worker", "head_start", "ray"),
     "commands": ("door", "compare cost forecast ls report simulate", "doctor grid supervised"),
-    "reporting": ("fitting loggers page run_record svg", "console", "bill grid_table report", "comparison"),
+    "reporting": ("callbacks fitting page run_record svg", "console loggers", "bill grid_table report", "comparison"),
     "run": (
         *("baselines brought contents directory export log processes public_rows skeleton unmet world",),
         *("callbacks devices resumption warm_start", "preparation", "federation privacy_plan", "summary", "rounds"),

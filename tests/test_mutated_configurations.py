@@ -307,7 +307,7 @@ def test_extremes_are_refused_at_once(
 ) -> None:
     from fedlotr.run import simulation
 
-    monkeypatch.setattr(simulation.Console, "start", lambda *_: pytest.fail("the run started"))
+    monkeypatch.setattr(simulation.Console, "on_start", lambda *_: pytest.fail("the run started"))
     base = valid(place)[1]
     before = snapshot(place)
     assert refused([f"--model={stories}", "--engine=local", *base, *words], capsys)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from typing_extensions import override
 
 from fedlotr.config.configuration import SimulationConfig, dump_yaml, flag_of
 from fedlotr.data import Source
@@ -22,7 +23,7 @@ from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid.file import Grid, Run, together
 from fedlotr.privacy.ledger import known_again
-from fedlotr.reporting.console import Console
+from fedlotr.reporting.callbacks import Callbacks, RoundEvent
 from fedlotr.run.contents import Content
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.preparation import read_source
@@ -227,23 +228,21 @@ def carry_out(run: Run, out: Path, *, in_process: bool, watch: Watch) -> Summary
     return summary
 
 
-class _Silent(Console):
-    """A display that only tells how far the run is."""
+class _Watching(Callbacks):
+    """Tells on how far the run is."""
 
     def __init__(self, watch: Watch) -> None:
-        super().__init__(quiet=True)
         self._watch = watch
 
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Told on."""
-        super().round(record)
-        self._watch(self.finished_rounds)
+    @override
+    def on_round(self, event: RoundEvent) -> None:
+        self._watch(event.round)
 
 
 def _run_here(config: SimulationConfig, watch: Watch) -> str:
     """Why it failed; nothing where it did not."""
     try:
-        run_simulation(config, console=_Silent(watch))
+        run_simulation(config, callbacks=_Watching(watch))
     except InputError as error:
         return "; ".join(error.problems)
     except FedlotrError as error:

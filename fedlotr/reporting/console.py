@@ -16,9 +16,11 @@ from typing import Any, Self, TextIO
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typing_extensions import override
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
+from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 
 SHOWN_CLIENTS = 8
@@ -46,11 +48,10 @@ METRICS = {"accuracy": "{:.4f}", "perplexity": "{:.2f}"}
 """The metrics a task may have, and how each is written; one of the caller's own is written as accuracy is."""
 
 
-class Console:
+class Console(Callbacks):
     """The display of one run; with `quiet` it prints nothing, but still keeps `run_dir` and `finished_rounds`.
 
-    The run calls `start` once, `stage` before each thing that takes a while, `round` after every round and `finish`
-    once. Used in a `with` statement, or closed by `close`, it leaves the terminal as it was.
+    `stage` says what takes a while. Used in a `with` statement, or closed by `close`, it leaves the terminal as it was.
     """
 
     def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
@@ -83,14 +84,10 @@ class Console:
         """Note where the run is kept and how many rounds of it are there already, for whoever has to explain an end."""
         self.run_dir, self.finished_rounds = run_dir, finished_rounds
 
-    def start(self, config: SimulationConfig, facts: Mapping[str, Any]) -> None:
-        """Show what is about to run.
-
-        facts: what the configuration alone does not say; all may be missing. parameters, trained_adapter, trained_head
-        (numbers); train_examples, test_examples, labels (names), largest_class (its share of the test split), task;
-        metric (the decisive one); strategy, basis, tie, lr, head_lr, workers, threads, cohort (resolved); partition:
-        one mapping a client with client, examples and labels (name to number).
-        """
+    @override
+    def on_start(self, event: StartEvent) -> None:
+        """Show what is about to run."""
+        config, facts = event.config, event.facts
         self._rounds, self._metric = config.rounds, facts.get("metric")
         header = _header(config, facts)
         if self.run_dir is not None:
@@ -111,9 +108,10 @@ class Console:
         """Say what the user must know of the run, above the progress bar."""
         self._print(f"warning: {text}", style="yellow")
 
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Show one finished round: the object that metrics.jsonl gets."""
-        number = int(record["round"])
+    @override
+    def on_round(self, event: RoundEvent) -> None:
+        """Show one finished round."""
+        number, record = event.round, event.metrics
         failed = int(record.get("failed") or 0)
         self._failed += failed
         self._bytes += int(record.get("bytes_up") or 0) + int(record.get("bytes_down") or 0)
@@ -147,9 +145,11 @@ class Console:
             self._progress.update(self._task, completed=self.finished_rounds, latest=latest)
             self._show_bar()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    @override
+    def on_finish(self, event: FinishEvent) -> None:
         """Show the closing table: summary.json, in the words of a person."""
         self.close()
+        summary = event.summary
         rows = _closing_rows(summary, summary.get("failed_clients", self._failed))
         show_table(self._out, [], rows, title="Result", right=[1], bold=[0])
         if self.run_dir is not None:

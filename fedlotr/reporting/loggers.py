@@ -21,8 +21,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from fedlotr.errors import SHOWN
 from fedlotr.files import write_atomically
+from fedlotr.reporting.callbacks import Callbacks, RoundEvent, TrainedEvent
 from fedlotr.said import say
 
 Row = Mapping[str, Any]
@@ -308,7 +311,7 @@ def unusable(wanted: Sequence[str], out: Path | None) -> Iterator[str]:
                 yield f"--{option}: {trouble}, or leave --{option} out"
 
 
-class Loggers:
+class Loggers(Callbacks):
     """The loggers of a run. None of them can stop it, or hold it up."""
 
     def __init__(self, made: Mapping[str, MetricLogger]) -> None:
@@ -319,11 +322,15 @@ class Loggers:
         known = list(rows)
         self._each(lambda logger: logger.begin(known))
 
-    def round(self, row: Row) -> None:
-        """See `MetricLogger`."""
-        self._each(lambda logger: logger.round(row))
+    @override
+    def on_round(self, event: RoundEvent) -> None:
+        self._each(lambda logger: logger.round(event.metrics))
 
-    def settle(self, seconds: float = LAST_SECONDS) -> None:
+    @override
+    def on_trained(self, event: TrainedEvent) -> None:
+        self._settle(LAST_SECONDS)
+
+    def _settle(self, seconds: float) -> None:
         """Wait until all is told, so long at most."""
         until = time.monotonic() + seconds
         for teller in self._told:
@@ -332,7 +339,7 @@ class Loggers:
     def close(self, status: str) -> None:
         """See `MetricLogger`."""
         self._each(lambda logger: logger.close(status))
-        self.settle(INTERRUPTED_SECONDS if status == "interrupted" else LAST_SECONDS)
+        self._settle(INTERRUPTED_SECONDS if status == "interrupted" else LAST_SECONDS)
         for teller in self._told:
             teller.end()
 
@@ -386,14 +393,18 @@ class _Teller:
 
 
 @contextmanager
-def open_loggers(wanted: Sequence[str], folder: Path, options: Row) -> Iterator[Loggers]:
-    """The loggers of these options, closed with how the run ended. options: the run's configuration, flat."""
+def open_loggers(wanted: Sequence[str], folder: Path, options: Row, rows: Sequence[Row]) -> Iterator[Loggers]:
+    """The loggers of these options, closed with how the run ended.
+
+    options: the run's configuration, flat. rows: of the rounds that are finished already.
+    """
     with ExitStack() as stack:
         if "mlflow" in wanted:
             stack.enter_context(_patience(MLFLOW_PATIENCE))
         loggers = Loggers({option: LOGGERS[option][1](folder, options) for option in wanted})
         status = "failed"
         try:
+            loggers.begin(rows)
             yield loggers
             status = "finished"
         except KeyboardInterrupt:

@@ -26,10 +26,9 @@ from fedlotr.flower.scoring import evaluate
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.machine import kept_waiting
 from fedlotr.privacy.guard import Guard
-from fedlotr.reporting.console import Console
-from fedlotr.reporting.loggers import Loggers
+from fedlotr.reporting.callbacks import TrainedEvent
 from fedlotr.run.baselines import Alone, over_clients, without_wire
-from fedlotr.run.callbacks import Audience
+from fedlotr.run.callbacks import Audience, evaluated, finished
 from fedlotr.run.directory import Checkpoint, RunDirectory
 from fedlotr.run.export import OwnBase, write_adapter
 from fedlotr.run.federation import federation
@@ -50,16 +49,14 @@ class Rounds:
         prepared: Prepared,
         directory: RunDirectory,
         grid: Engine | FlowerGrid,
-        display: Console,
         started: float,
         audience: Audience,
-        loggers: Loggers,
         guard: Guard | None,
         heard: Heard,
     ) -> None:
         self.config, self.prepared, self.directory = config, prepared, directory
-        self.grid, self.display, self.started = grid, display, started
-        self.audience, self.loggers, self.heard = audience, loggers, heard
+        self.grid, self.started = grid, started
+        self.audience, self.heard = audience, heard
         self.history: list[dict[str, Any]] = []
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
@@ -88,7 +85,7 @@ class Rounds:
             self.directory.go_back_to(None)  # a run that was killed in its first round has left something
             self.initial = self._evaluate(state)
             log.info("before the first round: %s", self.initial)
-            self.audience.evaluated(0, self.initial)
+            self.audience.tell(evaluated(0, self.initial))
             return state
         check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
         with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
@@ -141,14 +138,14 @@ class Rounds:
                     say(f"round {state.round}: the model that it published has a loss that is not finite")
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
             self._keep(done, state, strategy)
-            self.audience.finished(done, evaluation, self.directory.path)
+            self.audience.tell(*finished(done, evaluation, self.directory.path))
         if state.round < config.rounds:
             self._end_early(state)
         if isinstance(strategy, Alone):
             state = replace(state, arrays=strategy.all(config.clients, state.arrays))
         else:
             self._write_adapters(state)
-        self.loggers.settle()
+        self.audience.tell(TrainedEvent(state.round))
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(
@@ -256,7 +253,7 @@ class Rounds:
         return found
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
-        """Put a finished round on disk, then on the display: the checkpoint last, since it is what makes it count."""
+        """Put a finished round on disk: the checkpoint last, since it is what makes it count."""
         self.ledger.append(write_part(self.directory.ledger, state.round, done.entries))
         self.directory.append_metrics(done.metrics)
         self.history.append(done.metrics)
@@ -293,5 +290,3 @@ class Rounds:
         before_harm = [] if state.watch.first is None else [state.watch.first - 1]
         self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, before_harm)
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})
-        self.loggers.round(done.metrics)
-        self.display.round(done.metrics)

@@ -31,12 +31,13 @@ from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.models.precision import measured_dtype, repeatable
+from fedlotr.reporting.callbacks import Callbacks, FinishEvent, StartEvent
 from fedlotr.reporting.console import METRICS as FORMS
 from fedlotr.reporting.console import Console, readable_bytes
 from fedlotr.reporting.loggers import missing_packages, open_loggers, unusable
 from fedlotr.run.baselines import strategy_of
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
-from fedlotr.run.callbacks import Audience, Callbacks
+from fedlotr.run.callbacks import Audience
 from fedlotr.run.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.log import log_to
@@ -130,7 +131,7 @@ def run_simulation(
     with console or Console(quiet=quiet or config.quiet) as display, _place_for(model) as place:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
-        audience = Audience(callbacks)
+        audience = Audience([display], callbacks)
         own = Brought(data, model, task, place)
         problems = problems_at_the_door(config, brings_engine=engine is not None, brought=own.fields)
         if problems:
@@ -164,15 +165,15 @@ def run_simulation(
             )
             known = facts(prepared) | ({} if guard is None else {"privacy": guard.in_words()})
             directory.write_facts(known)
-            display.start(config, known)
-            loggers = stack.enter_context(open_loggers(config.loggers, directory.path, config.reported()))
-            run = Rounds(config, prepared, directory, grid, display, started, audience, loggers, guard, heard)
+            audience.tell(StartEvent(finished, config, known))
+            run = Rounds(config, prepared, directory, grid, started, audience, guard, heard)
             state = run.begin(strategy, checkpoint)
-            loggers.begin(run.history)
+            loggers = open_loggers(config.loggers, directory.path, config.reported(), run.history)
+            audience.own.append(stack.enter_context(loggers))
             dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
             summary = run.run(strategy, state)
             _report(directory.path)
-            display.finish(summary)
+            audience.tell(FinishEvent(state.round, summary))
         return SimulationResult(summary, run.history, directory.path)
 
 
