@@ -11,7 +11,7 @@ import yaml
 
 from fedlotr import SimulationConfig, cli, run_simulation, simulate
 from fedlotr.evaluation.scores import evaluate
-from fedlotr.flower.links.personal import summary_of
+from fedlotr.flower.scoring import summary_of
 from fedlotr.run.baselines import over_clients, pooled
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.federation import LR_FACTORS

@@ -17,8 +17,8 @@ from fedlotr.adapters import CoreConfig
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.evaluation.scores import evaluate
-from fedlotr.flower.links.personal import summary_of
 from fedlotr.flower.round import Federation, sample_clients
+from fedlotr.flower.scoring import summary_of
 from fedlotr.flower.serialize import unpack
 from fedlotr.flower.state import load_clients
 from fedlotr.run.directory import RunDirectory

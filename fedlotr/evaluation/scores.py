@@ -1,5 +1,6 @@
 """The model on held-out examples: sums that add up over shards, whatever process computed each."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +37,11 @@ class Scores:
     def accuracy(self) -> float:
         """Share of examples classified rightly."""
         return self.correct / max(self.units, 1)
+
+    @property
+    def perplexity(self) -> float:
+        """Of a language model; bounded, where the loss is past all bounds."""
+        return math.exp(min(self.mean_loss, 700))
 
 
 def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Results | None = None) -> Scores:

@@ -1,9 +1,10 @@
-"""The server's own work between rounds: the model scored on the held-out examples, spread over the engine's workers."""
+"""The server's own work between rounds: the model scored on the held-out examples, or each client's on its own rows."""
 
 import logging
-import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
@@ -13,6 +14,7 @@ from fedlotr.evaluation.results import Results
 from fedlotr.evaluation.scores import Scores, shards, sum_scores
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.carry import carry_records
+from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.replies import first_line
 from fedlotr.flower.round import nodes_by_client
 
@@ -30,39 +32,87 @@ def evaluate(
     The server's own work, spread over the engine's workers; it passes by the ledger. carry: what the model carries;
     workers lack its newest version. Raises FedlotrError where a shard fails.
     """
+    measured = {} if federation.measure is None else {"rows": True}
+    pieces = [
+        {"start": piece.start, "stop": piece.stop, **measured}
+        for piece in shards(federation.held_out, EVALUATION_SHARD)
+    ]
+    asked = [(at % federation.clients, config, "evaluation") for at, config in enumerate(pieces)]
+    answers = _ask(grid, asked, arrays, carry)
+    scores = sum_scores([_scores(answer) for answer in answers])
+    further: dict[str, float | None] = {}
+    if federation.measure is not None:
+        rows = [{name: array.numpy() for name, array in answer["rows"].items()} for answer in answers]
+        further = federation.measure(Results.joined(rows))
+    if federation.causal:
+        return {"loss": scores.mean_loss, "perplexity": scores.perplexity, **further}
+    return {"loss": scores.mean_loss, "accuracy": scores.accuracy, **further}
+
+
+def evaluate_clients(
+    grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], carry: Carry | None = None, *, causal: bool
+) -> dict[str, Any]:
+    """Every client's own model on its own rows: mean, spread (standard deviation) and worst tenth over the clients.
+
+    held_back: each client's number of such rows; who has none is left out. carry: as for `evaluate`.
+    Every client counts the same. The metric is accuracy, or perplexity (whose worst are the largest). Raises
+    FedlotrError where a client fails.
+    """
+    asked = [
+        (client, {OWN_ROWS: True}, f"evaluation of client {client} on its own rows")
+        for client, rows in enumerate(held_back)
+        if rows
+    ]
+    found = [_scores(answer) for answer in _ask(grid, asked, arrays, carry)]
+    scores = [one.perplexity if causal else one.accuracy for one in found]
+    return summary_of([one.mean_loss for one in found], scores, larger_is_worse=causal)
+
+
+def _ask(
+    grid: Grid, asked: Sequence[tuple[int, dict[str, Any], str]], arrays: ArrayRecord, carry: Carry | None
+) -> list[Any]:
+    """What comes of evaluate messages, in their order: (client, config, what it is called where it fails) of each."""
     nodes = nodes_by_client(grid)
     carried = {} if carry is None else carry_records(carry, max(carry.version - 1, 0))
-    pieces = shards(federation.held_out, EVALUATION_SHARD)
-    asked = {} if federation.measure is None else {"rows": True}
     messages = [
         Message(
-            RecordDict(
-                {
-                    "arrays": arrays,
-                    "config": ConfigRecord({"start": piece.start, "stop": piece.stop, **asked}),
-                    **carried,
-                }
-            ),
-            nodes[at % federation.clients],
+            RecordDict({"arrays": arrays, "config": ConfigRecord(config), **carried}),
+            nodes[client],
             MessageType.EVALUATE,
         )
-        for at, piece in enumerate(pieces)
+        for client, config, _ in asked
     ]
     replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages)}
-    parts: list[Scores] = []
-    rows: list[dict[str, Any]] = []
-    for message in messages:
-        reply = replies[message.metadata.message_id]
+    answers = [replies[message.metadata.message_id] for message in messages]
+    for (_, _, name), reply in zip(asked, answers, strict=True):
         if reply.has_error():
             reason = reply.error.reason or "no reason was given"
-            log.error("evaluation failed: %s", reason)
-            raise FedlotrError(f"evaluation failed: {first_line(reason)}")
-        content: Any = reply.content
-        found = content["metrics"]
-        parts.append(Scores(float(found["loss"]), int(found["units"]), int(found["correct"])))
-        rows += [{name: array.numpy() for name, array in content["rows"].items()}] if asked else []
-    scores = sum_scores(parts)
-    further = {} if federation.measure is None else federation.measure(Results.joined(rows))
-    if federation.causal:
-        return {"loss": scores.mean_loss, "perplexity": math.exp(min(scores.mean_loss, 700)), **further}
-    return {"loss": scores.mean_loss, "accuracy": scores.accuracy, **further}
+            log.error("%s failed: %s", name, reason)
+            raise FedlotrError(f"{name} failed: {first_line(reason)}")
+    return [reply.content for reply in answers]
+
+
+def _scores(answer: Any) -> Scores:
+    found = answer["metrics"]
+    return Scores(float(found["loss"]), int(found["units"]), int(found["correct"]))
+
+
+def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
+    """The mean of the worst tenth of the clients' scores: of ⌈n/10⌉ of n, so never of fewer than a tenth, nor of none.
+
+    This is what "worst tenth" means wherever a run says it.
+    """
+    ordered = sorted(scores, reverse=larger_is_worse)
+    return float(np.mean(ordered[: -(-len(ordered) // 10)]))
+
+
+def summary_of(losses: Sequence[float], scores: Sequence[float], *, larger_is_worse: bool) -> dict[str, Any]:
+    """Of scores by client."""
+    return {
+        "metric": "perplexity" if larger_is_worse else "accuracy",
+        "clients": len(scores),
+        "loss": float(np.mean(losses)),
+        "mean": float(np.mean(scores)),
+        "spread": float(np.std(scores)),
+        "worst_tenth": worst_tenth(scores, larger_is_worse=larger_is_worse),
+    }

@@ -20,9 +20,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 
 from fedlotr.flower import Strategy, Update, weighted_mean
-from fedlotr.flower.links.personal import worst_tenth
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import Round
+from fedlotr.flower.scoring import worst_tenth
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.packing import Rows
 

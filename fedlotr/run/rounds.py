@@ -18,11 +18,11 @@ from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain
-from fedlotr.flower.links.personal import evaluate_clients, personal
+from fedlotr.flower.links.personal import personal
 from fedlotr.flower.norms import Watch
 from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.round import BudgetSpentError, Round, State, can_pay, run_round
-from fedlotr.flower.scoring import evaluate
+from fedlotr.flower.scoring import evaluate, evaluate_clients
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.machine import kept_waiting
 from fedlotr.privacy.guard import Guard
