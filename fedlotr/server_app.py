@@ -7,12 +7,14 @@ Flower's run configuration holds scalars only, so one key names a CONFIG.yaml an
 An app's working folder is Flower's, hence absolute paths.
 """
 
+import sys
 from contextlib import closing
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlotr.commands.door import refuse
 from fedlotr.config.configuration import SimulationConfig, load
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError
@@ -53,6 +55,5 @@ def main(grid: Grid, context: Context) -> None:
                 start=str(context.run_id),
             )
     except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", flush=True)
+        refuse(error.problems, sys.stdout)
         raise

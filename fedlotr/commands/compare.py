@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlotr.commands.door import refuse
 from fedlotr.errors import InputError
 
 
@@ -34,9 +35,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         found = compare(given.runs)
     except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return refuse(error.problems)
     for warning in found.warnings:
         print(f"note: {warning}", file=sys.stderr)
     if given.out is not None:

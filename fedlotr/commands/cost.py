@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlotr.adapters.methods import METHODS
+from fedlotr.commands.door import refuse
 from fedlotr.communication.links import CUSTOM, PROFILES, read_link
 from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
 from fedlotr.errors import InputError, nearest
 
-DONE, BAD_INPUT = 0, 2
+DONE = 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,9 +23,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _print(given)
     except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return BAD_INPUT
+        return refuse(error.problems)
     return DONE
 
 

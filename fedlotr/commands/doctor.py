@@ -9,7 +9,7 @@ from typing import Any, Literal
 import rich.console
 
 from fedlotr import __version__, machine
-from fedlotr.commands.door import BAD_INPUT, through
+from fedlotr.commands.door import refuse, through
 from fedlotr.commands.simulate import DONE
 from fedlotr.config.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.config.preflight import standing_folder
@@ -78,9 +78,7 @@ def _report(words: Sequence[str]) -> int:
         print(json.dumps(report))
     elif not config.quiet:
         _print(findings, problems)
-    for problem in problems:
-        print(f"error: {' '.join(problem.splitlines())}", file=sys.stderr)
-    return BAD_INPUT if problems else DONE
+    return refuse(problems) if problems else DONE
 
 
 def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[str]]:

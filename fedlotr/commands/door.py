@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from fedlotr.engines.endings import exit_code, heeded, in_words, listening
@@ -101,6 +101,14 @@ def _ended(command: Callable[[], int]) -> int:
         if isinstance(error, BrokenPipeError):
             return PIPE_CLOSED
         return _say(f"error: standard output cannot be written ({error.strerror})", FAILED)
+
+
+def refuse(problems: Sequence[str], stream: TextIO | None = None) -> int:
+    """Say what is wrong on standard error, or there, in a line each, and return BAD_INPUT."""
+    for problem in problems:
+        line = " ".join(problem.splitlines())  # a library's words may have several
+        print(f"error: {line}", file=stream or sys.stderr, flush=True)
+    return BAD_INPUT
 
 
 def _say(line: str, code: int) -> int:

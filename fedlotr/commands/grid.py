@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedlotr.commands.door import BAD_INPUT, FAILED, through
+from fedlotr.commands.door import FAILED, refuse, through
 from fedlotr.commands.simulate import DONE
 from fedlotr.engines.endings import exit_code, heeded, in_words
 from fedlotr.errors import FedlotrError, InputError
@@ -62,9 +62,7 @@ def _grid(argv: Sequence[str] | None) -> int:
     try:
         return _run(given.grid, out, in_process=given.in_process, quiet=given.quiet)
     except InputError as error:
-        for problem in error.problems:
-            print(f"error: {' '.join(problem.splitlines())}", file=sys.stderr)
-        return BAD_INPUT
+        return refuse(error.problems)
     except FedlotrError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

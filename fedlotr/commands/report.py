@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedlotr.commands.door import refuse
 from fedlotr.errors import InputError
 
 
@@ -25,9 +26,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         path = write_report(given.run, given.out)
     except InputError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return refuse(error.problems)
     except OSError as error:
         print(f"error: the report cannot be written to {error.filename}: {error.strerror}", file=sys.stderr)
         return 1

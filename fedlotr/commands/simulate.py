@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlotr.commands.door import BAD_INPUT, FAILED, NO_MEMORY, lacks_memory, through
+from fedlotr.commands.door import BAD_INPUT, FAILED, NO_MEMORY, lacks_memory, refuse, through
 from fedlotr.config.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.engines.endings import exit_code, heeded, in_words, told
 from fedlotr.errors import FedlotrError, InputError
@@ -40,7 +40,7 @@ def _simulate(words: Sequence[str]) -> int:
     try:
         config = load(words)
     except ConfigurationError as error:
-        _refuse(error)
+        refuse(error.problems)
         return _refuse_further(error)
     with Console(quiet=config.quiet) as console, ExitStack() as early:  # what is said is said before workers end
         try:
@@ -57,7 +57,7 @@ def _simulate(words: Sequence[str]) -> int:
                 print(f"{in_words(number)}{_finished(console.finished_rounds, console.run_dir)}", file=sys.stderr)
                 return exit_code(number)
             if isinstance(error, InputError):
-                return _refuse(error)
+                return refuse(error.problems)
             _explain(error, console.run_dir)
             return FAILED
     if config.json_output:
@@ -79,12 +79,6 @@ def early_workers(config: SimulationConfig) -> "AbstractContextManager[HeadStart
     return HeadStart(CLIENT_APP, workers_of(config), threads_of(config))
 
 
-def _refuse(error: InputError) -> int:
-    for problem in error.problems:
-        print(f"error: {' '.join(problem.splitlines())}", file=sys.stderr)  # a library's words may have several lines
-    return BAD_INPUT
-
-
 def _refuse_further(known: ConfigurationError) -> int:
     """After the mistakes in the words those that data, model and strategy show, which take seconds to load."""
     if known.wrong >= {"data", "model", "strategy_arg"}:
@@ -96,7 +90,7 @@ def _refuse_further(known: ConfigurationError) -> int:
         try:
             check_all(known.config, known.wrong)
         except InputError as error:
-            _refuse(error)
+            refuse(error.problems)
     return BAD_INPUT
 
 
