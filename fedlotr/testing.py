@@ -120,7 +120,7 @@ def _model(method: str, tie: str, dtype: torch.dtype, width: int = RANK) -> Trai
     if config.basis_kind.made_of == "gradient":
         x = torch.from_numpy(stream.standard_normal((8, width))).to(dtype)
         config = initialize_basis(net, [x], lambda model, batch: model(batch).square().sum(), config)
-    return TrainableModel(net, ModelSpec("", "causal-lm", 0, False, 0), config)
+    return TrainableModel(net, ModelSpec(path="", kind="causal-lm", labels=0, mean_pooled=False, pad_id=0), config)
 
 
 def _dense(model: TrainableModel | None, arrays: Mapping[str, Any]) -> list[Any]:

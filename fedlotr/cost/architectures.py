@@ -106,7 +106,8 @@ def _module(model: str, kind: Kind | None, labels: int) -> tuple[nn.Module, Kind
     try:
         if folder.is_dir() and list(folder.glob("*.safetensors")):
             # What the files lack is a part of the head.
-            return load_base(ModelSpec(str(folder), kind, labels, mean_pooled, 0), meta=True), kind, source
+            spec = ModelSpec(path=str(folder), kind=kind, labels=labels, mean_pooled=mean_pooled, pad_id=0)
+            return load_base(spec, meta=True), kind, source
         return _from_config(config, kind, labels, mean_pooled), kind, source
     except Exception as error:
         raise InputError(f"--model {model}: cannot be built for {kind}: {first_line(error)}") from error

@@ -171,137 +171,219 @@ def check(
     wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
     Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
     """
-    problems: list[str] = []
+    found = _Findings(config, wrong, brought)
+    source, task, own_task = _data(found, source)
+    labels, dealt = _clients(found, source, task)
+    public_source = _public(found, source, task, own_task)
+    own, folder, tokenizer = _model_files(found)
+    if source is not None and task is not None and tokenizer is not None and labels is not None:
+        rows, limit = source.train, found.config.max_length
+        # One row shows whether --max-length leaves room for any text.
+        found.attempt(lambda: encode(task, rows.select([0]), tokenizer, limit), "max_length")
+    if folder is not None and found.config.dtype == "saved":
+        saved_in, model = folder, found.config.model
+        if (dtype := found.attempt(lambda: dtype_on_disk(saved_in, model), "dtype", "model")) is not None:
+            found.config = found.config.model_copy(update={"dtype": dtype})
+    spec = core = start = None
+    if folder is not None and tokenizer is not None and found.config.dtype != "saved":
+        spec = _spec(found.config, folder, tokenizer, task, own)
+        core, start = _adapter(found, spec, sure=task is not None)
+    if found.problems or wrong:
+        raise InputError(found.problems)
+    assert source is not None and task is not None and tokenizer is not None and spec is not None
+    assert labels is not None and dealt is not None
+    config = found.config
+    public, parts = dealt
+    if public_source is not None:
+        public = generator(config.seed, "public-data").permutation(len(public_source.train))[: config.public_examples]
+    parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
+    training = _training(config)
+    if config.baseline == "central":
+        parts, training = pooled(parts, training, config.sampled_clients)
+    return Checked(
+        config=config,
+        source=source,
+        task=task,
+        tokenizer=tokenizer,
+        spec=spec,
+        core=core,
+        training=training,
+        public=public,
+        parts=parts,
+        labels=labels,
+        test_rows=_test_rows(config, len(source.test)),
+        start=start,
+        own_model=own,
+        own_task=own_task,
+        held_back=held_back,
+        public_source=public_source,
+    )
 
-    def attempt(step: Callable[[], _T], *fields: str) -> _T | None:
-        if any(field in wrong for field in fields):
+
+class _Findings:
+    """What is wrong with a configuration, as far as it has been looked at; and the configuration, as it is then."""
+
+    def __init__(self, config: SimulationConfig, wrong: Collection[str], brought: Brought) -> None:
+        self.config, self.wrong, self.brought = config, wrong, brought
+        self.problems: list[str] = []
+
+    def attempt(self, step: Callable[[], _T], *fields: str) -> _T | None:
+        """What a step returns; None where one of its fields is known to be wrong, or where it finds something wrong."""
+        if any(field in self.wrong for field in fields):
             return None
         try:
             return step()
         except InputError as error:
-            found = [text + (if_moved(fields[0], text) if config.resume and fields else "") for text in error.problems]
-            problems.extend(problem for problem in found if problem not in problems)
+            moved = self.config.resume and fields
+            told = [text + (if_moved(fields[0], text) if moved else "") for text in error.problems]
+            self.problems.extend(problem for problem in told if problem not in self.problems)
             return None
 
-    def names_brought(field: str, name: str) -> SimulationConfig:
-        problem = other_than_named(field, getattr(config, field), name)
-        problems.extend([problem] if problem else [])
-        return config.model_copy(update={field: name})
+    def name(self, field: str, name: str) -> None:
+        """Have the configuration name what the caller brought."""
+        problem = other_than_named(field, getattr(self.config, field), name)
+        self.problems.extend([problem] if problem else [])
+        self.config = self.config.model_copy(update={field: name})
 
-    source = source or attempt(
-        lambda: read_source(config, brought.data),
-        *("data", "eval_data", "eval_split", "text_column", "label_column"),
-    )
-    task = tokenizer = labels = dealt = spec = core = start = None
+
+def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task | None, OwnTask | None]:
+    """The rows, and what is learnt from them. source: where they have been read."""
+    config, brought = found.config, found.brought
+    fields = ("data", "eval_data", "eval_split", "text_column", "label_column")
+    source = source or found.attempt(lambda: read_source(config, brought.data), *fields)
     if source is not None and brought.data is not None:
         if config.privacy != "none":
             source = replace(source, name=HIDDEN)
-        config = names_brought("data", source.name)
-    own_task = attempt(lambda: check_task(brought.task)) if brought.task is not None else None
+        found.name("data", source.name)
+    own_task = found.attempt(lambda: check_task(brought.task)) if brought.task is not None else None
     if own_task is not None:
-        config = names_brought("task", task_name(own_task))
+        found.name("task", task_name(own_task))
         options = ("text_column", "label_column", "label_names")
         if unread := [option for option in options if getattr(config, option) is not None]:
-            problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
+            found.problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
         if METHODS[config.method].personal and own_task.metric_name is not None:
-            problems.append(
+            found.problems.append(
                 f"--method {config.method}: factors stay with the clients, who are scored by accuracy or perplexity on "
                 f"rows of their own, not by the task's {own_task.metric_name!r}; choose a method without such factors"
             )
-    if source is not None and own_task is not None:
-        raw = source
-        source, task = attempt(lambda: apply_task(own_task, raw)) or (None, None)
-    elif source is not None and brought.task is None:
-        told = config.privacy == "none"
-        task = attempt(lambda: resolve_task(config.task, source, config.labels, told=told), "task", "label_names")
-    if source is not None:
-        if task is not None and task.kind == "causal-lm" and config.method == "head":
-            problems.append(
-                "--method head: a language model has no classification head; choose a method that adapts layers"
-            )
-        labels = None if task is None else attempt(lambda: task.labels(source.train))
-        if task is not None:
-            attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
-        if labels is not None:
-            dealt = attempt(
-                lambda: _deal(config, source, labels), "partition", "clients", "max_examples", "public_examples"
-            )
-    public_source = None
-    if config.public_data is not None and task is not None:
-        given_task = task
-        public_source = attempt(lambda: _public_source(config, given_task, own_task), "public_data", "data")
-        if public_source is not None and source is not None:
-            attempt(lambda: check_public(config, public_source, source, given_task), "privacy")
-    # A model is not fetched for a run that will not start.
-    own = attempt(lambda: keep_model(brought.model, brought.folder)) if brought.model is not None else None
-    if own is not None:
-        config = names_brought("model", own.name)
+    if source is None:
+        return None, None, own_task
+    raw = source
+    if own_task is not None:
+        source, task = found.attempt(lambda: apply_task(own_task, raw)) or (None, None)
+        return source, task, own_task
+    if brought.task is not None:
+        return source, None, None
+    told = config.privacy == "none"
+    task = found.attempt(lambda: resolve_task(config.task, raw, config.labels, told=told), "task", "label_names")
+    return source, task, None
+
+
+def _clients(
+    found: _Findings, source: Source | None, task: Task | None
+) -> tuple[Rows | None, tuple[Rows, list[Rows]] | None]:
+    """The labels of the rows to train on, and these as they are dealt out: public ones, and each client's."""
+    if source is None or task is None:
+        return None, None
+    config = found.config
+    if task.kind == "causal-lm" and config.method == "head":
+        found.problems.append(
+            "--method head: a language model has no classification head; choose a method that adapts layers"
+        )
+    labels = found.attempt(lambda: task.labels(source.train))
+    found.attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
+    if labels is None:
+        return None, None
+    fields = ("partition", "clients", "max_examples", "public_examples")
+    return labels, found.attempt(lambda: _deal(config, source, labels), *fields)
+
+
+def _public(found: _Findings, source: Source | None, task: Task | None, own_task: OwnTask | None) -> Source | None:
+    """What --public-data names, where it names something."""
+    config = found.config
+    if config.public_data is None or task is None:
+        return None
+    public = found.attempt(lambda: _public_source(config, task, own_task), "public_data", "data")
+    if public is not None and source is not None:
+        found.attempt(lambda: check_public(config, public, source, task), "privacy")
+    return public
+
+
+def _model_files(found: _Findings) -> tuple[OwnModel | None, Path | None, PreTrainedTokenizerBase | None]:
+    """The caller's own model, if there is one; the folder that the model lies in; and its tokenizer."""
+    brought = found.brought
+    own: OwnModel | None = None
     folder: Path | None
     if brought.model is not None:
+        own = found.attempt(lambda: keep_model(brought.model, brought.folder))
+        if own is not None:
+            found.name("model", own.name)
         folder = None if own is None else own.folder
     else:
-        folder = attempt(
-            lambda: supported_folder(config.model, config.quantize, fetch=not wrong and not problems), "model"
-        )
-    if folder is not None:
-        tokenizer = own.tokenizer if own else attempt(lambda: load_tokenizer(folder, config.model))
-        attempt(
-            lambda: check_length(
-                own.architecture if own else read_architecture(folder, config.model), config.model, config.max_length
-            ),
-            "max_length",
-        )
-    if source is not None and task is not None and tokenizer is not None and labels is not None:
-        # One row shows whether --max-length leaves room for any text.
-        attempt(lambda: encode(task, source.train.select([0]), tokenizer, config.max_length), "max_length")
-    if folder is not None and config.dtype == "saved":
-        saved_in = folder
-        if (dtype := attempt(lambda: dtype_on_disk(saved_in, config.model), "dtype", "model")) is not None:
-            config = config.model_copy(update={"dtype": dtype})
-    if folder is not None and tokenizer is not None and config.dtype != "saved":
-        # Where the data do not tell what it is for, a model can still have too narrow layers.
-        spec = ModelSpec(
-            str(folder),
-            task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
-            len(task.label_names) if task else 2,
-            is_sentence_encoder(folder),
-            pad_id(tokenizer),
-            "float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
-            own.code if own else None,
-            own.code_folder if own else "",
-            config.gradient_checkpointing,
-            config.quantize,
-            "cpu" if config.device == "auto" else config.device,
-        )
-        skeleton = attempt(lambda: build_skeleton(config, spec, sure=task is not None))
-        targets: list[str] | None = []
-        if skeleton is not None and METHODS[config.method].adapts:
-            targets = attempt(lambda: _targets(config, skeleton), "targets")
-            if targets is not None:
-                if METHODS[config.method].factored:
-                    attempt(lambda: _check_rank(config, skeleton, targets), "rank")
-                core = attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
-                if core is not None and core.tie == "all":
-                    attempt(lambda: _check_one_shape(skeleton, targets), "tie")
-        if config.init_adapter is not None and skeleton is not None and task is not None and targets is not None:
-            given, adapted = config.init_adapter, targets
-            start = attempt(lambda: warm_start(given, skeleton, adapted, config.method), "init_adapter", "method")
-    if problems or wrong:
-        raise InputError(problems)
-    assert source is not None and task is not None and tokenizer is not None and spec is not None
-    assert labels is not None and dealt is not None
-    public, parts = dealt
-    if public_source is not None:
-        rows = len(public_source.train)
-        public = generator(config.seed, "public-data").permutation(rows)[: config.public_examples]
-    parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
-    if config.client_eval and not any(map(len, held_back)):
-        raise InputError(
-            f"--client-eval {config.client_eval}: no client has more than one example, so none can be held back; "
-            "give --clients a smaller number, or --max-examples a larger one"
-        )
+        config, fetch = found.config, not found.wrong and not found.problems  # not for a run that will not start
+        folder = found.attempt(lambda: supported_folder(config.model, config.quantize, fetch=fetch), "model")
+    if folder is None:
+        return own, None, None
+    config, place = found.config, folder
+    tokenizer = own.tokenizer if own else found.attempt(lambda: load_tokenizer(place, config.model))
+
+    def check_its_length() -> None:
+        architecture = own.architecture if own else read_architecture(place, config.model)
+        check_length(architecture, config.model, config.max_length)
+
+    found.attempt(check_its_length, "max_length")
+    return own, folder, tokenizer
+
+
+def _spec(
+    config: SimulationConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | None,
+    own: OwnModel | None,
+) -> ModelSpec:
+    """How the base is built; a guess where the data do not tell the task: it can still have too narrow layers."""
+    return ModelSpec(
+        path=str(folder),
+        kind=task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
+        labels=len(task.label_names) if task else 2,
+        mean_pooled=is_sentence_encoder(folder),
+        pad_id=pad_id(tokenizer),
+        dtype="float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
+        code=own.code if own else None,
+        code_folder=own.code_folder if own else "",
+        checkpointed=config.gradient_checkpointing,
+        quantize=config.quantize,
+        device="cpu" if config.device == "auto" else config.device,
+    )
+
+
+def _adapter(found: _Findings, spec: ModelSpec, *, sure: bool) -> tuple[CoreConfig | None, WarmStart | None]:
+    """What is put on the base, and what that starts from. sure: the data tell what the model is for."""
+    config = found.config
+    skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
+    if skeleton is None:
+        return None, None
+    core: CoreConfig | None = None
+    adapts = METHODS[config.method].adapts
+    targets = found.attempt(lambda: _targets(config, skeleton), "targets") if adapts else []
+    if targets is None:
+        return None, None
+    if adapts:
+        if METHODS[config.method].factored:
+            found.attempt(lambda: _check_rank(config, skeleton, targets), "rank")
+        core = found.attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
+        if core is not None and core.tie == "all":
+            found.attempt(lambda: _check_one_shape(skeleton, targets), "tie")
+    if config.init_adapter is None or not sure:
+        return core, None
+    given = config.init_adapter
+    return core, found.attempt(lambda: warm_start(given, skeleton, targets, config.method), "init_adapter", "method")
+
+
+def _training(config: SimulationConfig) -> LocalTraining:
     row = METHODS[config.method]
-    training = LocalTraining(
+    return LocalTraining(
         epochs=config.local_epochs or 1,
         steps=config.local_steps,
         batch_size=config.batch_size,
@@ -312,30 +394,6 @@ def check(
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm if config.privacy == "none" else None,  # else it bounds what one unit contributes
         optimizer_state=config.optimizer_state,
-    )
-    if config.baseline == "central":
-        parts, training = pooled(parts, training, config.sampled_clients)
-    count = len(source.test)
-    test_rows = np.arange(count)
-    if 0 < config.eval_examples < count:
-        test_rows = np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
-    return Checked(
-        config,
-        source,
-        task,
-        tokenizer,
-        spec,
-        core,
-        training,
-        public,
-        parts,
-        labels,
-        test_rows,
-        start,
-        own,
-        own_task,
-        held_back,
-        public_source,
     )
 
 
@@ -497,7 +555,7 @@ def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows,
 def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], list[Rows]]:
     """(rows to train on, rows to be evaluated on) of each client: a seeded share of its rows, rounded.
 
-    At least one of either, where a client has two; its only row is for training.
+    At least one of either, where a client has two; its only row is for training. Raises InputError where none has two.
     """
     if not share:
         return list(parts), [part[:0] for part in parts]
@@ -508,7 +566,19 @@ def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows
         chosen[generator(seed, "held back", client).choice(len(part), count, replace=False)] = True
         kept.append(part[~chosen])
         held.append(part[chosen])
+    if not any(map(len, held)):
+        raise InputError(
+            f"--client-eval {share}: no client has more than one example, so none can be held back; "
+            "give --clients a smaller number, or --max-examples a larger one"
+        )
     return kept, held
+
+
+def _test_rows(config: SimulationConfig, count: int) -> Rows:
+    """Those of the test split that are evaluated on, of so many."""
+    if not 0 < config.eval_examples < count:
+        return np.arange(count)
+    return np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
 
 
 def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows]:
