@@ -1,18 +1,26 @@
 """What the tests share: where the public data lies, tiny models of several kinds, and a command line to drive."""
 
+import ast
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests import forks
 from tests.support import Simulate
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+torch.set_num_threads(1)
+"""More make small products no quicker, and beside another process of tests they wait for each other."""
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -30,6 +38,43 @@ def pytest_runtest_call(item: pytest.Item) -> None:
         if module in sys.modules:
             seeding(sys.modules[module])
     item.add_report_section("call", "seed", f"FEDLOTR_TEST_SEED={SEED}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those marked `serial` come first, for one process of tests; then file by file, those that take longest first."""
+    cost: Counter[Path] = Counter()
+    for item in items:
+        cost[item.path] += 10 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: (item.get_closest_marker("serial") is None, -cost[item.path], item.path))
+
+
+@functools.cache
+def serial_tests(path: Path) -> set[str]:
+    """The tests of a file that are marked so, from its text: who shares them out has not loaded it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    marks = {ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign)}
+    if any("pytest.mark.serial" in mark for mark in marks):  # `pytestmark`
+        return {function.name for function in functions}
+    return {f.name for f in functions if "pytest.mark.serial" in map(ast.unparse, f.decorator_list)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: a file's tests share one process, and so its fixtures, but for those marked `serial`.
+
+    Not by xdist's own groups: it marks them in a test's id, which pytest 9.2 does not let it change.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, name = nodeid.partition("::")
+            return "serial" if name.partition("[")[0] in serial_tests(config.rootpath / path) else path
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -101,17 +146,22 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def simulate(tmp_path: Path) -> Simulate:
-    """Run `python -m fedlotr.simulate` in an empty folder, as a user would."""
+    """Run `python -m fedlotr.simulate` in an empty folder, as a user would, but for the seconds that imports take."""
 
-    def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
+        return forks.server(*forks.RUN).run(forks.SIMULATE, *words, cwd=tmp_path, **env)
+
+    return run
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Simulate:
+    """As `simulate`, from the first import on: for what happens while libraries load."""
+
+    def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "fedlotr.simulate", *map(str, words)]
         return subprocess.run(
-            [sys.executable, "-m", "fedlotr.simulate", *map(str, words)],
-            cwd=options.pop("cwd", tmp_path),
-            env={**os.environ, **options.pop("env", {})},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **options,
+            line, cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
         )
 
     return run

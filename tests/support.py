@@ -1,10 +1,8 @@
 """Plain functions and types that several tests use."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +15,13 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr import SimulationConfig
+from tests import forks
 
 if TYPE_CHECKING:
     from fedlotr.run.preparation import Checked, Prepared
 
 Simulate = Callable[..., "subprocess.CompletedProcess[str]"]
-"""Runs `python -m fedlotr.simulate` with the given words."""
+"""Runs `python -m fedlotr.simulate` with the given words, and environment by name."""
 
 
 UNIT = 2.0**-24
@@ -99,7 +98,7 @@ def plain_logits(*adapters: Path) -> list[torch.Tensor]:
             f"save_file({{'logits': logits.contiguous()}}, sys.argv[1] + '/logits-{at}.safetensors')\n"
         )
     out = adapters[0].parent
-    done = subprocess.run([sys.executable, "-c", program, str(out)], env={**os.environ}, capture_output=True, text=True)
+    done = forks.server("torch", "peft", "transformers").run(program, out, cwd=out)
     assert done.returncode == 0, done.stderr
     return [load_file(out / f"logits-{at}.safetensors")["logits"] for at in range(len(adapters))]
 

@@ -1,17 +1,16 @@
 """Every mistake in what a run is given, also in data and model, ends it at the door, in one report."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedlotr.commands import simulate
+from fedlotr.commands.simulate import main
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
+from tests.support import Simulate
 
 WIDTH = 32
 """Of the narrowest layers of stories260k, the keys and values."""
@@ -72,7 +71,7 @@ def test_each_mistake_alone_is_one_clear_error(
     filled = {
         key: value.replace("{}", str(tmp_path)) if isinstance(value, str) else value for key, value in changed.items()
     }
-    assert simulate.main([*given(**filled), "--quiet"]) == 2
+    assert main([*given(**filled), "--quiet"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert len(output.err.splitlines()) == len(changed)
@@ -95,11 +94,10 @@ def test_each_mistake_alone_is_one_clear_error(
     ],
 )
 def test_mistakes_of_all_kinds_are_in_one_report(
-    changed: dict[str, Any], starts: list[str], given: Callable[..., list[str]], tmp_path: Path
+    changed: dict[str, Any], starts: list[str], given: Callable[..., list[str]], simulate: Simulate, tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    command = [sys.executable, "-m", "fedlotr.simulate", *given(**changed)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = simulate(*given(**changed))
     assert (done.returncode, done.stdout) == (2, "")
     for line, start in zip(sorted(done.stderr.splitlines()), starts, strict=True):
         assert line.startswith(f"error: {start}")

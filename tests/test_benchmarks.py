@@ -19,12 +19,13 @@ from fedlotr import cli
 
 ROOT = Path(__file__).parents[1]
 
-SMALL_JOB = ["--clients", "2", "--examples", "4", "--rounds", "1", "--length", "16"]
+SMALL_JOB = ["--clients", "2", "--examples", "4", "--rounds", "1", "--length", "16", "--workers", "1"]
+SMALL_RUN = ["--max-examples", "4", "--sample", "2", "--eval-examples", "8"]
 SMALLEST = {
     "flower_peft": [*SMALL_JOB, "--accuracy", "--test", "8", "--sides", "flower+peft cached", "lora"],
-    "scaling": [*SMALL_JOB, "--workers", "1", "--only", "workers"],
-    "engine": ["--clients", "8", "--bytes", "2000", "--rounds", "1", "--only", "speed"],
-    "startup": ["--repeats", "1", "--options", "--max-examples", "4", "--sample", "2", "--eval-examples", "8"],
+    "scaling": [*SMALL_JOB, "--only", "workers"],
+    "engine": ["--clients", "8", "--bytes", "2000", "--rounds", "1", "--workers", "1", "--only", "speed"],
+    "startup": ["--repeats", "1", "--workers", "1", "--options", *SMALL_RUN],
     "privacy": ["--batch", "2", "--length", "8", "--ranks", "4", "--repeats", "1"],
     "prefix": ["--clients", "2", "--examples", "4", "--length", "8", "--blocks", "0", "--repeats", "1"],
     "gpu": ["--device", "cpu", "--small"],
@@ -64,6 +65,7 @@ def run_script(path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.serial
 def test_a_benchmark_runs_in_a_bare_clone_and_writes_its_figures(name: str, bare: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(

@@ -19,6 +19,7 @@ from fedlotr.errors import InputError
 from fedlotr.run import processes
 from fedlotr.run.simulation import problems_at_the_door, resolve
 from fedlotr.training import precision
+from tests import forks
 from tests.support import read_run
 
 TESTS = Path(__file__).resolve().parent
@@ -50,9 +51,8 @@ def test_preparing_training_and_scoring_leave_nothing_on_another_device(
 ) -> None:
     kind = "classification" if name == "tiny_bert" else "causal-lm"
     words = [str(request.getfixturevalue(name)), kind, method]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.elsewhere", *words], cwd=TESTS.parent, capture_output=True, text=True, timeout=300
-    )
+    program = "import sys; from tests.elsewhere import main; main(*sys.argv[1:])"
+    done = forks.server(*forks.RUN, "tests.elsewhere").run(program, *words, cwd=TESTS.parent)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -77,6 +77,7 @@ except FedlotrError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_workers_share_gpus_evenly_and_each_sees_its_own(tmp_path: Path) -> None:
     words = [sys.executable, "-c", FAKE_GPUS, str(TESTS), str(TESTS.parent)]
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}

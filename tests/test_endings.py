@@ -281,6 +281,7 @@ def run(options: dict[str, Any], folder: Path, **environment: str) -> subprocess
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.serial
 def test_a_local_run_that_is_told_to_end_leaves_nothing_and_goes_on(
     number: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -295,6 +296,7 @@ def test_a_local_run_that_is_told_to_end_leaves_nothing_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_ray_run_ends_cleanly_whenever_it_is_told_to(options: dict[str, Any], tmp_path: Path, sockets: Path) -> None:
     """While Ray starts, while the run prepares, where it waits for workers, and in a round; there twice."""
     moments = ("*/session_*/sockets/raylet*", "config.yaml", ".work/*/train.safetensors", "ledger/*")
@@ -318,6 +320,7 @@ def test_a_ray_run_ends_cleanly_whenever_it_is_told_to(options: dict[str, Any], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.serial
 def test_a_run_whose_ray_dies_ends_in_one_line(
     name: str, options: dict[str, Any], tmp_path: Path, sockets: Path
 ) -> None:

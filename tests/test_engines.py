@@ -19,6 +19,7 @@ from fedlotr.engines.base import Engine, Job
 from fedlotr.engines.broadcast import Broadcast, size
 from fedlotr.errors import FedlotrError, InputError
 
+pytestmark = pytest.mark.serial
 CLIENTS = 12
 
 

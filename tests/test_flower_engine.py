@@ -59,6 +59,7 @@ def _home(process: psutil.Process) -> str | None:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_flwr_run_gives_the_tensors_of_the_local_engine(
     tiny_bert: Path, animals: Path, simulate: Simulate, flower: dict[str, str], tmp_path: Path
 ) -> None:

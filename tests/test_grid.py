@@ -291,6 +291,7 @@ def until(rounds: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_killed_run_is_named_ctrl_c_stops_the_grid_and_the_next_call_goes_on(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_killed_run_is_named_ctrl_c_stops_the_grid_and_the_next_call_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_run_does_not_outlive_its_grid(base: dict[str, Any], tmp_path: Path) -> None:
     out, file = tmp_path / "out", write(tmp_path, base={**base, "rounds": 5000, "eval_every": 5000, "method": "head"})
     grid = start([str(file), "--out", str(out)])

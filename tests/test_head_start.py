@@ -46,8 +46,9 @@ def test_it_is_only_for_new_runs_on_a_ray_of_their_own(
 
 
 @pytest.mark.slow
-def test_a_run_whose_check_fails_says_so_and_leaves_no_process(simulate: Simulate, tmp_path: Path) -> None:
-    done = simulate("--rank=100000", "--workers=1")
+@pytest.mark.serial
+def test_a_run_whose_check_fails_says_so_and_leaves_no_process(command: Simulate, tmp_path: Path) -> None:
+    done = command("--rank=100000", "--workers=1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: --rank 100000: above the width" in done.stderr.splitlines()[-1]
     assert ray_processes(tmp_path) == []
@@ -55,6 +56,7 @@ def test_a_run_whose_check_fails_says_so_and_leaves_no_process(simulate: Simulat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1.5, 4.0])
+@pytest.mark.serial
 def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fedlotr.simulate", "--workers=1"],
@@ -73,6 +75,7 @@ def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fedlotr.simulate", "--workers=1", "--out=run"],
@@ -110,11 +113,12 @@ def test_what_happens_as_workers_start_is_told_like_the_rest(
     assert line in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.serial
 def test_a_run_uses_the_workers_that_were_there(
-    simulate: Simulate, animals: Path, tiny_bert: Path, tmp_path: Path
+    command: Simulate, animals: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
     words = f"--data {animals} --model {tiny_bert} --clients 3 --rounds 1 --public-examples 8 --workers 1 --json"
-    done = simulate(*words.split(), "--quiet")
+    done = command(*words.split(), "--quiet")
     assert done.returncode == 0, done.stderr
     timing = json.loads(done.stdout)["timing"]
     assert (timing["workers"], timing["worker_restarts"], timing["base_model_loads"]) == (1, 0, 2)

@@ -10,7 +10,7 @@ import pytest
 from fedlotr import cli
 from tests.test_report import large_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 VIEWS = {"light": ("light", 1200), "dark": ("dark", 1200), "phone": ("light", 375)}
 QUIET = (
     "--no-sandbox",

@@ -36,6 +36,7 @@ def start(program: str, *words: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_a_grid_joins_a_cluster_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     tests = Path(__file__).resolve().parent
     with start(CLUSTER, folder=tmp_path) as cluster:

@@ -143,7 +143,9 @@ def test_a_real_client_with_other_bases_is_refused(basis: str, tiny_bert: Path, 
         clients=4,
         sample=2,
         public_examples=16,
+        local_steps=1,
         engine="local",
+        threads=1,
         dtype="float32",
     )
     prepared = prepare(check(resolve(config)), tmp_path / "good")

@@ -97,6 +97,7 @@ def unusual() -> Any:
         yield
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("engine", "ends"),
     [
