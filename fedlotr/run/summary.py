@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -241,10 +242,15 @@ def losses_in_words(prepared: Prepared) -> dict[str, str]:
     return {"loss": tested, "train_loss": trained}
 
 
+@cache
+def _version(package: str) -> str:
+    return version(package)  # which reads and parses a file each time
+
+
 def versions(checked: Checked) -> dict[str, str]:
     """Of this program and of what a run stands on."""
     quantised = checked.config.quantize != "none" or form_of_weights(Path(checked.spec.path)) != "none"
-    packages = {name: version(name) for name in (*PACKAGES, *(["bitsandbytes"] if quantised else []))}
+    packages = {name: _version(name) for name in (*PACKAGES, *(["bitsandbytes"] if quantised else []))}
     return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
 
 
