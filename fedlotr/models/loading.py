@@ -104,11 +104,39 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
     # A progress bar per load and a warning about the new head would bury the run's own lines.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    mean_pooled = spec.kind == "classification" and spec.mean_pooled
+    model, missing = _loaded(spec, meta=meta)
+    heads = [] if spec.kind == "causal-lm" else head_names(model, missing)
+    lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
+    if lacking:
+        raise ValueError(
+            f"its files lack {', '.join(lacking[:3])}, or hold it in another size; it would be random and is not part "
+            "of the adapter: take a model that was saved whole"
+        )
+    dtype = getattr(torch, spec.dtype)
+    if spec.quantize != "none" and not meta:
+        quantise_layers(model, spec.quantize, dtype, heads, spec.device)
+    module = with_head(model, heads)
+    for layer in list(head_layers(module).values())[-1:]:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    for quantised_layer in filter(is_quantised, module.modules()):
+        multiply_plainly(quantised_layer, dtype)  # also those of a model that was saved so
+    if spec.checkpointed:
+        run_again(module)
+    module.eval().requires_grad_(False)
+    return module if meta else module.to(spec.device)
+
+
+def _mean_pooled(spec: ModelSpec) -> bool:
+    return spec.kind == "classification" and spec.mean_pooled
+
+
+def _loader(spec: ModelSpec, *, meta: bool) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a base, and what its `from_pretrained` is told besides the folder."""
     options: dict[str, Any] = {"device_map": "meta"} if meta else {}
-    dtype, quantised = getattr(torch, spec.dtype), spec.quantize != "none" and not meta
-    loader: Any = AutoModel if mean_pooled else AutoModelForCausalLM
-    if spec.kind == "classification" and not mean_pooled:
+    loader: Any = AutoModel if _mean_pooled(spec) else AutoModelForCausalLM
+    if spec.kind == "classification" and not _mean_pooled(spec):
         loader = AutoModelForSequenceClassification
         options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
     saved_form = form_of_weights(Path(spec.path))
@@ -126,13 +154,19 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
         for name in tuple(options.keys() & {"num_labels", "pad_token_id"}):
             setattr(config, name, options.pop(name))
         options["config"] = config
+    return loader, options
+
+
+def _loaded(spec: ModelSpec, *, meta: bool) -> tuple[nn.Module, set[str]]:
+    """A base as its files have it, and the names of the tensors that they lack, or hold in another size."""
+    loader, options = _loader(spec, meta=meta)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_key(0, "missing weights"))
         load = partial(
             loader.from_pretrained,
             spec.path,
             # As saved, weights are not read before they are quantised, each layer's by itself.
-            dtype="auto" if quantised else dtype,
+            dtype="auto" if spec.quantize != "none" and not meta else getattr(torch, spec.dtype),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -146,33 +180,15 @@ def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
             if PLAIN_ATTENTION not in str(error):
                 raise
             model, found = load(attn_implementation=PLAIN_ATTENTION)  # Gemma 2, DeBERTa: they have no other
-        mismatched = {key for key, saved, _ in found["mismatched_keys"] if saved_form != "4bit" or saved[-1] != 1}
+        packed = form_of_weights(Path(spec.path)) == "4bit"  # whose tensors have a shape of their own
+        mismatched = {key for key, saved, _ in found["mismatched_keys"] if not packed or saved[-1] != 1}
         missing = {*found["missing_keys"], *mismatched}
-        if mean_pooled:
+        if _mean_pooled(spec):
             with torch.device("meta" if meta else "cpu"):
                 model = MeanPooledClassifier(model, spec.labels)
             # Read out by the mean, the encoder's pooler is not used.
             missing = {f"encoder.{key}" for key in missing if "pooler" not in key.split(".")}
-    heads = [] if spec.kind == "causal-lm" else head_names(model, missing)
-    lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
-    if lacking:
-        raise ValueError(
-            f"its files lack {', '.join(lacking[:3])}, or hold it in another size; it would be random and is not part "
-            "of the adapter: take a model that was saved whole"
-        )
-    if quantised:
-        quantise_layers(model, spec.quantize, dtype, heads, spec.device)
-    module = with_head(model, heads)
-    for layer in list(head_layers(module).values())[-1:]:
-        nn.init.zeros_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    for quantised_layer in filter(is_quantised, module.modules()):
-        multiply_plainly(quantised_layer, dtype)  # also those of a model that was saved so
-    if spec.checkpointed:
-        run_again(module)
-    module.eval().requires_grad_(False)
-    return module if meta else module.to(spec.device)
+    return model, missing
 
 
 def quantise_layers(

@@ -405,14 +405,9 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     config, task = checked.config, checked.task
     train, parts, held_back, public = _encode_train(checked)
     test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
-    full = int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum())
-    if full:
-        log.info(
-            "%d of %d examples fill --max-length %d; what is longer is cut",
-            full,
-            len(train) + len(test),
-            config.max_length,
-        )
+    if full := int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum()):
+        said = "%d of %d examples fill --max-length %d; what is longer is cut"
+        log.info(said, full, len(train) + len(test), config.max_length)
     try:
         base = load_base(checked.spec)
     except ValueError as error:
@@ -439,16 +434,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         else:
             fit_head(bare, shown, public)
         if core is not None and core.basis_kind.made_of == "gradient":
-            batches = [public[chosen] for chosen in pack(shown.lengths[public])]
-            try:
-                core = initialize_basis(
-                    base,
-                    batches,
-                    lambda _, rows: bare.losses(shown.batch(rows, checked.spec.pad_id).to(bare.device)).sum(),
-                    core,
-                )
-            except ValueError as error:
-                raise InputError(f"--basis {core.basis}: {error}; or leave that layer out by --targets") from error
+            core = _with_bases(core, bare, shown, public)
     model = TrainableModel(base, checked.spec, core, carry)
     if checked.start is not None:
         log.info(checked.start.in_words(has_head=bool(bare.heads)))
@@ -469,6 +455,19 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
         _warn_of_small_steps(workplace.step_tokens(range(len(parts))), config.rank)
     return Prepared(checked, model, workplace, bases_sha256(model.module))
+
+
+def _with_bases(core: CoreConfig, bare: TrainableModel, shown: Examples, public: Rows) -> CoreConfig:
+    """With bases made of the gradient on public rows."""
+    batches = [public[chosen] for chosen in pack(shown.lengths[public])]
+
+    def loss(_: nn.Module, rows: Rows) -> torch.Tensor:
+        return bare.losses(shown.batch(rows, bare.spec.pad_id).to(bare.device)).sum()
+
+    try:
+        return initialize_basis(bare.module, batches, loss, core)
+    except ValueError as error:
+        raise InputError(f"--basis {core.basis}: {error}; or leave that layer out by --targets") from error
 
 
 def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:

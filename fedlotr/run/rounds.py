@@ -149,16 +149,15 @@ class Rounds:
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
         summary = summarise(
-            config,
             self.prepared,
-            self.grid,
-            self.history,
-            self.entries,
-            self.initial,
-            state,
-            self.started,
-            self.federation.guard.summary(),
-            self.heard.lines,
+            grid=self.grid,
+            history=self.history,
+            entries=self.entries,
+            initial=self.initial,
+            state=state,
+            started=self.started,
+            privacy=self.federation.guard.summary(),
+            warnings=self.heard.lines,
         )
         summary["checkpoints"] = self.directory.rounds()
         self.directory.write_summary(summary)

@@ -122,23 +122,23 @@ def _reckoned(prepared: Prepared) -> dict[str, Any]:
 
 
 def summarise(
-    config: SimulationConfig,
     prepared: Prepared,
+    *,
     grid: Engine | FlowerGrid,
     history: Sequence[dict[str, Any]],
     entries: Sequence[Entry],
     initial: dict[str, float | None],
     state: State,
     started: float,
-    privacy: dict[str, Any] | None = None,
-    warnings: Sequence[str] = (),
+    privacy: dict[str, Any] | None,
+    warnings: Sequence[str],
 ) -> dict[str, Any]:
     """summary.json of a finished run.
 
     history: the rows of metrics.jsonl. started: by `time.monotonic`. privacy: what was promised, and kept.
     warnings: what the user was told.
     """
-    checked = prepared.checked
+    checked, config = prepared.checked, prepared.checked.config
     evaluated = [row for row in history if row["loss"] is not None]
     metrics = metrics_of(prepared)
     metric, better = next(iter(metrics.items()))
@@ -179,11 +179,7 @@ def summarise(
             "base_model_loads": len(prepared.workplace.loads()),
             "workers": grid.workers,
             "worker_restarts": None if hides_clients else grid.restarts,
-            "threads": config.threads,
-            "cohort": config.cohort,
-            "device": config.device,
-            "dtype": config.dtype,
-            "quantize": config.quantize,
+            **{name: getattr(config, name) for name in ("threads", "cohort", "device", "dtype", "quantize")},
         },
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),
