@@ -18,12 +18,14 @@ from fedlotr.flower import Fewest, Strategy, Update, weighted_mean
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.federation import Weights
-from fedlotr.flower.fewest import fewest, trimmed_mean_of
+from fedlotr.flower.fewest import trimmed_mean_of
 from fedlotr.flower.links.moments import MOMENTS, Moments
 from fedlotr.flower.norms import outside
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.replies import LONGEST_REASON
-from fedlotr.flower.round import Federation, Round, State, TooManyFailuresError, run_round
+from fedlotr.flower.round import Federation, Round, State, run_round
+from fedlotr.flower.traits import traits_of
+from fedlotr.flower.trouble import TooManyFailuresError
 from fedlotr.said import hearing
 from fedlotr.simulate import main
 from tests import faulty_app
@@ -370,7 +372,7 @@ def test_a_trimmed_mean_needs_as_many_clients_as_leave_it_somebody_to_trim(beta:
     ],
 )
 def test_how_many_clients_a_rule_needs(name: str, arguments: dict[str, Any], clients: int | None) -> None:
-    needed = fewest(load_strategy(name, arguments, 20))
+    needed = traits_of(load_strategy(name, arguments, 20)).fewest()
     assert (None if needed is None else needed.clients) == clients
 
 

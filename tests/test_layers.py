@@ -44,13 +44,13 @@ INSIDE = {
     ),
     "flower": (
         *(
-            "blame fewest plugins private reading round_grid workplace",
+            "blame fewest fit plugins private reading round_grid workplace",
             "lazy traits",
             "records",
             "certificate serialize",
         ),
         *("federation", "link", "links.moments links.objectives links.ranks links.bases links.carry links.hidden"),
-        *("links.codec", "strategy links.personal", "chain", "replies state", "norms", "round"),
+        *("links.codec", "strategy links.personal", "chain", "replies state", "norms", "trouble", "round"),
         "client_app scoring template",
     ),
     "engines": ("base endings flower", "broadcast local own_ray", "worker", "head_start", "ray"),

@@ -174,7 +174,7 @@ def world(config: SimulationConfig, data: dict[str, Rows], patch: pytest.MonkeyP
     """All that a run lets out, by the file or by who is told."""
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: float(next(ticks)), process_time=lambda: 0.0)  # a busy machine
-    for module in ("rounds", "summary", "simulation", "flower.loop"):
+    for module in ("run.rounds", "run.summary", "run.simulation", "flower.round"):
         patch.setattr(f"fedlotr.{module}.time", clock)
     notes, shown = Notes(), io.StringIO()
     assert config.out is not None

@@ -25,26 +25,24 @@ from fedlotr.flower.blame import blaming
 from fedlotr.flower.certificate import Product, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.chain import Chain, post
 from fedlotr.flower.federation import Federation
+from fedlotr.flower.fit import check_controls, published
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.link import Reply, Turn
 from fedlotr.flower.links.carry import CarriedTerm, additions, lost
 from fedlotr.flower.links.codec import lost_by
-from fedlotr.flower.norms import Norms, Watch, begun_with, bounded, look_at
+from fedlotr.flower.norms import Norms, Watch, begun_with, bounded
 from fedlotr.flower.plugins import whoever_is_there
 from fedlotr.flower.records import Arrays, to_arrays, to_record
-from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, as_message, check_replies, first_line
+from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, as_message, check_replies
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Combined, ask
 from fedlotr.flower.traits import traits_of
+from fedlotr.flower.trouble import look, weigh_failures
 from fedlotr.said import say
 from fedlotr.streams import generator, own_streams, stream_key
 
 log = logging.getLogger("fedlotr")
-
-SHOWN_KINDS, SHOWN_REASON = 8, 300
-"""Of failures in an error: how many kinds, and characters of each one's reason."""
-
 
 TELLS_WHO_CAME = (
     *("clients", "failed", "failures", "train_loss", "bytes_up", "bytes_down", "broadcast_error", "train_seconds"),
@@ -54,10 +52,6 @@ TELLS_WHO_CAME = (
 
 class BudgetSpentError(FedlotrError):
     """Nobody who was to train in the round has enough of the privacy budget left."""
-
-
-class TooManyFailuresError(FedlotrError):
-    """More of a round's clients failed than the run allows; the last good state is on disk."""
 
 
 @dataclass
@@ -160,10 +154,10 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
         failures |= large
     chain.incoming(good)
     kept.restore(failures)
-    _weigh_failures(federation, state, failures, replies, good)
+    weigh_failures(federation, number, state.watch, failures, replies, good)
 
     watch = replace(state.watch, told=set(state.watch.told))
-    _look(watch, strategy, federation, number, good, len(messages), norms)
+    look(watch, strategy, federation, number, good, len(messages), norms)
     combined = _combined(strategy, federation, state, turn, good, norms)
     mean, sent = to_arrays(combined.published), _cast(combined.published, state.arrays)
     errors = _errors(strategy, federation, state, turn, kept, good, combined, mean, to_arrays(sent))
@@ -220,48 +214,6 @@ def _turn(strategy: FlowerStrategy, federation: Federation, state: State) -> Tur
     )
 
 
-def _weigh_failures(
-    federation: Federation,
-    state: State,
-    failures: Mapping[int, Failure],
-    replies: Sequence[Message],
-    good: Sequence[Reply],
-) -> None:
-    """Log who failed. Raises TooManyFailuresError where more did than the run allows."""
-    number, asked = state.round + 1, len(good) + len(failures)
-    for client, failure in failures.items():
-        log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
-    if federation.guard.hides_clients:
-        # One that failed counts as one that changed nothing: stopping for it would tell of it. All of several: that is
-        # the program's fault, and no client's data.
-        if asked > 1 and len(replies) == asked and all(reply.has_error() for reply in replies):
-            raise TooManyFailuresError(
-                f"round {number}: all clients failed, which is the program's fault; log.txt has their reasons"
-            )
-    elif not good or len(failures) > federation.max_failed * asked:
-        raise TooManyFailuresError(
-            f"round {number}: {len(failures)} of {asked} clients failed (--max-failed {federation.max_failed}); "
-            f"{_some(failures)}{_likely_cause(number, failures, asked, state.watch)}"
-        )
-
-
-def _look(
-    watch: Watch,
-    strategy: FlowerStrategy,
-    federation: Federation,
-    number: int,
-    good: Sequence[Reply],
-    asked: int,
-    norms: Norms,
-) -> None:
-    """Say what stands out of a round's clients, and where its strategy has too few of them."""
-    if federation.guard.hides_clients:
-        _tell_of_one(watch, strategy)
-    elif federation.watched:
-        look_at(watch, number, good, norms)
-        _tell_of_few(watch, number, strategy, len(good), asked)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Combined:
     """What came of a strategy's turn. answer: what it said beside tensors. added: to the carried term, scaled.
@@ -294,20 +246,20 @@ def _combined(
                 f"{type(strategy).__name__} combined nothing of a round's updates, so the model stayed as it was: some "
                 "of Flower's strategies do that where they have too few"
             )
-        published = _published(aggregated, turn.moved, norms.largest())
+        fitting = published(aggregated, turn.moved, norms.largest())
         try:
             added = additions(answer.carry, federation.layers, to_arrays(state.arrays))
             carry = state.chain.the(CarriedTerm).merge(added)
         except ValueError as problem:
             raise ValueError(f"{problem}{norms.largest()}") from problem
         if turn.controls:
-            _check_controls(strategy.control(turn.moved), norms.largest())  # type: ignore[attr-defined]
+            check_controls(strategy.control(turn.moved), norms.largest())  # type: ignore[attr-defined]
         if spoilt := sorted(not_finite(strategy) - unfit):  # a strategy's own infinities are its affair
             raise ValueError(f"what it keeps between rounds is not finite ({', '.join(spoilt)}){norms.largest()}")
     if added:
         log.info("round %d: the model carries %s", turn.number, in_words(carry.terms.values()))
     # What did not move in this round stays.
-    whole = ArrayRecord({name: published.get(name, array) for name, array in state.arrays.items()})
+    whole = ArrayRecord({name: fitting.get(name, array) for name, array in state.arrays.items()})
     return _Combined(published=whole, metrics=metrics, answer=answer, added=added, carry=carry)
 
 
@@ -353,57 +305,6 @@ def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:
         )
 
 
-def _some(failures: Mapping[int, Failure]) -> str:
-    """The first of each kind, in one line."""
-    first: dict[str, str] = {}
-    for client, failure in failures.items():
-        first.setdefault(failure.kind, f"client {client}: {first_line(failure.reason)[:SHOWN_REASON]}")
-    shown = list(first.values())[:SHOWN_KINDS]
-    more = [f"and {len(first) - len(shown)} more kinds"] if len(first) > len(shown) else []
-    return "; ".join(shown + more) or "no client was asked"
-
-
-def _likely_cause(number: int, failures: Mapping[int, Failure], asked: int, watch: Watch) -> str:
-    """Where most clients come to numbers that are not finite: that it is the model they were sent, and no fault of
-    theirs; and the way back."""
-    lost = sum(failure.not_finite for failure in failures.values())
-    if number == 1 or 2 * lost <= asked:
-        return ""
-    text = (
-        f"; {lost} of them came to numbers that are not finite, so the likely cause is not they but the model that "
-        f"round {number - 1} published"
-    )
-    if watch.first is None:
-        return f"{text}: by a learning rate too high, or by a harmful update"
-    since = f"round {watch.first}" if watch.first == watch.last else f"rounds {watch.first} to {watch.last}"
-    back = f"go back with --resume --resume-round {watch.first - 1}" if watch.first > 1 else "start a new run"
-    return f"{text}, with updates far outside in it since {since}: {back}, and with --max-update-norm"
-
-
-def _tell_of_few(watch: Watch, number: int, strategy: FlowerStrategy, left: int, asked: int) -> None:
-    """Say where a round has fewer clients than its strategy needs: by failures, or who has no privacy budget left."""
-    needed = traits_of(strategy).fewest()
-    if needed is None or left >= needed.clients:
-        return
-    text = (
-        f"round {number}: of {asked} clients {left} are left for {type(strategy).__name__}, which needs "
-        f"{needed.clients}: {needed.why}"
-    )
-    if watch.once("few"):
-        say(text)
-    else:
-        log.warning("%s", text)
-
-
-def _tell_of_one(watch: Watch, strategy: FlowerStrategy) -> None:
-    """Say where a strategy that compares clients is shown one noised mean of them all."""
-    if traits_of(strategy).fewest() is not None and watch.once("one"):
-        say(
-            f"{type(strategy).__name__} compares clients, and where they are hidden it sees their noised mean alone: "
-            "what it publishes is that mean, and --clip-norm is all that bounds a client"
-        )
-
-
 def _weighted(good: Sequence[Reply], state: State) -> list[Weighted]:
     start, total = to_arrays(state.arrays), sum(reply.weight for reply in good)
     return [Weighted(Decoded(reply.arrays, start), reply.weight / total) for reply in good]
@@ -433,37 +334,6 @@ def _loss(metrics: MetricRecord | None, good: Sequence[Reply]) -> float:
         return float(found)
     losses = [cast(float, reply.loss) for reply in good]
     return float(np.average(losses, weights=[reply.weight for reply in good]))
-
-
-def _published(aggregated: ArrayRecord | None, before: ArrayRecord, cause: str) -> ArrayRecord:
-    """The strategy's result. None means that the model stays. Raises ValueError for one that cannot be a model.
-
-    cause: what else is to be said of one that is not finite.
-    """
-    if aggregated is None:
-        return before
-    if set(aggregated) != set(before):
-        raise ValueError(f"it gave back tensors {sorted(aggregated)[:3]}…, expected {sorted(before)[:3]}…")
-    for name, array in aggregated.items():
-        if tuple(array.shape) != tuple(before[name].shape):
-            raise ValueError(f"it gave {name} the shape {tuple(array.shape)}, expected {tuple(before[name].shape)}")
-        _check_finite(f"it gave {name}", array.numpy(), before[name].dtype, cause)
-    return aggregated
-
-
-def _check_controls(controls: Mapping[str, npt.NDArray[Any]], cause: str) -> None:
-    for name, value in controls.items():
-        _check_finite(f"its control variates have in {name}", value, "float32", cause)
-
-
-def _check_finite(whose: str, value: npt.NDArray[Any], dtype: str, cause: str) -> None:
-    """Raises ValueError for numbers that are not finite, or would not be in the dtype that travels."""
-    if not np.isfinite(value).all():
-        raise ValueError(f"{whose} values that are not finite{cause}")
-    with np.errstate(over="ignore"):
-        fits = np.isfinite(value.astype(dtype)).all()
-    if not fits:
-        raise ValueError(f"{whose} values up to {np.abs(value).max():.3g}, which {dtype} has no room for{cause}")
 
 
 def _cast(published: ArrayRecord, like: ArrayRecord) -> ArrayRecord:
