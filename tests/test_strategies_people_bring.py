@@ -13,15 +13,16 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from fedlotr import cli
+from fedlotr import cli, run_simulation
 from fedlotr.commands import simulate
 from fedlotr.flower import Product, Strategy, Update, WithCarry, traits, weighted_mean
-from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.plugins import GROUP, installed, load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.strategy import ask
 from fedlotr.testing import check_strategy
 from tests.conftest import ROOT
 from tests.support import read_run
+from tests.test_own_data import ROWS, small
 
 BROKEN = """
 from fedlotr.flower import Strategy, weighted_mean
@@ -268,3 +269,20 @@ def test_what_earlier_strategies_answer_is_understood() -> None:
     assert list(beside.carry) == ["layer"] and beside.mean is not None and beside.mean["x"].tolist() == [1, 1]
     tensors, carry = WithCarry({"x": np.zeros(2)}, {})
     assert list(tensors) == ["x"] and carry == {}
+
+
+def test_a_broken_strategy_that_another_package_announces_breaks_no_run_and_no_report(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "site" / "others-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n", encoding="utf-8")
+    (about / "entry_points.txt").write_text(f"[{GROUP}]\nothers = others_strategy:Mine\n", encoding="utf-8")
+    (about.parent / "others_strategy.py").write_text("raise SystemExit('no licence')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(about.parent)
+    assert "others" in installed()
+    out = tmp_path / "run"
+    result = run_simulation(small(tiny_bert, out), data={"train": ROWS})
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "The bill under other methods" in page and "licence" not in page
+    assert "licence" not in " ".join(result.summary["warnings"])
