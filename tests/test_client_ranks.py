@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlotr import CoreConfig, SimulationConfig, run_simulation, simulate
-from fedlotr.commands import doctor
+from fedlotr import CoreConfig, SimulationConfig, run_simulation
+from fedlotr.commands import doctor, simulate
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.config.configuration import load
 from fedlotr.errors import InputError

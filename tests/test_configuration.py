@@ -21,7 +21,11 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.commands import simulate
 from fedlotr.config.command_line import flag_of
 from fedlotr.config.configuration import ConfigurationError, SimulationConfig, dump_yaml, load, options, preflight_paths
+from fedlotr.config.rules import RULES, TESTS, Rule
 from fedlotr.errors import FedlotrError, InputError
+from fedlotr.flower.plugins import MINIMA
+from fedlotr.flower.traits import StrategyTraits
+from fedlotr.run import unmet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -530,3 +534,11 @@ def test_every_folder_of_the_package_is_installed() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("fedlotr/**/*.py")}
     assert listed == {".".join(folder.parts) for folder in folders} | {"fedlotr.strategies"}
+
+
+@pytest.mark.parametrize("rule", [*RULES, *unmet.RULES], ids=lambda rule: rule.at)
+def test_every_rule_asks_for_what_there_is(rule: Rule) -> None:
+    known = {*dir(SimulationConfig()), *dir(StrategyTraits()), *MINIMA}
+    assert rule.fields and all(name in known for name, _, _ in rule.terms)
+    assert all(wanted in TESTS for _, sign, wanted in rule.terms if sign == ":")
+    assert not isinstance(rule.why, str) or rule.why.format(c=SimulationConfig())

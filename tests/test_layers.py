@@ -36,7 +36,7 @@ ROOMS = (
 The second floor has tables that a configuration needs: they import nothing that is heavy.
 """
 INSIDE = {
-    "config": ("own", "values", "preflight", "yaml_file", "command_line", "rules configuration"),
+    "config": ("own", "values", "preflight", "yaml_file", "command_line", "schema", "rules", "configuration"),
     "adapters": ("bases kinds methods packed quantised", "carry cores", "layer", "export tuner", "start"),
     "training": (
         *("examples memory optimizers packing", "token_losses varlen", "frozen_prefix", "model", "head varlen_pass"),
@@ -123,6 +123,15 @@ def test_imports_only_point_downward(module: str) -> None:
         )
         if within(name, *HOW_A_RUN_IS_CONFIGURED) and not within(module, "fedlotr.config"):
             assert floor(module)[0] >= floor("fedlotr.reporting")[0], f"{module} need not know how runs are configured"
+
+
+def test_no_file_imports_itself_over_others() -> None:
+    """Imports for type checkers are among them."""
+    left = {name: {other for other in imports(name) if other in MODULES} - {name} for name in MODULES}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle, or above one: {sorted(left)}"
 
 
 def test_nothing_but_doors_and_the_ground_lies_at_the_top() -> None:

@@ -12,7 +12,7 @@ from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.cost.formulas import PUBLISHED, Bill, Published, Shapes, bill
 from fedlotr.errors import InputError, shorten
 from fedlotr.flower.plugins import installed, load_strategy
-from fedlotr.flower.traits import traits_of
+from fedlotr.flower.traits import StrategyTraits, traits_of
 
 FEDIT = ("lora", "fedit")
 """What others are compared with."""
@@ -76,7 +76,7 @@ def bills(
                 merged = terms.merges[rank]
                 if merged and row.has_core:
                     continue  # what it merges is B A, without the core between them
-                alike.setdefault((merged, terms.controls), []).append(name)
+                alike.setdefault((merged, bool(terms.traits.controls)), []).append(name)
         for (merged, controls), names in alike.items():
             # Two strategies that carry have each a formula of their own.
             for group in [[name] for name in names] if merged else [names]:
@@ -105,15 +105,14 @@ def fedit(shapes: Shapes, rank: int, clients: int, rounds: int) -> Bill:
 class _Terms:
     """What a strategy asks for. merges: the rank that a round adds to the carried term, for clients of each rank."""
 
-    needs: frozenset[str]
-    controls: bool
+    traits: StrategyTraits
     merges: Mapping[int, int]
 
     def go_with(self, row: Method) -> bool:
         """Whether clients send what the strategy combines, and can keep what it has them keep."""
-        if self.controls and row.adapts and row.core_kind().restarts:
+        if self.traits.controls and row.adapts and row.core_kind().restarts:
             return False
-        return all(self.needs <= set(turn) for turn in row.sent)
+        return self.traits.combines(row)
 
 
 def _made(
@@ -136,8 +135,4 @@ def _made(
 
 def _terms(strategy: Any, ranks: tuple[int, int], clients: int) -> _Terms:
     traits = traits_of(strategy)
-    return _Terms(
-        frozenset(traits.needs),
-        bool(traits.controls),
-        {r: operator.index(traits.merges([r] * clients)) for r in ranks},
-    )
+    return _Terms(traits, {r: operator.index(traits.merges([r] * clients)) for r in ranks})

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlotr.adapters.methods import Method
 from fedlotr.flower.fewest import Fewest, fewest_of_flowers
 
 FLOWERS = {Bulyan: {"several": True}, QFedAvg: {"losses": True}}
@@ -57,6 +58,10 @@ class StrategyTraits:
     several: bool = False
     losses: bool = False
     mean_before_step: Mapping[str, npt.NDArray[np.float64]] | None = None
+
+    def combines(self, row: Method) -> bool:
+        """Whether clients of a method send what it combines, in every round."""
+        return all(set(self.needs) <= set(turn) for turn in row.sent)
 
     @property
     def factors_last(self) -> bool:

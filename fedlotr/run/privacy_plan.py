@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
-from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.round import draw_clients
-from fedlotr.flower.traits import traits_of
 from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard
@@ -226,36 +223,6 @@ def check_delta(checked: Checked) -> Iterator[str]:
         yield (
             f"--delta {config.delta:g}: expected less than 1/{units} ({1 / units:.3g}), one over the {of}: with more, "
             "publishing one of them outright would pass for private"
-        )
-
-
-def unmet_privacy(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """Why a strategy cannot do with one noised mean, as one line."""
-    if config.privacy == "none":
-        return
-    for key in MINIMA:
-        if isinstance(least := config.strategy_arg.get(key), int) and least > 1:
-            yield (
-                f"--strategy-arg {key}={least} with --privacy {config.privacy}: a round goes on with whoever is there, "
-                "as clients spend their budgets or cohorts are drawn; leave it out"
-            )
-    traits = traits_of(strategy)
-    if traits.losses:
-        yield (
-            f"--strategy {config.strategy} with --privacy {config.privacy}: it weighs clients by their training "
-            "losses, which privacy leaves untold; choose another, such as exact-average"
-        )
-    if config.privacy_engine == "opacus" and (traits.controls or traits.asks):
-        yield f"--privacy-engine opacus with --strategy {config.strategy}: Opacus trains plainly; leave the engine out"
-    if config.privacy != "client":
-        return
-    name = f"--strategy {config.strategy or METHODS[config.method].strategy} with --privacy client"
-    if traits.several:
-        yield f"{name}: it combines three updates or more, and is shown the noised mean alone; choose exact-average"
-    if traits.controls or traits.merges([1, 1]) or traits.averages is False:
-        yield (
-            f"{name}: it needs more of every client than what the noised mean tells; choose one that averages, such as "
-            "exact-average, fedit or fedadam"
         )
 
 

@@ -42,12 +42,12 @@ from fedlotr.run.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.log import log_to
 from fedlotr.run.preparation import Checked, check, prepare
-from fedlotr.run.privacy_plan import EXAMPLE_BOUND, check_delta, example_noise, guard_of, unmet_privacy
+from fedlotr.run.privacy_plan import EXAMPLE_BOUND, check_delta, example_noise, guard_of
 from fedlotr.run.processes import CLIENT_APP, threads_of
 from fedlotr.run.resumption import continue_from, saved_configuration
 from fedlotr.run.rounds import Rounds
 from fedlotr.run.summary import facts
-from fedlotr.run.unmet import feedback, unmet_clients, unmet_codec, unmet_controls, unmet_updates
+from fedlotr.run.unmet import feedback, unmet
 from fedlotr.run.world import leaving_no_trace
 from fedlotr.said import hearing, say
 from fedlotr.training.cohort import cut_cohorts
@@ -247,13 +247,7 @@ def check_all(
                 strategy = load_strategy(
                     name, config.strategy_arg, config.clients_per_round, config.seed, clients=config.clients
                 )
-                problems += [
-                    *unmet_updates(strategy, config),
-                    *unmet_clients(strategy, config),
-                    *unmet_codec(strategy, config),
-                    *unmet_controls(strategy, config),
-                    *unmet_privacy(strategy, config),
-                ]
+                problems += unmet(strategy, config)
         except InputError as error:
             problems += error.problems
     if config.link is not None and "link" not in wrong:

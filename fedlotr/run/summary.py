@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-import fedlotr
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import factored_layers, projection_type
@@ -247,7 +246,7 @@ def versions(checked: Checked) -> dict[str, str]:
     """Of this program and of what a run stands on."""
     quantised = checked.config.quantize != "none" or form_of_weights(Path(checked.spec.path)) != "none"
     packages = {name: _version(name) for name in (*PACKAGES, *(["bitsandbytes"] if quantised else []))}
-    return {"fedlotr": fedlotr.__version__, "python": platform.python_version(), **packages}
+    return {"fedlotr": _version("fedlotr"), "python": platform.python_version(), **packages}
 
 
 def _no_certificate(config: SimulationConfig) -> str:

@@ -1,4 +1,4 @@
-"""What a strategy needs of its clients and a configuration does not give; what clients hide is in `promise.py`."""
+"""What a strategy needs and a configuration does not give, or hides from it: the rules about strategies."""
 
 from collections.abc import Iterator
 
@@ -7,69 +7,119 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.adapters.kinds import cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
-from fedlotr.config.rules import NO_CLIENT_STATE
-from fedlotr.flower.traits import traits_of
+from fedlotr.config.rules import NO_CLIENT_STATE, Rule, broken, value_of
+from fedlotr.flower.plugins import MINIMA
+from fedlotr.flower.traits import StrategyTraits, traits_of
 
 
-def unmet_updates(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """What a strategy needs of every update and the method's clients do not send, each in one line."""
-    if config.optimizer_state == "keep" and traits_of(strategy).ranks is not None:
-        yield (
-            f"--optimizer-state keep with --strategy {config.strategy}: it changes clients' ranks, and what an "
-            "optimizer holds has the old one; choose reset or mean-v"
-        )
-    traits = traits_of(strategy)
-    needed = frozenset(traits.needs)
-    row = METHODS[config.method]
-    if any(needed - set(turn) for turn in row.sent):
-        able = [name for name, other in METHODS.items() if all(needed <= set(turn) for turn in other.sent)]
-        sent = " in turn ".join(" and ".join(turn) for turn in row.sent) or "the head alone"
-        yield (
-            f"--strategy {config.strategy} with --method {config.method}: it combines {' and '.join(sorted(needed))} "
-            f"of every client, and clients of this method send {sent}; choose --method {' or '.join(able)}"
-        )
-    elif row.has_core and traits.merges([1, 1]):
-        yield (
-            f"--strategy {config.strategy} with --method {config.method}: what it merges is B A, without the core "
-            "between them; choose --method lora"
-        )
+def _combines(config: SimulationConfig, traits: StrategyTraits) -> str:
+    able = [name for name, row in METHODS.items() if traits.combines(row)]
+    sent = " in turn ".join(" and ".join(turn) for turn in config.row.sent) or "the head alone"
+    return (
+        f"it combines {' and '.join(sorted(traits.needs))} of every client, and clients of this method send {sent}; "
+        f"choose --method {' or '.join(able)}"
+    )
 
 
-def unmet_controls(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """Why clients cannot keep control variates as a strategy asks, each one line."""
-    if not traits_of(strategy).controls:
-        return
-    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    row = METHODS[config.method]
-    if row.adapts and row.core_kind(config.core).restarts:
-        able = cores_that(lambda kind: kind.trained and not kind.restarts)
-        yield (
-            f"{name} with --core {config.core or row.core}: the blocks' scales start again in every round, so there is "
-            f"no lasting gradient that a control variate could stand for; choose --core {able[0]}"
-        )
-    if config.client_rank is not None:
-        yield f"{name} with --client-rank: control variates are of the run's rank; leave --client-rank out"
-    if config.engine == "flower":
-        yield f"{name} with --engine flower: {NO_CLIENT_STATE}"
+def _too_few(config: SimulationConfig, traits: StrategyTraits) -> bool:
+    needed = traits.fewest()
+    return needed is not None and config.clients_per_round < needed.clients
 
 
-def unmet_clients(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """Why the rounds that are planned have too few clients for a strategy, or clients that it cannot compare."""
-    needed = traits_of(strategy).fewest()
-    if needed is None:
-        return
-    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    # Of hidden clients a strategy sees one mean, however many come: `promise` refuses what cannot do with that.
-    if config.privacy != "client" and config.clients_per_round < needed.clients:
-        yield (
-            f"{name} with {config.clients_per_round} clients a round: it needs {needed.clients} ({needed.why}); give a "
-            "larger --sample, other --strategy-arg, or another strategy"
+def _needs(config: SimulationConfig, traits: StrategyTraits) -> str:
+    needed = traits.fewest()
+    assert needed is not None
+    return (
+        f"it needs {needed.clients} ({needed.why}); give a larger --sample, other --strategy-arg, or another strategy"
+    )
+
+
+RULES = (
+    Rule(
+        at="optimizer_state=keep strategy:any (ranks!=none)",
+        why="it changes clients' ranks, and what an optimizer holds has the old one; choose reset or mean-v",
+    ),
+    Rule(at="strategy:any method:any", why=_combines, when=lambda c, traits: not traits.combines(c.row)),
+    Rule(
+        at="strategy:any method:core",
+        why="what it merges is B A, without the core between them; choose --method lora",
+        when=lambda c, traits: traits.combines(c.row) and traits.merges([1, 1]),
+    ),
+    # Of hidden clients a strategy sees one mean, however many come; what cannot do with that is refused below.
+    Rule(at="strategy:any sample:any (privacy!=client)", why=_needs, when=_too_few),
+    Rule(
+        at="strategy:any client_rank",
+        why="what a client of a lower rank lacks is zero, and would be taken for what it learnt; leave --client-rank "
+        "out, or choose a strategy that averages",
+        when=lambda c, traits: traits.fewest() is not None,
+    ),
+    Rule(
+        at="error_feedback strategy:any (factors_last=false)",
+        why="the factors of a round are not those of the next, so what was lost of them cannot be made up for; choose "
+        "--no-error-feedback",
+    ),
+    Rule(at="broadcast_codec:coded strategy:any (ranks!=none)", why="it changes clients' ranks; only --codec goes"),
+    Rule(
+        at="strategy:any chosen_core:restarts (controls method:adapting)",
+        why="the blocks' scales start again in every round, so there is no lasting gradient that a control variate "
+        f"could stand for; choose --core {cores_that(lambda kind: kind.trained and not kind.restarts)[0]}",
+    ),
+    Rule(
+        at="strategy:any client_rank (controls)",
+        why="control variates are of the run's rank; leave --client-rank out",
+    ),
+    Rule(at="strategy:any engine=flower (controls)", why=NO_CLIENT_STATE),
+    *(
+        Rule(
+            at=f"{least}:several privacy!=none",
+            why="a round goes on with whoever is there, as clients spend their budgets or cohorts are drawn; leave it "
+            "out",
         )
-    if config.client_rank is not None:
-        yield (
-            f"{name} with --client-rank: what a client of a lower rank lacks is zero, and would be taken for what it "
-            "learnt; leave --client-rank out, or choose a strategy that averages"
-        )
+        for least in MINIMA
+    ),
+    Rule(
+        at="strategy:any privacy!=none (losses)",
+        why="it weighs clients by their training losses, which privacy leaves untold; choose another, such as "
+        "exact-average",
+    ),
+    Rule(
+        at="privacy_engine=opacus strategy:any (privacy!=none)",
+        why="Opacus trains plainly; leave the engine out",
+        when=lambda c, traits: traits.controls or traits.asks,
+    ),
+    Rule(
+        at="strategy:any privacy=client (several)",
+        why="it combines three updates or more, and is shown the noised mean alone; choose exact-average",
+    ),
+    Rule(
+        at="strategy:any privacy=client",
+        why="it needs more of every client than what the noised mean tells; choose one that averages, such as "
+        "exact-average, fedit or fedadam",
+        when=lambda c, traits: traits.controls or traits.merges([1, 1]) or traits.averages is False,
+    ),
+)
+"""In the order in which a report names what is broken."""
+
+
+def unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
+    """Why a strategy does not go with a configuration, each one line."""
+    for fields, why in broken(RULES, config, traits_of(strategy)):
+        yield f"{' with '.join(_option(field, config) for field in fields)}: {why}"
+
+
+def _option(field: str, config: SimulationConfig) -> str:
+    """As it is given on the command line."""
+    match field:
+        case "strategy":
+            return f"--strategy {config.chosen_strategy}"
+        case "sample":
+            return f"{config.clients_per_round} clients a round"
+        case "error_feedback" | "client_rank":
+            return f"--{field.replace('_', '-')}"
+        case _ if field in MINIMA:
+            return f"--strategy-arg {field}={value_of(field, config)}"
+        case _:
+            return f"--{field.removeprefix('chosen_').replace('_', '-')} {value_of(field, config)}"
 
 
 def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
@@ -80,15 +130,3 @@ def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
     if config.error_feedback is not None or not config.coding.update.lossy:
         return config.error_feedback
     return config.engine != "flower" and traits_of(strategy).factors_last
-
-
-def unmet_codec(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
-    """Why a codec does not go with a strategy, each one line."""
-    name = f"--strategy {config.strategy or METHODS[config.method].strategy}"
-    if config.error_feedback and not traits_of(strategy).factors_last:
-        yield (
-            f"--error-feedback with {name}: the factors of a round are not those of the next, so what was lost of them "
-            "cannot be made up for; choose --no-error-feedback"
-        )
-    if config.coding.broadcast.coded and traits_of(strategy).ranks is not None:
-        yield f"--broadcast-codec {config.broadcast_codec} with {name}: it changes clients' ranks; only --codec goes"

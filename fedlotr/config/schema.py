@@ -1,0 +1,436 @@
+"""The fields of a configuration: what each is, between which bounds, and what follows from them alone."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
+from fedlotr.adapters.methods import METHODS, Method
+from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
+from fedlotr.config.values import (
+    LARGEST,
+    MAX_PROCESSES,
+    MAX_ROUNDS,
+    MAX_SEED,
+    MAX_WEIGHT,
+    check_partition,
+    check_targets,
+    check_task,
+    check_text,
+    check_text_columns,
+    expand,
+    label_names_of,
+    one_of,
+    read_arguments,
+    read_client_rank,
+    read_cohort,
+    read_label_names,
+    read_sample,
+)
+
+REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
+"""Options that say where and how one run reports."""
+
+
+class Fields(BaseModel):
+    """Of a `SimulationConfig`, whose names are the options' and the keys of a CONFIG.yaml."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+    )
+
+    clients: int = Field(default=50, ge=1, le=LARGEST, description="clients in the federation")
+    # A share by default, so that any number of clients goes without --sample.
+    sample: Annotated[int | float, BeforeValidator(read_sample)] = Field(
+        default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
+    )
+    rounds: int = Field(default=14, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
+    max_examples: int | None = Field(
+        default=64, ge=1, le=LARGEST, description="examples a client holds at most; none: all that it gets"
+    )
+    weights: Literal["examples", "uniform"] | None = Field(
+        default=None,
+        description="weight of a client in the mean: its number of examples, or the same for all (default: examples; "
+        "with --privacy client uniform)",
+    )
+    max_failed: float = Field(
+        default=0.5, ge=0, le=1, description="share of a round's clients that may fail before the run stops"
+    )
+    max_weight: float = Field(
+        default=1e9,  # no client has so many examples, and sums of such weights keep their digits
+        ge=1,
+        le=MAX_WEIGHT,
+        description="what a client may say at most that it weighs, or how many examples it has; one that says more has "
+        "failed",
+    )
+    max_update_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest norm of what one client's training changes, of all tensors that it sends together; none: "
+        "any (metrics.jsonl has the norms of every round)",
+    )
+    on_large_update: Literal["clip", "refuse"] | None = Field(
+        default=None,
+        description="what becomes of an update beyond --max-update-norm: scaled down to it, or refused, so that its "
+        "client has failed (default: clip)",
+    )
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="same seed, same bytes: partition, sampling, bases, order of examples"
+    )
+
+    model: str = Field(default="all-MiniLM-L6-v2", description="a model folder, or an id on the Hugging Face hub")
+    data: str = Field(
+        default="pydoc",
+        description="pydoc (paragraphs of Python's own documentation, built in), a folder or a file of JSON lines, CSV "
+        "or Parquet, or an id on the Hugging Face hub",
+    )
+    text_column: Annotated[str, AfterValidator(check_text_columns)] | None = Field(
+        default=None,
+        description="column of the texts, or two with a comma: a pair, or prompt,answer (default: text; text_a,text_b; "
+        "prompt,answer)",
+    )
+    label_column: str | None = Field(default=None, description="column of the labels (default: label)")
+    label_names: Annotated[str, BeforeValidator(read_label_names)] | None = Field(
+        default=None,
+        description="the classes in their order, with commas or in a file, a name a line (default: those that occur in "
+        "the data, which --privacy does not hide)",
+    )
+    task: Annotated[str, AfterValidator(check_task)] = Field(
+        default="auto",
+        description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",
+    )
+    partition: Annotated[str, AfterValidator(check_partition)] = Field(
+        default="dirichlet:0.5", description="how the examples are dealt to the clients; a smaller ALPHA is more uneven"
+    )
+    max_length: int = Field(default=128, ge=2, le=LARGEST, description="tokens of an example; longer ones are cut")
+    public_examples: int = Field(
+        default=256,
+        ge=0,
+        le=LARGEST,
+        description="rows of train withheld from every client: the head is fitted on them before the first round, "
+        f"and the basis {' or '.join(map(repr, bases_made_of('gradient')))} takes its gradient there",
+    )
+
+    method: Annotated[str, one_of("method", METHODS)] = Field(
+        default="fed-sb", description="what the clients train and what they leave frozen"
+    )
+    rank: int = Field(default=16, ge=1, le=LARGEST, description="width r of the factors; a core has r*r numbers")
+    client_rank: Annotated[str, BeforeValidator(read_client_rank)] | None = Field(
+        default=None,
+        description="ranks that clients have in turn (4,8,16), or are drawn for them by shares (4:0.5,8:0.3,16:0.2); "
+        "each trains the leading block of the factors (default: --rank)",
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="the adapted term is scaled by alpha / rank (default: the method's own scale)"
+    )
+    basis: Annotated[str, one_of("basis", BASES)] | None = Field(
+        default=None, description="where the factors B and A come from (default: the method's)"
+    )
+    tie: Annotated[str, one_of("tie", TIES)] | None = Field(
+        default=None,
+        description="who shares a pair B and A: each layer its own, or all of a type, or all (default: the method's)",
+    )
+    core: Annotated[str, one_of("core", CORES)] | None = Field(
+        default=None, description="what C between B and A is (default: the method's)"
+    )
+    targets: Annotated[str, AfterValidator(check_targets)] = Field(
+        default="all-linear", description="layers to adapt: all, or those whose name matches in full"
+    )
+    init_adapter: str | None = Field(
+        default=None,
+        description="a PEFT LoRA of this model, or a run's folder, to start from; what is exported contains it",
+    )
+
+    strategy: str | None = Field(
+        default=None, description="how the server combines the updates (default: the method's)"
+    )
+    strategy_arg: Annotated[dict[str, object], BeforeValidator(read_arguments)] = Field(
+        default={},
+        description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
+    )
+
+    baseline: Literal["central", "local"] | None = Field(
+        default=None,
+        description="instead of the federation what it is held against: central, one model on the pooled examples of "
+        "all clients, with as many steps and examples a round; local, each client alone, every client in every round",
+    )
+
+    local_epochs: int | None = Field(
+        default=2, ge=1, le=LARGEST, description="passes of a client over its examples in a round"
+    )
+    local_steps: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="steps of a client in a round, instead of --local-epochs"
+    )
+    batch_size: int = Field(default=8, ge=1, le=LARGEST, description="examples in a step of a client")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="the clients' optimizer")
+    optimizer_state: Literal["reset", "keep", "mean-v"] = Field(
+        default="reset",
+        description="what a client's optimizer starts a round with: nothing, what it had at the end of the client's "
+        "last one, or of adamw one mean of the second moments of each tensor, which travels",
+    )
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of the optimizer sgd")
+    lr: float | None = Field(
+        default=None, gt=0, description="learning rate of the adapted layers (default: the method's)"
+    )
+    head_lr: float | None = Field(default=None, gt=0, description="learning rate of the head (default: the method's)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine",
+        description="course of both rates over the rounds of the run; falling to nothing, the last rounds average out "
+        "what clients pull apart",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled for adamw, added to the gradient for sgd")
+    clip_norm: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest norm of a client's gradient in a step; none: any. With --privacy: of the gradient of one "
+        "example (default: 0.1), or of what one client's training changes",
+    )
+
+    codec: Annotated[str, AfterValidator(check_codec)] = Field(
+        default="float32",
+        description="how an update travels, the difference to what the client was sent: float32, bfloat16, int8 and "
+        "int4 (stochastic rounding), sign (one bit a number), top-k (a share of the numbers); +zstd squeezes the bytes "
+        "where that pays",
+    )
+    broadcast_codec: Annotated[str, AfterValidator(check_broadcast_codec)] = Field(
+        default="float32",
+        description="how the trained tensors travel to a client: whole, or by the change of what it holds (delta+); "
+        "who holds nothing is sent all, as it is",
+    )
+    link: str | None = Field(
+        default=None,
+        description="also reckon how long the messages of every round would take: data-centre, broadband, 4g, 3g, "
+        "satellite, or up=RATE,down=RATE[,latency=TIME][,server=RATE]; several in turn (4g,3g), or drawn by shares "
+        "(4g:0.7,3g:0.3); it changes nothing else",
+    )
+    error_feedback: bool | None = Field(
+        default=None,
+        description="a client adds what its last update lost to its next one (default: with every codec but float32, "
+        "where a client's factors last from round to round and the engine keeps its state)",
+    )
+
+    privacy: Literal["none", "example", "client"] = Field(
+        default="none",
+        description="differential privacy: example, each client hides its single examples from everybody (DP-SGD); "
+        "client, a trusted server hides whole clients from those who see what it publishes",
+    )
+    epsilon: float | None = Field(
+        default=None,
+        ge=1e-3,
+        le=1000,
+        description="what the whole run may spend; the noise is reckoned from it (with less than 0.001 nothing is "
+        "learnt, and above 1000 nothing is hidden)",
+    )
+    noise_multiplier: float | None = Field(
+        default=None, ge=0.1, le=1e4, description="the noise itself, over --clip-norm, instead of --epsilon"
+    )
+    delta: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="chance that the promise fails, below 1/n of the examples of the largest client, or of the clients "
+        "(default: a tenth of that)",
+    )
+    public_data: str | None = Field(
+        default=None,
+        description="data that is nobody's secret, like --data: its train split takes the place of the rows that are "
+        "otherwise withheld from the clients (--public-examples)",
+    )
+    public_eval: bool = Field(
+        default=False,
+        description="with --privacy: the rows that are evaluated on (--eval-split, --eval-data) are nobody's secret, "
+        "and may be scored without noise",
+    )
+    clip_quantile: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="with --privacy client: share of the updates that --clip-norm is to let through whole; it then "
+        "moves from round to round (adaptive clipping)",
+    )
+    noise_cohort: int | None = Field(
+        default=None,
+        ge=1,
+        le=LARGEST,
+        description="with --privacy client: clients in a round of the larger federation whose noise is put in; a "
+        "simulation of that one, and no privacy for these clients",
+    )
+    privacy_engine: Literal["cohort", "opacus"] = Field(
+        default="cohort",
+        description="with --privacy example: what clips and adds noise; opacus: its own hooks and optimizer, one "
+        "client at a time, with noise from torch's generator",
+    )
+    reproducible_noise: bool = Field(
+        default=False, description="noise from the seed, for studies of what it costs: then no epsilon is claimed"
+    )
+
+    eval_every: int = Field(
+        default=1, ge=1, le=LARGEST, description="rounds between two evaluations; the last round is always evaluated"
+    )
+    eval_examples: int = Field(
+        default=1024, ge=0, le=LARGEST, description="seeded rows of the test split to evaluate on; 0: all of them"
+    )
+    client_eval: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of each client's rows that is held back from it, for a score of each client by itself "
+        "(default: 0.2 where factors stay with the clients, else 0)",
+    )
+    eval_data: str | None = Field(
+        default=None,
+        description="data to evaluate on, like --data: its test split, or its only one (default: --data's own)",
+    )
+    eval_split: str | None = Field(
+        default=None,
+        description="split to evaluate on; held-out: a seeded tenth of train, to choose rates by (default: test, else "
+        "a validation split, else a tenth of train)",
+    )
+
+    engine: Literal["ray", "local", "flower"] = Field(
+        default="ray",
+        description="worker processes on this machine, or everything in this process; flower: its own, by 'flwr run .'",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="worker processes of the engine ray (default: one a core, more than that share the cores; on GPUs "
+        "--workers-per-gpu for each)",
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="threads of a worker; results repeat to the bit for the same number (default: 1 on ray)",
+    )
+    cohort: Annotated[Literal["auto"] | int, BeforeValidator(read_cohort)] = Field(
+        default="auto", description="clients trained together in one forward pass; auto: by a budget of tokens"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="cpu",  # not auto, as long as no run has met a GPU
+        description="where the frozen model lies and computes; cuda: on GPUs of NVIDIA, on which this has not been "
+        "run yet; auto: cuda where torch sees one, else cpu",
+    )
+    workers_per_gpu: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_PROCESSES,
+        description="workers that share a GPU, each with a copy of the frozen model there (default: 1)",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "saved"] = Field(
+        "auto",
+        description="of the frozen model (what is trained is float32); auto: bfloat16 where it is much faster; saved: "
+        "as in the model's files, whose pages all workers of a machine then share",
+    )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        default="none",
+        description="keep the frozen linear layers, but not head and embeddings, in 8 or 4 bits (NF4) by bitsandbytes "
+        "(pip install 'fedlotr[quantized]'), and compute in --dtype: less memory, more time",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="run each block of the model again in backward instead of keeping what is inside it: less memory "
+        "for large models, about a third more work",
+    )
+    ray_address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="join the Ray cluster there (HOST:PORT, or auto) instead of starting one on this machine; all its "
+        "machines must see --out and the model under the same paths",
+    )
+
+    out: Annotated[Path, AfterValidator(expand)] | None = Field(
+        default=None, description="folder of the run, new or empty (default: a new one in runs)"
+    )
+    client_adapters: bool = Field(
+        default=False, description="write an adapter for each client too, where factors stay with the clients"
+    )
+    tensorboard: bool = Field(default=False, description="also write TensorBoard's event files, into the run's folder")
+    mlflow: bool = Field(default=False, description="also log to MLflow, where MLFLOW_TRACKING_URI says")
+    wandb: bool = Field(default=False, description="also log to Weights & Biases; WANDB_MODE=offline keeps it here")
+    resume: bool = Field(default=False, description="go on with the run in --out after its last finished round")
+    resume_round: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_ROUNDS,
+        description="with --resume: go on after this round, of those that checkpoints are kept of, and drop what is "
+        "later",
+    )
+    quiet: bool = Field(default=False, description="print nothing but errors")
+    json_output: bool = Field(
+        default=False, alias="json", description="print summary.json on standard output at the end"
+    )
+
+    @property
+    def row(self) -> Method:
+        """Of the table of methods."""
+        return METHODS[self.method]
+
+    @property
+    def chosen_core(self) -> str:
+        """What C is: as given, or the method's."""
+        return self.core or self.row.core
+
+    @property
+    def chosen_basis(self) -> str:
+        """Where B and A come from: as given, or the method's."""
+        return self.basis or self.row.basis
+
+    @property
+    def largest_rank(self) -> int:
+        """That a client has."""
+        return max(int(part.partition(":")[0]) for part in (self.client_rank or str(self.rank)).split(","))
+
+    @property
+    def chosen_strategy(self) -> str:
+        """How updates are combined: as given, or the method's."""
+        return self.strategy or self.row.strategy
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The classes in their order, where they are given."""
+        return None if self.label_names is None else label_names_of(self.label_names)
+
+    @property
+    def loggers(self) -> list[str]:
+        """The tools that are told of every round."""
+        return [name for name in ("tensorboard", "mlflow", "wandb") if getattr(self, name)]
+
+    def reported(self) -> dict[str, Any]:
+        """What config.yaml says: all but where and how one run reports, which computes nothing."""
+        return self.model_dump(exclude=REPORTING)
+
+    @property
+    def coding(self) -> Coding:
+        """How what crosses is coded, once the configuration is resolved."""
+        return Coding(self.codec, self.broadcast_codec, bool(self.error_feedback))
+
+    @property
+    def clients_per_round(self) -> int:
+        """Clients that train in a round: the sample; all of them, or the one that holds all examples, of a baseline."""
+        return {None: self.sampled_clients, "local": self.clients, "central": 1}[self.baseline]
+
+    @property
+    def sampled_clients(self) -> int:
+        """`sample` itself, or that share of the clients, rounded, at least one."""
+        return self.sample if isinstance(self.sample, int) else max(1, round(self.sample * self.clients))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_none(cls, given: object, info: ValidationInfo) -> object:
+        """The word none, on the command line and in YAML (where it is text), for options that may be left open.
+
+        Nothing at all is not none: an option without its value is a mistake.
+        """
+        if given == "":
+            raise ValueError("expected a value")
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = get_args(annotation) or (annotation,)
+        if isinstance(given, bool) and {int, float}.intersection(kinds):
+            return str(given)  # not the numbers 0 and 1
+        if isinstance(given, str):
+            check_text(given, lines=False)
+        nullable = type(None) in kinds
+        return None if nullable and isinstance(given, str) and given.lower() == "none" else given
