@@ -25,6 +25,7 @@ from fedlotr.config.rules import RULES, TESTS, Rule
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.traits import StrategyTraits
+from fedlotr.reporting.callbacks import RoundEvent, StartEvent
 from fedlotr.run import unmet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -469,9 +470,9 @@ def test_an_interrupted_run_ends_with_130_and_says_what_is_saved(
     def interrupted_after(rounds: int, finished_before: int = 0) -> Any:
         def simulation(config: SimulationConfig, *, console: Any, head_start: Any) -> Any:
             console.begin(tmp_path, finished_before)
-            console.start(config, {})
+            console.on_start(StartEvent(0, config, {}))
             for number in range(finished_before + 1, rounds + 1):
-                console.round({"round": number, "clients": 10})
+                console.on_round(RoundEvent(number, {"round": number, "clients": 10}, tmp_path))
             raise KeyboardInterrupt
 
         return simulation
@@ -491,7 +492,7 @@ def test_a_failed_run_ends_with_one_and_its_traceback_is_in_the_log(
         def simulation(config: SimulationConfig, *, console: Any, head_start: Any) -> Any:
             if run_dir is not None:
                 console.begin(run_dir)
-            console.start(config, {})
+            console.on_start(StartEvent(0, config, {}))
             raise error
 
         return simulation

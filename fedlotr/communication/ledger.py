@@ -20,9 +20,6 @@ Direction = Literal["up", "down"]
 Kind = Literal["broadcast", "update", "basis", "carry", "control"]
 Record = ArrayRecord | ConfigRecord | MetricRecord
 
-CONTROLS = ("control", "moments")
-"""Records of arrays that steer training and are no part of the model: control variates, moments of optimizers."""
-
 SCHEMA = pa.schema(
     [
         ("round", pa.int32()),
@@ -67,13 +64,17 @@ def _array_bytes(array: Array) -> int:
 
 
 def entry(server_round: int, client: int, direction: Direction, name: str, record: Record) -> Entry:
-    """The ledger's row for a record; its kind follows from its name, its type and its direction."""
+    """The ledger's row for a record; its kind follows from its name and its direction.
+
+    Only the trained tensors are a broadcast or an update: what links send beside them, such as control variates or
+    moments, steers training and is no part of the model.
+    """
     kind: Kind = "control"
     if name == "basis":
         kind = "basis"
     elif name == "carry":
         kind = "carry"
-    elif isinstance(record, ArrayRecord) and name not in CONTROLS:
+    elif name == "arrays":
         kind = "broadcast" if direction == "down" else "update"
     return Entry(server_round, client, direction, kind, payload_bytes(record), record.count_bytes())
 

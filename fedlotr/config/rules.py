@@ -159,6 +159,7 @@ TABLE = {
     "privacy_engine=opacus gradient_checkpointing": "its hooks would see every block run twice",
     "epsilon, noise_multiplier, delta, clip_quantile, noise_cohort, reproducible_noise privacy=none": "there is no "
     "noise without --privacy example or --privacy client",
+    "add_link privacy!=none": "what a link sends goes out as it is, without noise; leave it out",
     "public_eval privacy=none": "it belongs to --privacy: nothing is hidden without",
     "eval_data privacy!=none (public_eval=false)": "its rows are scored without noise: where they are nobody's secret, "
     "say so by --public-eval",

@@ -145,6 +145,11 @@ class Fields(BaseModel):
     strategy: str | None = Field(
         default=None, description="how the server combines the updates (default: the method's)"
     )
+    add_link: str | None = Field(
+        default=None,
+        description="links of your own in the chain that updates go through: module:Class, file.py:Class or an "
+        "installed one's name; several by commas",
+    )
     strategy_arg: Annotated[dict[str, object], BeforeValidator(read_arguments)] = Field(
         default={},
         description="an argument of the strategy; may be repeated; numbers, lists and true/false are read as such",
@@ -401,6 +406,11 @@ class Fields(BaseModel):
     def reported(self) -> dict[str, Any]:
         """What config.yaml says: all but where and how one run reports, which computes nothing."""
         return self.model_dump(exclude=REPORTING)
+
+    @property
+    def links(self) -> tuple[str, ...]:
+        """Of the user's, in the chain that updates go through."""
+        return tuple(filter(None, (self.add_link or "").split(",")))
 
     @property
     def coding(self) -> Coding:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedlotr.flower.certificate import Product
     from fedlotr.flower.fewest import Fewest
+    from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply
     from fedlotr.flower.records import Arrays, by_layer, to_arrays
     from fedlotr.flower.strategy import Combined, Strategy, Update, WithCarry, owned, weighted_mean
     from fedlotr.flower.traits import StrategyTraits
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Arrays",
     "Combined",
+    "Draft",
     "Fewest",
+    "Job",
+    "Link",
+    "LinkTraits",
     "Product",
+    "Refused",
+    "Reply",
     "Strategy",
     "StrategyTraits",
     "Update",
@@ -29,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    **dict.fromkeys(("Draft", "Job", "Link", "LinkTraits", "Refused", "Reply"), "link"),
     "Product": "certificate",
     "Arrays": "records",
     "by_layer": "records",

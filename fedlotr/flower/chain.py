@@ -82,10 +82,6 @@ class Chain(Sequence[Link]):
         assert found is not None
         return found
 
-    def in_words(self) -> str:
-        """For the header of a run: the links in order."""
-        return ", ".join(filter(None, (link.in_words() for link in self._links)))
-
     # On the server.
 
     def outgoing(self, turn: Turn, messages: Sequence[Message], nodes: Mapping[int, int]) -> list[Draft]:
@@ -186,6 +182,13 @@ class Chain(Sequence[Link]):
         """Put together what goes up."""
         for link in self._links:
             link.send(job)
+
+
+def in_words(run: Federation, workplace: Workplace, model: TrainableModel) -> str:
+    """The links of a run in order, on whichever side they stand: for its header."""
+    kinds = link_classes(run.links)
+    links = (kind.at_server(run) or kind.at_client(workplace, model) for kind in kinds)
+    return ", ".join(filter(None, (link.in_words() for link in links if link is not None)))
 
 
 def post(drafts: Iterable[Draft]) -> list[Message]:

@@ -363,6 +363,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
             ),
         ),
         *_wire(config),
+        ("links", facts.get("chain", "")),
         (
             "engine",
             joined(
@@ -376,7 +377,7 @@ def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[st
             ),
         ),
     ]
-    return rows
+    return [(title, text) for title, text in rows if text]
 
 
 def _wire(config: SimulationConfig) -> list[tuple[str, str]]:

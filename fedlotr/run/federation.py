@@ -60,6 +60,7 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None
         carried=model.carried,
         guard=guard or NoGuard(),
         coding=config.coding,
+        links=config.links,
         weights=Weights(config.max_weight, config.weights == "uniform"),
         max_update_norm=config.max_update_norm,
         refuse_large=config.on_large_update == "refuse",

@@ -449,6 +449,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         threads=config.threads or torch.get_num_threads(),
         noise=noise,
         coding=config.coding,
+        links=config.links,
     )
     workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
     workplace.record_load()

@@ -27,6 +27,7 @@ from fedlotr.engines.base import Engine
 from fedlotr.engines.endings import held_back
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.errors import InputError, shorten
+from fedlotr.flower.chain import in_words
 from fedlotr.flower.client_app import WORK, worker
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.workplace import Workplace
@@ -47,7 +48,7 @@ from fedlotr.run.processes import CLIENT_APP, threads_of
 from fedlotr.run.resumption import continue_from, saved_configuration
 from fedlotr.run.rounds import Rounds
 from fedlotr.run.summary import facts
-from fedlotr.run.unmet import feedback, unmet
+from fedlotr.run.unmet import feedback, unmet, unmet_links
 from fedlotr.run.world import leaving_no_trace
 from fedlotr.said import hearing, say
 from fedlotr.training.cohort import cut_cohorts
@@ -165,8 +166,9 @@ def run_simulation(
             )
             known = facts(prepared) | ({} if guard is None else {"privacy": guard.in_words()})
             directory.write_facts(known)
-            audience.tell(StartEvent(finished, config, known))
             run = Rounds(config, prepared, directory, grid, started, audience, guard, heard)
+            chain = in_words(run.federation, prepared.workplace, prepared.model)
+            audience.tell(StartEvent(finished, config, {**known, "chain": chain}))
             state = run.begin(strategy, checkpoint)
             loggers = open_loggers(config.loggers, directory.path, config.reported(), run.history)
             audience.own.append(stack.enter_context(loggers))
@@ -250,6 +252,8 @@ def check_all(
                 problems += unmet(strategy, config)
         except InputError as error:
             problems += error.problems
+    if "add_link" not in wrong:
+        problems += unmet_links(config)
     if config.link is not None and "link" not in wrong:
         try:
             read_links(config.link, config.clients, config.seed)

@@ -8,6 +8,8 @@ from fedlotr.adapters.kinds import cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.rules import NO_CLIENT_STATE, Rule, broken, value_of
+from fedlotr.errors import InputError
+from fedlotr.flower.chain import LINKS, link_classes
 from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.traits import StrategyTraits, traits_of
 
@@ -130,3 +132,15 @@ def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
     if config.error_feedback is not None or not config.coding.update.lossy:
         return config.error_feedback
     return config.engine != "flower" and traits_of(strategy).factors_last
+
+
+def unmet_links(config: SimulationConfig) -> Iterator[str]:
+    """Why a user's links cannot stand in the chain, each one line."""
+    for name in config.links:
+        try:
+            *_, kind = (kind for kind in link_classes([name]) if kind not in LINKS)
+        except InputError as error:
+            yield from error.problems
+        else:
+            if kind.traits.keeps_client_state and config.engine == "flower":
+                yield f"--add-link {name} with --engine flower: {NO_CLIENT_STATE}"
