@@ -127,7 +127,8 @@ def compare(args: Any, folder: Path, **shape: Any) -> dict[str, Any]:
 def utilisation(figures: dict[str, Any], args: Any) -> None:
     """What share of the machine's best matrix product each of our sides reaches on real tokens."""
     parameters = 6 * (4 * 384**2 + 2 * 384 * 1536)  # MiniLM's encoder
-    figures["matmul_gflops"] = {dtype: matmul_gflops(dtype, args.workers) for dtype in ("float32", "bfloat16")}
+    formats = "float32", "bfloat16"
+    figures["matmul_gflops"] = {dtype: matmul_gflops(dtype, args.workers, args.matmul) for dtype in formats}
     best = max(figures["matmul_gflops"].values())
     for side in figures["sides"].values():
         if "tokens" in side:
@@ -174,6 +175,7 @@ def main() -> None:
     options.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     options.add_argument("--accuracy", action="store_true", help="evaluate after each round, outside the timing")
     options.add_argument("--test", type=int, default=1024, help="rows to evaluate on")
+    options.add_argument("--matmul", type=int, default=2048, help="side of the products that sides are held against")
     options.add_argument("--sweep", action="store_true", help="also other lengths, batches and numbers of clients")
     args = options.parse_args()
     report: dict[str, Any] = {"machine": machine(), "jobs": {}}

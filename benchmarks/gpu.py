@@ -128,7 +128,7 @@ def main() -> None:
     varlen_pass.RAGGED_TOKENS = backward.PASS_TOKENS = args.pass_tokens
     training = LocalTraining(steps=args.steps, batch_size=args.batch)
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
-    side = 8192 if args.device == "cuda" else 1024
+    side = 8192 if args.device == "cuda" else 256
     square = torch.ones(side, side, dtype=torch.bfloat16, device=args.device)
     product = min(seconds(args.device, lambda: square @ square) for _ in range(5))
     figures["matmul_gflops"] = 2 * side**3 / product / 1e9

@@ -64,6 +64,7 @@ def main() -> None:
     options.add_argument("--method", default="fed-sb")
     options.add_argument("--dtype", default="auto")
     options.add_argument("--rounds", type=int, default=3, help="timed, after the first")
+    options.add_argument("--matmul", type=int, default=2048, help="side of the product that is measured too")
     options.add_argument("--only", nargs="+", choices=list(sets(1, 1)), default=list(sets(1, 1)))
     args = options.parse_args()
     args.lr, args.accuracy = 1e-3, False

@@ -105,7 +105,7 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
-def matmul_gflops(dtype: str, threads: int, size: int = 2048, repeats: int = 3) -> float:
+def matmul_gflops(dtype: str, threads: int, size: int, repeats: int = 3) -> float:
     """The best rate of a size³ matrix product in this process, in GFLOP/s."""
     import torch
 

@@ -81,14 +81,14 @@ def timed(report: Path, words: list[str]) -> None:
 def main() -> None:
     """Run it."""
     options = parser(__doc__)
-    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--repeats", type=int, default=3, help="after one that warms the files; 0: that one alone")
     options.add_argument("--clients", type=int, default=50)
     options.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="last: more words for fedlotr.simulate"
     )
     args = options.parse_args()
     runs: list[dict[str, Any]] = []
-    for repeat in range(args.repeats + 1):  # the first warms the files
+    for repeat in range(args.repeats + 1):
         with tempfile.TemporaryDirectory() as folder:
             words = ["--clients", str(args.clients), "--rounds", "1", "--workers", str(args.workers)]
             words += ["--quiet", "--out", f"{folder}/run", *args.options]
@@ -105,7 +105,7 @@ def main() -> None:
         ends = [start + took for what, start, took in run["steps"] if what == "checkpoint"]
         run["first_round_finished"] = ends[0] + run["command"] - run["total"]
         print(f"  {repeat}/{args.repeats} first round finished after {run['first_round_finished']:.1f} s", flush=True)
-        runs += [run] if repeat else []
+        runs += [run] if repeat or not args.repeats else []
     names = list(dict.fromkeys(what for run in runs for what, _, _ in run["steps"]))
     steps = {
         name: statistics.median(sum(took for what, _, took in run["steps"] if what == name) for run in runs)

@@ -19,13 +19,13 @@ from fedlotr import cli
 
 ROOT = Path(__file__).parents[1]
 
-SMALL_JOB = ["--clients", "2", "--examples", "4", "--rounds", "1", "--length", "16", "--workers", "1"]
+SMALL_JOB = ["--clients", "2", "--examples", "4", "--rounds", "1", "--length", "16", "--workers", "1", "--matmul", "64"]
 SMALL_RUN = ["--max-examples", "4", "--sample", "2", "--eval-examples", "8"]
 SMALLEST = {
     "flower_peft": [*SMALL_JOB, "--accuracy", "--test", "8", "--sides", "flower+peft cached", "lora"],
     "scaling": [*SMALL_JOB, "--only", "workers"],
     "engine": ["--clients", "8", "--bytes", "2000", "--rounds", "1", "--workers", "1", "--only", "speed"],
-    "startup": ["--repeats", "1", "--workers", "1", "--options", *SMALL_RUN],
+    "startup": ["--repeats", "0", "--workers", "1", "--options", *SMALL_RUN],
     "privacy": ["--batch", "2", "--length", "8", "--ranks", "4", "--repeats", "1"],
     "prefix": ["--clients", "2", "--examples", "4", "--length", "8", "--blocks", "0", "--repeats", "1"],
     "gpu": ["--device", "cpu", "--small"],
