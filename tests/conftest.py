@@ -144,6 +144,16 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def ray_session(request: pytest.FixtureRequest) -> None:
+    """One Ray for all tests: grids and runs made while it lives neither start nor stop one."""
+    from fedlotr.engines.own_ray import start_ray
+
+    own = start_ray(4)
+    if own is not None:
+        request.config.add_cleanup(own.stop)
+
+
 @pytest.fixture
 def simulate(tmp_path: Path) -> Simulate:
     """Run `python -m fedlotr.simulate` in an empty folder, as a user would, but for the seconds that imports take."""

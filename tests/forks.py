@@ -24,6 +24,12 @@ SIMULATE = "import sys; from fedlotr.commands.simulate import main; sys.exit(mai
 
 RUN = ("fedlotr.run.simulation", "fedlotr.flower.client_app", "transformers.models.bert.modeling_bert", "tests.support")
 """What a run loads."""
+PLAIN = ("torch", "peft", "transformers")
+"""What nobody needs us for."""
+
+
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+"""Of a process that a terminal starts; in a shell's background job, tests and all that they start ignore SIGINT."""
 
 
 class Server:
@@ -111,6 +117,20 @@ class Fork:
             raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout, *self.said())
         return code
 
+    @property
+    def returncode(self) -> int | None:
+        """As `poll`."""
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        """To it alone; it leads a process group of its own."""
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """What it has written, once it has ended."""
+        self.wait(timeout)
+        return self.said()
+
     def said(self) -> tuple[str, str]:
         """What it has written to standard output and to standard error so far."""
         out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in self._streams)
@@ -158,8 +178,10 @@ def say(**what: int) -> None:
 
 
 def become(job: dict[str, Any]) -> None:
-    """Take on a job's folder, environment, words and streams."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Take on a job's folder, environment, words and streams, in a session of its own, deaf to no signal."""
+    os.setsid()
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["env"])

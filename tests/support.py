@@ -98,7 +98,7 @@ def plain_logits(*adapters: Path) -> list[torch.Tensor]:
             f"save_file({{'logits': logits.contiguous()}}, sys.argv[1] + '/logits-{at}.safetensors')\n"
         )
     out = adapters[0].parent
-    done = forks.server("torch", "peft", "transformers").run(program, out, cwd=out)
+    done = forks.server(*forks.PLAIN).run(program, out, cwd=out)
     assert done.returncode == 0, done.stderr
     return [load_file(out / f"logits-{at}.safetensors")["logits"] for at in range(len(adapters))]
 

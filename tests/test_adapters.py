@@ -1,7 +1,5 @@
 """The factored layer computes its formula, is a guest in PEFT, and everyone makes the same bases."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from fedlotr.adapters.bases import (
 )
 from fedlotr.adapters.layer import Basis, FactoredLayer, weight_of
 from fedlotr.adapters.tuner import factored_layers
+from tests import forks
 from tests.support import assert_logits, assert_within, float32_bound
 
 ROWS = [(method, basis) for method, row in METHODS.items() if row.factored for basis in ("random", "svd", "update")]
@@ -387,11 +386,12 @@ def test_a_rank_above_a_layers_width_is_refused() -> None:
         adapted(llama(), method="lotr", r=9)
 
 
-def test_adapters_and_training_load_neither_flower_nor_ray() -> None:
+def test_adapters_and_training_load_neither_flower_nor_ray(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('flwr', 'ray'): sys.modules[name] = None\n"  # any import of them now fails
         "from fedlotr import CoreConfig, initialize_basis\n"
         "import fedlotr.training.cohort, fedlotr.evaluation.scores, fedlotr.training.head\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = forks.server(*forks.PLAIN).run(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

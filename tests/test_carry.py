@@ -331,7 +331,9 @@ def test_kill_9_in_the_midst_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_workers_of_ray_follow_to_the_same_bytes(runs: dict[str, Path], small: dict[str, Any], tmp_path: Path) -> None:
+def test_workers_of_ray_follow_to_the_same_bytes(
+    runs: dict[str, Path], small: dict[str, Any], tmp_path: Path, ray_session: None
+) -> None:
     """Two processes share seven clients: each brings its model to a message's version, whoever had the last one."""
     options = {**small, "rounds": 4, "engine": "ray", "workers": 2, "cohort": 1, "strategy": "fedex-lora"}
     result = run_simulation(SimulationConfig(**options, out=tmp_path / "ray"))

@@ -27,6 +27,7 @@ from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.traits import StrategyTraits
 from fedlotr.reporting.callbacks import RoundEvent, StartEvent
 from fedlotr.run import unmet
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -520,12 +521,12 @@ def test_the_console_script_knows_its_commands(capsys: pytest.CaptureFixture[str
     assert "simulate" in capsys.readouterr().out
 
 
-def test_the_package_hands_on_its_names_without_flower_or_ray() -> None:
+def test_the_package_hands_on_its_names_without_flower_or_ray(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules.update(flwr=None, ray=None)\n"
         "from fedlotr import CoreConfig, CoreModel, SimulationConfig, initialize_basis\n"
     )
-    done = python("-c", script)
+    done = forks.server(*forks.PLAIN).run(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="CoreConfg"):
         _ = fedlotr.CoreConfg

@@ -22,6 +22,7 @@ from fedlotr import Callbacks, RoundEvent, SimulationConfig, cli, run_simulation
 from fedlotr.commands.door import NO_MEMORY
 from fedlotr.engines import own_ray
 from fedlotr.engines.endings import LAST_STRAW, exit_code, heeded, held_back, in_words, listening, told
+from tests import forks
 from tests.test_head_start import ray_processes
 from tests.test_simulation import flags, wait_for_round
 
@@ -268,6 +269,12 @@ def sockets() -> Iterator[Path]:
         yield Path(folder)
 
 
+def forked(options: dict[str, Any], folder: Path, **environment: str) -> forks.Fork:
+    """As `run`, with all libraries loaded before it begins, and so without a head start of workers."""
+    folder.mkdir(exist_ok=True)
+    return forks.server(*forks.RUN).start(forks.SIMULATE, *flags(options), cwd=folder, **environment)
+
+
 def run(options: dict[str, Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     return started(
@@ -285,7 +292,7 @@ def run(options: dict[str, Any], folder: Path, **environment: str) -> subprocess
 def test_a_local_run_that_is_told_to_end_leaves_nothing_and_goes_on(
     number: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    process = run({**options, "engine": "local", "threads": 1}, tmp_path)
+    process = forked({**options, "engine": "local", "threads": 1}, tmp_path)
     wait_for_round(tmp_path / "run", 2, process)  # the first is then told of, too
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
@@ -302,7 +309,8 @@ def test_a_ray_run_ends_cleanly_whenever_it_is_told_to(options: dict[str, Any], 
     moments = ("*/session_*/sockets/raylet*", "config.yaml", ".work/*/train.safetensors", "ledger/*")
     for at, moment in enumerate(moments):
         folder = tmp_path / str(at)
-        process = run({**options, "workers": 1}, folder, RAY_TMPDIR=str(sockets))
+        begin = run if at < 3 else forked
+        process = begin({**options, "workers": 1}, folder, RAY_TMPDIR=str(sockets))
         while not list((folder / "run" if at else sockets).glob(moment)):
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
@@ -324,7 +332,7 @@ def test_a_ray_run_ends_cleanly_whenever_it_is_told_to(options: dict[str, Any], 
 def test_a_run_whose_ray_dies_ends_in_one_line(
     name: str, options: dict[str, Any], tmp_path: Path, sockets: Path
 ) -> None:
-    process = run({**options, "workers": 1}, tmp_path, RAY_TMPDIR=str(sockets))
+    process = forked({**options, "workers": 1}, tmp_path, RAY_TMPDIR=str(sockets))
     wait_for_round(tmp_path / "run", 1, process)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if child.name().startswith("ray::Worker")]

@@ -69,18 +69,6 @@ def a_ray_grid(workers: int, cohorts: CohortRule | None = by_four, app: str = "e
 
 
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    """One Ray for all tests here: grids made inside it neither start nor stop it."""
-    import ray
-
-    from fedlotr.engines.ray import start_ray
-
-    start_ray(4)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def ray_grid(ray_session: None) -> Iterator[RayGrid]:
     with a_ray_grid(2) as grid:
         yield grid

@@ -1,12 +1,12 @@
 """The collector rests while libraries load, and works again afterwards."""
 
 import gc
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from fedlotr.machine import loading_for_good, not_collecting
+from tests import forks
 
 
 def test_the_collector_is_left_as_it_was() -> None:
@@ -31,8 +31,9 @@ def test_only_what_is_loaded_first_stays_for_good() -> None:
         gc.unfreeze()
 
 
-def test_the_command_loads_its_libraries_so() -> None:
+def test_the_command_loads_its_libraries_so(tmp_path: Path) -> None:
     words = ["--engine=local", "--rank=100000"]
     look = f"from fedlotr.commands import simulate; import gc; simulate.main({words}); print(gc.get_freeze_count())"
-    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    found = forks.server(*forks.RUN).run(look, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
     assert int(found.stdout) > 100_000

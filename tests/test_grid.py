@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ import pytest
 import yaml
 
 from fedlotr import cli
+from tests import forks
 from tests.support import read_run
 
+ROOT = Path(__file__).resolve().parents[1]
 FAST = {
     "clients": 4,
     "sample": 2,
@@ -271,15 +271,9 @@ def test_a_failed_run_is_named_takes_no_other_down_and_is_resumed_on_the_next_ca
     assert table(tmp_path / "out")["failing"]["failed"] == ""
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedlotr.commands.grid", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the tests are a background job
-    )
+def start(words: list[str]) -> forks.Fork:
+    program = "import sys; from fedlotr.commands.grid import main; sys.exit(main())"
+    return forks.server(*forks.RUN).start(program, *words, cwd=ROOT, OMP_NUM_THREADS="1")
 
 
 def until(rounds: int, folder: Path) -> None:
@@ -295,7 +289,7 @@ def until(rounds: int, folder: Path) -> None:
 def test_a_killed_run_is_named_ctrl_c_stops_the_grid_and_the_next_call_goes_on(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
-    long = {**base, "rounds": 150, "eval_every": 150}
+    long = {**base, "rounds": 60, "eval_every": 60}
     out, file = tmp_path / "out", write(tmp_path, base=long, axes={"method": ["head", "lotr"]})
     grid = start([str(file), "--out", str(out)])
     until(2, out / "head" / "seed-0")
@@ -312,7 +306,7 @@ def test_a_killed_run_is_named_ctrl_c_stops_the_grid_and_the_next_call_goes_on(
     assert cli.main(["grid", str(file), "--out", str(out), "--in-process", "--quiet"]) == 0
     for method in ("head", "lotr"):
         assert "resumed after round" in (out / method / "seed-0" / "log.txt").read_text(encoding="utf-8")
-        assert json.loads((out / method / "seed-0" / "summary.json").read_text(encoding="utf-8"))["rounds"] == 150
+        assert json.loads((out / method / "seed-0" / "summary.json").read_text(encoding="utf-8"))["rounds"] == 60
 
 
 @pytest.mark.slow
@@ -322,7 +316,7 @@ def test_a_run_does_not_outlive_its_grid(base: dict[str, Any], tmp_path: Path) -
     grid = start([str(file), "--out", str(out)])
     until(1, out / "head" / "seed-0")
     child = child_of(grid.pid)
-    grid.kill()
+    grid.send_signal(signal.SIGKILL)
     grid.wait()
     deadline = time.monotonic() + 60
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:

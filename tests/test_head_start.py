@@ -76,9 +76,11 @@ def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_a_run_that_is_told_to_end_cleans_up(tmp_path: Path) -> None:
+def test_a_run_that_is_told_to_end_cleans_up(animals: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    words = f"--data {animals} --model {tiny_bert} --clients 3 --rounds 2000 --public-examples 8"
+    words += " --workers 1 --out run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fedlotr.simulate", "--workers=1", "--out=run"],
+        [sys.executable, "-m", "fedlotr.simulate", *words.split()],
         stderr=subprocess.PIPE,
         cwd=tmp_path,
         start_new_session=True,

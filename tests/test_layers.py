@@ -2,12 +2,12 @@
 
 import ast
 import importlib
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
@@ -167,5 +167,7 @@ def test_names_that_moved_are_also_where_they_were(old: str, names: str) -> None
 
 def test_a_run_without_privacy_does_not_wait_for_the_accountants() -> None:
     look = "import fedlotr.run.simulation, sys; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
-    assert not {"dp_accounting", "opacus"} & set(found.stdout.split())
+    found = forks.server(*forks.RUN).run(look, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    loaded = set(found.stdout.split())
+    assert "fedlotr.run.simulation" in loaded and not {"dp_accounting", "opacus"} & loaded

@@ -99,7 +99,9 @@ def test_its_adapter_gives_plain_peft_the_logits_of_the_trained_model(
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_on_ray_a_model_class_and_a_task_of_ones_own_give_the_same_bytes(tokenizer: Any, tmp_path: Path) -> None:
+def test_on_ray_a_model_class_and_a_task_of_ones_own_give_the_same_bytes(
+    tokenizer: Any, tmp_path: Path, ray_session: None
+) -> None:
     """Workers import the class; of the task they know nothing."""
     data, found = {"train": REVIEWS, "test": REVIEWS * 5}, []
     for engine in ({}, {"engine": "ray", "workers": 1}):

@@ -239,7 +239,9 @@ def test_the_exported_adapter_goes_with_plain_peft_on_either_base(stories: Path,
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_any_number_of_workers_leaves_the_same_bytes(stories: Path, animals: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_leaves_the_same_bytes(
+    stories: Path, animals: Path, tmp_path: Path, ray_session: None
+) -> None:
     given = [*words(animals)[:-4], "--model", str(stories), "--quantize", "4bit"]
     trained = set()
     for how in ("--engine ray --workers 2", "--engine local --threads 1"):

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -27,6 +26,7 @@ from fedlotr.run.preparation import Prepared, check, prepare
 from fedlotr.run.simulation import resolve
 from fedlotr.simulate import main
 from fedlotr.training.cohort import cut_cohorts
+from tests import forks
 from tests.support import TEXTS, Simulate, assert_logits, our_logits, plain_logits, read_run
 
 TIMES = ("train_seconds", "evaluate_seconds")
@@ -154,12 +154,12 @@ def exported(
 ) -> dict[tuple[str, str], tuple[Path, SimulationConfig, torch.Tensor]]:
     """A run of each that is asked for, and what the lines of its adapter's README give, all in one process."""
     models = {"bert": small["model"], "gpt2": tiny_gpt2, "gpt2-lm": tiny_gpt2, "minilm": minilm(), "llama-lm": stories}
-    speeches = {"data": str(shared / "data" / "shakespeare"), "partition": "iid", "max_examples": 8}
-    speeches |= {"eval_examples": 16, "max_length": 64}
+    speeches = {"data": str(shared / "data" / "shakespeare"), "partition": "iid", "max_length": 64}
+    short = {"rounds": 1, "max_examples": 8, "eval_examples": 8}
     asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
     found = {}
     for kind, method in (case for case in EXPORTED if case in asked):
-        options = {**small, **(speeches if kind.endswith("-lm") else {}), "model": str(models[kind])}
+        options = {**small, **short, **(speeches if kind.endswith("-lm") else {}), "model": str(models[kind])}
         options |= {"method": method, "alpha": 8.0 if method != "head" else None, "lr": 0.02, "head_lr": 0.02}
         config = SimulationConfig(**options, out=tmp_path_factory.mktemp(f"{kind}-{method}") / "run")
         found[kind, method] = run_simulation(config).run_dir, config
@@ -206,7 +206,7 @@ def test_the_bases_of_a_run_are_made_again_where_there_are_other_threads(
 @pytest.mark.slow
 @pytest.mark.serial
 def test_the_same_seed_gives_the_same_bytes_on_every_engine_and_any_number_of_workers(
-    small: dict[str, Any], tmp_path: Path
+    small: dict[str, Any], tmp_path: Path, ray_session: None
 ) -> None:
     found = {}
     wanted = {**small, "clients": 12, "sample": 12, "cohort": 2, "method": "fed-sb"}
@@ -239,7 +239,7 @@ def test_numpy_computes_with_one_thread_while_a_run_goes_on(small: dict[str, Any
 @pytest.mark.slow
 @pytest.mark.serial
 def test_cohorts_cut_by_tokens_give_the_same_bytes_on_every_engine(
-    small: dict[str, Any], animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: dict[str, Any], animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:
     for split in ("train", "test"):  # long texts, so that a round's clients are too much for one cohort
         rows = [json.loads(line) for line in (animals / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -264,27 +264,9 @@ def test_cohorts_cut_by_tokens_give_the_same_bytes_on_every_engine(
 
 
 @pytest.mark.slow
-def test_the_certificate_holds_in_round_200(stories: Path, shared: Path, tmp_path: Path) -> None:
-    config = SimulationConfig(
-        model=str(stories),
-        data=str(shared / "data" / "shakespeare"),
-        partition="natural:client",
-        clients=4,
-        sample=2,
-        rounds=200,
-        local_steps=1,
-        batch_size=2,
-        max_length=32,
-        method="lotr",
-        lr=1e-2,
-        lr_schedule="linear",
-        eval_every=200,
-        eval_examples=16,
-        engine="local",
-        threads=1,
-        dtype="float32",
-        out=tmp_path / "run",
-    )
+def test_the_certificate_holds_in_round_200(small: dict[str, Any], tmp_path: Path) -> None:
+    long = {**small, "clients": 4, "sample": 2, "rounds": 200, "eval_every": 200, "local_steps": 1, "batch_size": 2}
+    config = SimulationConfig(**long, method="lotr", lr=1e-2, lr_schedule="linear", out=tmp_path / "run")
     errors = [row["aggregation_error"] for row in run_simulation(config).history]
     assert len(errors) == 200 and max(errors[0], errors[199], max(errors)) <= 1e-6
 
@@ -450,7 +432,7 @@ def test_a_damaged_checkpoint_is_passed_over(small: dict[str, Any], tmp_path: Pa
     assert timeless(again.history) == timeless(whole.history)
 
 
-def wait_for_round(run: Path, number: int, process: "subprocess.Popen[Any]", seconds: float = 120) -> None:
+def wait_for_round(run: Path, number: int, process: forks.Fork | subprocess.Popen[Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         metrics = run / "metrics.jsonl"
@@ -468,16 +450,8 @@ def test_ctrl_c_ends_at_once_leaves_no_process_and_keeps_what_is_finished(
     engine: str, small: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {**small, "rounds": 1000, "engine": engine, "method": "lotr", "local_epochs": 20, "out": "run"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedlotr.simulate", *flags(options)],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A shell's background jobs ignore SIGINT, and so would everything that this test starts in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    wait_for_round(tmp_path / "run", 2, process)
+    process = forks.server(*forks.RUN).start(forks.SIMULATE, *flags(options), cwd=tmp_path)
+    wait_for_round(tmp_path / "run", 3, process)  # the first two are then told of
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     began = time.monotonic()

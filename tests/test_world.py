@@ -17,6 +17,7 @@ import datasets
 import huggingface_hub.utils
 import numpy as np
 import pytest
+import ray
 import torch
 import transformers
 
@@ -113,6 +114,8 @@ def test_the_callers_world_is_as_it_was_however_a_run_ends(
     engine: str, ends: Any, options: dict[str, Any], unusual: None
 ) -> None:
     options |= {"engine": engine, "workers": 1 if engine == "ray" else None}
+    if engine == "ray":
+        ray.shutdown()  # the other tests' own, where there is one
     before = world()
     if ends is None:
         run_simulation(SimulationConfig(**options))
