@@ -16,9 +16,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.carry import Carry
+from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
-from fedlotr.adapters.tuner import CoreConfig, bases_sha256, factored_layers, initialize_basis
+from fedlotr.adapters.tuner import CoreConfig, bases_sha256, factored_layers
 from fedlotr.engines import LocalGrid
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.federation import Federation

@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.start import carrying
-from fedlotr.adapters.tuner import CoreConfig, initialize_basis
+from fedlotr.adapters.tuner import CoreConfig
 from fedlotr.evaluation.results import Results
 from fedlotr.evaluation.scores import evaluate
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base

@@ -15,8 +15,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlotr.engines import CohortRule, LocalGrid, RayGrid, node_of, partition_of
-from fedlotr.engines.base import Engine, Job
+from fedlotr.engines.base import Engine
 from fedlotr.engines.broadcast import Broadcast, size
+from fedlotr.engines.clients import Job
 from fedlotr.errors import FedlotrError, InputError
 
 pytestmark = pytest.mark.serial

@@ -37,7 +37,13 @@ The second floor has tables that a configuration needs: they import nothing that
 """
 INSIDE = {
     "config": ("own", "values", "preflight", "yaml_file", "command_line", "schema", "rules", "configuration"),
-    "adapters": ("bases kinds methods packed quantised", "carry cores", "layer", "export tuner", "start"),
+    "adapters": (
+        "bases kinds methods packed quantised",
+        "carry cores",
+        "layer",
+        "export tuner",
+        "gradient_bases start",
+    ),
     "training": (
         *("examples memory optimizers packing", "token_losses varlen", "frozen_prefix", "model", "head varlen_pass"),
         *("backward", "cohort", "corrections penalties"),
@@ -53,7 +59,7 @@ INSIDE = {
         *("links.codec", "strategy links.personal", "chain", "replies state", "norms", "trouble", "round"),
         "client_app scoring template",
     ),
-    "engines": ("base endings flower", "broadcast local own_ray", "worker", "head_start", "ray"),
+    "engines": ("clients endings flower", "base", "broadcast local own_ray", "worker", "head_start", "ray"),
     "commands": ("door", "compare cost forecast ls report simulate", "doctor grid supervised"),
     "reporting": ("callbacks fitting page run_record svg", "console loggers", "bill grid_table report", "comparison"),
     "run": (

@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from fedlotr import SimulationConfig, cli, simulate
 from fedlotr.adapters import quantised
 from fedlotr.adapters.bases import leading_singular_vectors
+from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.layer import weight_of
 from fedlotr.adapters.quantised import check_quantiser, dequantised, is_quantised, quantise
-from fedlotr.adapters.tuner import CoreConfig, factored_layers, initialize_basis
+from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.models.loading import ModelSpec, adaptable_layers, count_parameters, load_base
 from fedlotr.models.source import pad_id
 from fedlotr.training.backward import backward

@@ -7,8 +7,9 @@ from fedlotr.adapters.kinds import BASES, CORES, TIES, BasisKind, CoreKind
 from fedlotr.adapters.methods import METHODS, Method
 
 if TYPE_CHECKING:
+    from fedlotr.adapters.gradient_bases import initialize_basis
     from fedlotr.adapters.layer import CopiesLinear, FactoredLayer, copies
-    from fedlotr.adapters.tuner import CoreConfig, CoreModel, bases_of, bases_sha256, initialize_basis
+    from fedlotr.adapters.tuner import CoreConfig, CoreModel, bases_of, bases_sha256
 
 __all__ = [
     "BASES",
@@ -36,7 +37,7 @@ _HOMES = {
     "bases_of": "tuner",
     "bases_sha256": "tuner",
     "copies": "layer",
-    "initialize_basis": "tuner",
+    "initialize_basis": "gradient_bases",
 }
 
 

@@ -7,16 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlotr.engines.base import FIRST_NODE, CohortRule, each_alone, node_of, partition_of
+    from fedlotr.engines.base import CohortRule, each_alone
+    from fedlotr.engines.clients import FIRST_NODE, node_of, partition_of
     from fedlotr.engines.local import LocalGrid
     from fedlotr.engines.ray import RayGrid
 
 __all__ = ["FIRST_NODE", "CohortRule", "LocalGrid", "RayGrid", "each_alone", "node_of", "partition_of"]
 
-_HOMES = {"LocalGrid": "local", "RayGrid": "ray"}
+_HOMES = {"LocalGrid": "local", "RayGrid": "ray", "CohortRule": "base", "each_alone": "base"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'base')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'clients')}"), name)

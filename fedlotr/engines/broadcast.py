@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 
-from fedlotr.engines.base import Job
+from fedlotr.engines.clients import Job
 
 SHARED_BYTES = 2**12
 """Records below this go with their job: finding out which are equal would cost more than sending them."""

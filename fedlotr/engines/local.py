@@ -7,7 +7,8 @@ from pathlib import Path
 from flwr.app import UserConfig
 from flwr.clientapp import ClientApp
 
-from fedlotr.engines.base import Clients, CohortRule, Engine, limit_threads, load_client_app
+from fedlotr.engines.base import CohortRule, Engine
+from fedlotr.engines.clients import Clients, limit_threads, load_client_app
 
 
 class LocalGrid(Engine):

@@ -7,8 +7,9 @@ from typing import Any
 
 from flwr.app import Message, UserConfig
 
-from fedlotr.engines.base import CohortRule, Engine, Job, failure, log
+from fedlotr.engines.base import CohortRule, Engine, log
 from fedlotr.engines.broadcast import Broadcast
+from fedlotr.engines.clients import Job, failure
 from fedlotr.engines.endings import held_back
 from fedlotr.engines.head_start import HeadStart
 from fedlotr.engines.own_ray import OwnRay, end_worker, ray, start_ray

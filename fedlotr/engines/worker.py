@@ -5,7 +5,7 @@ import signal
 import sys
 from typing import Any
 
-from fedlotr.engines.base import thread_environment
+from fedlotr.engines.clients import thread_environment
 from fedlotr.engines.own_ray import ray
 
 COMPILED_PRODUCTS = "4096"  # that torch's CPU library keeps, one for each shape; it would keep 1,024
@@ -25,7 +25,7 @@ def worker_class(client_app: str, threads: int, workers_per_gpu: int | None = No
             os.environ.update(environment)  # before anything that computes is loaded
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the driver ends the workers
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
-            from fedlotr.engines.base import limit_threads, load_client_app
+            from fedlotr.engines.clients import limit_threads, load_client_app
             from fedlotr.flower.private import identify_process
             from fedlotr.machine import loading_for_good
 
@@ -36,7 +36,7 @@ def worker_class(client_app: str, threads: int, workers_per_gpu: int | None = No
             limit_threads(threads)  # torch, if the app loaded it, does not follow the environment in everything
 
         def employ(self, num_clients: int, run_config: Any) -> None:
-            from fedlotr.engines.base import Clients
+            from fedlotr.engines.clients import Clients
 
             self.clients = Clients(self.app, num_clients, run_config)
 

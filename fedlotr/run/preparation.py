@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.start import carrying
-from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape, initialize_basis
+from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, check_one_shape
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.own import HIDDEN, other_than_named
 from fedlotr.config.preflight import if_moved
