@@ -16,9 +16,9 @@ from fedlotr import SimulationConfig
 from fedlotr.commands import doctor, simulate
 from fedlotr.config.configuration import load
 from fedlotr.errors import InputError
+from fedlotr.models import precision
 from fedlotr.run import processes
 from fedlotr.run.simulation import problems_at_the_door, resolve
-from fedlotr.training import precision
 from tests import forks
 from tests.support import read_run
 
