@@ -27,7 +27,7 @@ from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort
 from fedlotr.training.corrections import ControlVariates, proximal
 from fedlotr.training.head import fit_head
 from fedlotr.training.model import TrainableModel
-from tests.test_training import examples_for
+from tests.training.test_training import examples_for
 
 DEVICE = "elsewhere"
 
