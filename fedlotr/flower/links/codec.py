@@ -124,6 +124,9 @@ class Codec(Link):
     @override
     def begin(self, turn: Turn) -> None:
         super().begin(turn)
+        self._forget()
+
+    def _forget(self) -> None:
         self.meant: dict[int, Tensors] = {}
         """Client -> the tensors that its message is about."""
         self.sent: dict[int, Tensors] = {}
@@ -186,6 +189,7 @@ class Codec(Link):
     def commit(self, good: Sequence[Reply]) -> None:
         if self.coding.broadcast.delta:
             self.held |= {reply.client: self.sent[reply.client] for reply in good if reply.client in self.sent}
+        self._forget()  # what a round's clients were sent need not stay in memory until the next one
 
     @override
     def row(self) -> dict[str, Any]:
