@@ -22,7 +22,7 @@ from fedlotr.run.simulation import problems_at_the_door, resolve
 from tests import forks
 from tests.support import read_run
 
-TESTS = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def start(program: str, *words: str, folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_grid_joins_a_cluster_and_leaves_it_as_it_was(tmp_path: Path) -> None:
-    tests = Path(__file__).resolve().parents[2]
+    tests = Path(__file__).resolve().parents[1]
     with start(CLUSTER, folder=tmp_path) as cluster:
         assert cluster.stdout is not None
         address = cluster.stdout.readline().strip()
