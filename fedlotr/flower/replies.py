@@ -1,6 +1,5 @@
 """Which replies are fit to be averaged, and why the others are not."""
 
-import copy
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedlotr.errors import harmless, written
 from fedlotr.flower.chain import Chain
@@ -130,25 +129,6 @@ class Rules:
         )
         self.chain.verify(reply)
         return reply
-
-
-def as_message(reply: Reply) -> Message:
-    """A reply as Flower's strategies have it, who may change it."""
-    metrics: dict[str, Any] = {"num-examples": reply.examples, "weight": reply.weight}
-    rank = {} if reply.rank is None else {"rank": reply.rank}
-    content = RecordDict(
-        {
-            ARRAYS: reply.arrays.copy(),
-            METRICS: MetricRecord(metrics if reply.loss is None else {**metrics, "loss": reply.loss}),
-            CLIENT: ConfigRecord({**reply.identity, "client": reply.client, **rank}),
-            **{name: record.copy() for name, record in reply.records.items()},
-        }
-    )
-    if reply.origin is None:
-        return Message(content, 0, MessageType.TRAIN)
-    own = copy.copy(reply.origin)
-    own.content = content
-    return own
 
 
 def _check_records(records: Mapping[str, Any], beside: Collection[str]) -> None:

@@ -33,7 +33,7 @@ from fedlotr.flower.links.codec import lost_by
 from fedlotr.flower.norms import Norms, Watch, begun_with, bounded
 from fedlotr.flower.plugins import whoever_is_there
 from fedlotr.flower.records import Arrays, to_arrays, to_record
-from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, as_message, check_replies
+from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, check_replies
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Combined, ask
@@ -239,7 +239,7 @@ def _combined(
     """Let the strategy combine, and check all that it gives. Raises StrategyError."""
     unfit = not_finite(strategy)
     with blaming(strategy, turn.number, federation.method, "aggregate_train"):
-        seen = [as_message(reply) for reply in state.chain.gather(list(good))]
+        seen = state.chain.gather(list(good))
         aggregated, metrics, answer = ask(strategy, turn.number, seen)
         if aggregated is None and seen:
             say(

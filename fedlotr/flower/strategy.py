@@ -10,10 +10,11 @@ The round loop validates and sorts the replies, certifies and casts the result, 
 unchanged, gets the same care.
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,10 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.flower.certificate import Product
 from fedlotr.flower.lazy import Decoded
+from fedlotr.flower.link import Reply
 from fedlotr.flower.links.objectives import CONTROL, CONTROL_VARIATES
 from fedlotr.flower.links.ranks import block, padded
-from fedlotr.flower.records import Arrays, to_record
+from fedlotr.flower.records import ARRAYS, CLIENT, METRICS, Arrays, to_record
 from fedlotr.flower.traits import traits_of
 
 
@@ -126,27 +128,34 @@ class Strategy(FlowerStrategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As Flower has it, for whoever wraps a strategy; the round loop hands replies on by `answer`."""
+        return self.answer([from_message(message) for message in replies], server_round)
+
+    def answer(self, replies: Sequence[Reply], server_round: int) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """`combine` on the replies' arrays, and the weighted mean of their losses."""
-        updates, losses, controls = [], [], traits_of(self).controls
-        for reply in replies:
-            content: Any = reply.content
-            weight, loss = float(content["metrics"]["weight"]), content["metrics"].get("loss")
-            client = content["client"]
-            control = Decoded(content[CONTROL]) if controls else {}
-            arrays = Decoded(content["arrays"])
-            updates.append(Update(int(client["client"]), arrays, weight, client.get("rank"), control))
-            losses.append(loss)
-        if not updates:
+        if not replies:
             return None, None
+        controls = traits_of(self).controls
+        updates = [
+            Update(
+                client=reply.client,
+                arrays=Decoded(reply.arrays),
+                weight=reply.weight,
+                rank=reply.rank,
+                control=Decoded(reply.records[CONTROL]) if controls else {},
+            )
+            for reply in replies
+        ]
         found = self.combine(updates, server_round)
         combined = found if isinstance(found, Combined) else Combined(found)
         if combined.ranks:
             self.ranks = {**(traits_of(self).ranks or {}), **combined.ranks}
         record = Answer(dict(to_record(dict(combined.arrays))))
         record.beside = replace(combined, arrays={})  # else they would be there twice
-        if None in losses:  # where privacy leaves no loss to tell
+        losses = [reply.loss for reply in replies if reply.loss is not None]
+        if len(losses) < len(replies):  # where privacy leaves no loss to tell
             return record, None
-        return record, MetricRecord({"loss": float(np.average(losses, weights=[u.weight for u in updates]))})
+        return record, MetricRecord({"loss": float(np.average(losses, weights=[reply.weight for reply in replies]))})
 
     def control(self, arrays: ArrayRecord) -> Arrays:
         """The server's control variates, one for each of the model's tensors; asked for where `controls` is set."""
@@ -167,9 +176,46 @@ class Strategy(FlowerStrategy):
 
 
 def ask(
-    strategy: FlowerStrategy, server_round: int, replies: Sequence[Message]
+    strategy: FlowerStrategy, server_round: int, replies: Sequence[Reply]
 ) -> tuple[ArrayRecord | None, MetricRecord | None, Combined]:
     """What any strategy makes of a round's replies: (its tensors, its metrics, what it answers beside them)."""
-    arrays, metrics = strategy.aggregate_train(server_round, replies)
+    if type(strategy).aggregate_train is Strategy.aggregate_train:
+        arrays, metrics = cast(Strategy, strategy).answer(replies, server_round)
+    else:
+        arrays, metrics = strategy.aggregate_train(server_round, [as_message(reply) for reply in replies])
     beside = arrays.beside if isinstance(arrays, Answer) else Combined({})
     return arrays, metrics, beside if beside.mean else replace(beside, mean=traits_of(strategy).mean_before_step)
+
+
+def from_message(message: Message) -> Reply:
+    """A checked reply, from how one of Flower's strategies has it."""
+    content: Any = message.content
+    metrics, client = content[METRICS], content[CLIENT]
+    return Reply(
+        client=int(client["client"]),
+        arrays=content[ARRAYS],
+        weight=float(metrics["weight"]),
+        examples=int(metrics.get("num-examples", 1)),
+        loss=metrics.get("loss"),
+        rank=client.get("rank"),
+        records={name: record for name, record in content.items() if name not in (ARRAYS, METRICS, CLIENT)},
+    )
+
+
+def as_message(reply: Reply) -> Message:
+    """A reply as Flower's strategies have it, who may change it."""
+    metrics: dict[str, Any] = {"num-examples": reply.examples, "weight": reply.weight}
+    rank = {} if reply.rank is None else {"rank": reply.rank}
+    content = RecordDict(
+        {
+            ARRAYS: reply.arrays.copy(),
+            METRICS: MetricRecord(metrics if reply.loss is None else {**metrics, "loss": reply.loss}),
+            CLIENT: ConfigRecord({**reply.identity, "client": reply.client, **rank}),
+            **{name: record.copy() for name, record in reply.records.items()},
+        }
+    )
+    if reply.origin is None:
+        return Message(content, 0, MessageType.TRAIN)
+    own = copy.copy(reply.origin)
+    own.content = content
+    return own

@@ -3,7 +3,7 @@
 A strategy declares a trait by an attribute or method of its name, on the class or itself. `traits_of` alone reads it.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from types import MappingProxyType
@@ -48,7 +48,7 @@ class StrategyTraits:
 
     averages: bool | None = None
     exact: bool = False
-    needs: Collection[str] = frozenset()
+    needs: frozenset[str] = frozenset()
     controls: bool = False
     restarts: bool = False
     asks: Mapping[str, float | bool] = field(default_factory=lambda: MappingProxyType({}))
@@ -61,7 +61,7 @@ class StrategyTraits:
 
     def combines(self, row: Method) -> bool:
         """Whether clients of a method send what it combines, in every round."""
-        return all(set(self.needs) <= set(turn) for turn in row.sent)
+        return all(self.needs <= set(turn) for turn in row.sent)
 
     @property
     def factors_last(self) -> bool:
@@ -73,6 +73,8 @@ def traits_of(strategy: FlowerStrategy | type[FlowerStrategy]) -> StrategyTraits
     """What a strategy says of itself, or what is known of Flower's own; of a class, without what its methods say."""
     names = [trait.name for trait in fields(StrategyTraits)]
     said: dict[str, Any] = {name: getattr(strategy, name) for name in names if hasattr(strategy, name)}
+    if "needs" in said:
+        said["needs"] = frozenset(said["needs"])  # here, where whoever asks expects that it may be wrong
     for kind, known in FLOWERS.items():
         said |= known if isinstance(strategy, kind) else {}
     if isinstance(strategy, MultiKrum | Bulyan | FedTrimmedAvg | FedMedian):

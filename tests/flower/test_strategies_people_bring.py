@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fedlotr import cli, run_simulation
 from fedlotr.commands import simulate
-from fedlotr.flower import Product, Strategy, Update, WithCarry, traits, weighted_mean
+from fedlotr.flower import Product, Reply, Strategy, Update, WithCarry, traits, weighted_mean
 from fedlotr.flower.plugins import GROUP, installed, load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.strategy import ask
@@ -259,12 +258,8 @@ def test_what_earlier_strategies_answer_is_understood() -> None:
             self.mean_before_step = weighted_mean(updates)
             return WithCarry({"x": np.zeros(2)}, {"layer": Product(np.ones((2, 1)), np.ones((1, 2)))})
 
-    content = {
-        "arrays": to_record({"x": np.ones(2)}),
-        "metrics": MetricRecord({"weight": 1.0, "loss": 0.5}),
-        "client": ConfigRecord({"client": 0}),
-    }
-    arrays, metrics, beside = ask(Old(), 1, [Message(RecordDict(content), 0, MessageType.TRAIN)])
+    reply = Reply(client=0, arrays=to_record({"x": np.ones(2)}), weight=1.0, examples=1, loss=0.5)
+    arrays, metrics, beside = ask(Old(), 1, [reply])
     assert arrays is not None and arrays["x"].numpy().tolist() == [0, 0] and metrics == {"loss": 0.5}
     assert list(beside.carry) == ["layer"] and beside.mean is not None and beside.mean["x"].tolist() == [1, 1]
     tensors, carry = WithCarry({"x": np.zeros(2)}, {})
