@@ -149,7 +149,7 @@ class CohortClientApp(ClientApp):
         """One reply a message, in order."""
         here = worker(workplace_folder(contexts[0]))
         jobs = [
-            Job(client=partition_of(context), records=dict(message.content.items()), memory=context.state)
+            Job(client=client_of(context), records=dict(message.content.items()), memory=context.state)
             for message, context in zip(messages, contexts, strict=True)
         ]
         try:
@@ -162,7 +162,7 @@ class CohortClientApp(ClientApp):
         return [_reply(message, job, uniform=uniform) for message, job in zip(messages, jobs, strict=True)]
 
 
-def partition_of(context: Context) -> int:
+def client_of(context: Context) -> int:
     """Which client this is."""
     return int(context.node_config["partition-id"])
 
@@ -198,7 +198,7 @@ def evaluate_shard(message: Message, context: Context) -> Message:
     stays with it, on what is held back of its own.
     """
     here = worker(workplace_folder(context))
-    job = Job(client=partition_of(context), records=dict(message.content.items()), memory=context.state)
+    job = Job(client=client_of(context), records=dict(message.content.items()), memory=context.state)
     here.chain.receive(job, in_evaluation=True)
     arrays, config = to_tensors(job.records[ARRAYS]), job.records[CONFIG]
     if OWN_ROWS in config:

@@ -31,7 +31,7 @@ class Federation:
     measure: further metrics, of what the model made of each test row.
     ranks: of each client; None: all have the run's, which is `rank`. carried: what the model carries from the start.
     mean_moments: whether means of AdamW's second moments travel beside them.
-    guard: keeps the clients' privacy. coding: of what crosses. links: of the user's, as module:Name or entry point.
+    guard: keeps the clients' privacy. coding: of what crosses. links: the user's, as `chain.link_classes` finds them.
     weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
     where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
     harm another.

@@ -46,7 +46,8 @@ class Turn:
     """A round as the links see it, on the server.
 
     moved: the tensors that clients send in it, in the run's shapes. fewer: client -> the rank that the strategy leaves
-    it. controls: whether the strategy has control variates. memories: client -> what it keeps, before and now.
+    it. controls: whether the strategy has control variates. part: (record, client) -> the client's part of it, as
+    the link of the ranks cuts it.
     """
 
     number: int

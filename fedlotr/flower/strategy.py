@@ -74,7 +74,8 @@ class Combined:
     carry: by layer (as `by_layer` names it) the factors of what the server is to merge into the model besides, in units
     of `B A`: the loop scales it by the s of `W x + s·B C A x`, as it does the adapter.
     mean: where `arrays` are a step from it, as a server optimizer's: the mean of the updates, which is certified then.
-    ranks: client -> the rank that it is to train from now on, where that is below its own.
+    ranks: client -> the rank that it is to train from now on, where that is below its own; a strategy that says so has
+    an attribute `ranks` from the start, which is kept with its state.
     """
 
     arrays: Mapping[str, npt.NDArray[np.float64]]
