@@ -38,12 +38,14 @@ One = TypeVar("One", bound=Link)
 def link_classes(added: Sequence[str]) -> list[type[Link]]:
     """Ours, with a user's where their traits say. added: module:Class, file.py:Class or entry points' names.
 
-    Raises InputError for one that cannot be found, or that stands before no link of ours.
+    Raises InputError for one that cannot be found, has no name of its own, or stands before no link of ours.
     """
     found, announced = list(LINKS), {point.name: point for point in entry_points(group=GROUP)} if added else {}
     for name in added:
         kind: type[Link] = load_class(name, "--add-link", "link", announced, Link, "fedlotr.flower.Link")
         names = [link.name for link in found]
+        if not isinstance(own := getattr(kind, "name", None), str) or own in names:
+            raise InputError(f"--add-link {name}: its name is {own!r}; expected one that is none of {names}")
         if kind.traits.before not in names:
             raise InputError(f"--add-link {name}: it stands before {kind.traits.before!r}; expected one of {names}")
         found.insert(names.index(kind.traits.before), kind)

@@ -136,11 +136,15 @@ def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
 
 def unmet_links(config: SimulationConfig) -> Iterator[str]:
     """Why a user's links cannot stand in the chain, each one line."""
+    good: list[str] = []
+    taken = {link.name for link in LINKS}
     for name in config.links:
         try:
-            *_, kind = (kind for kind in link_classes([name]) if kind not in LINKS)
+            (kind,) = (kind for kind in link_classes([*good, name]) if kind.name not in taken)
         except InputError as error:
             yield from error.problems
-        else:
-            if kind.traits.keeps_client_state and config.engine == "flower":
-                yield f"--add-link {name} with --engine flower: {NO_CLIENT_STATE}"
+            continue
+        good.append(name)
+        taken.add(kind.name)
+        if kind.traits.keeps_client_state and config.engine == "flower":
+            yield f"--add-link {name} with --engine flower: {NO_CLIENT_STATE}"

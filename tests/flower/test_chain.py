@@ -113,11 +113,15 @@ def test_a_link_runs_in_worker_processes_too(toy: dict[str, Any], tmp_path: Path
         ({"add_link": "moment"}, "--add-link moment: no such link"),
         ({"add_link": "gone.py:Toy"}, "--add-link: there is no file gone.py"),
         ({"privacy": "example", "epsilon": 8.0}, "--add-link .*without noise"),
+        ({"add_link": "fedlotr.flower.link:Link"}, "--add-link fedlotr.flower.link:Link: its name is None"),
+        ({"add_link": "fedlotr.flower.links.codec:Codec"}, "--add-link .*:Codec: its name is 'codec'; expected one"),
+        ({"add_link": "{toy},{toy}"}, "--add-link .*:Toy: its name is 'toy'; expected one that is none of"),
     ],
 )
 def test_a_link_that_cannot_stand_there_is_one_clear_error(
     toy: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: dict[str, Any], said: str
 ) -> None:
+    given = {name: str(value).format(toy=toy["add_link"]) for name, value in given.items()}
     words = {**toy, "out": tmp_path / "run", **given}
     assert simulate.main([f"--{name.replace('_', '-')}={value}" for name, value in words.items()]) == 2
     assert re.search(said, capsys.readouterr().err)
