@@ -1,5 +1,6 @@
 """Clients that are kept from drifting apart: FedProx and SCAFFOLD do in a cohort what their papers say."""
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from flwr.app import Array, ArrayRecord
 from fedlotr import SimulationConfig
 from fedlotr.engines import LocalGrid
 from fedlotr.flower.client_app import worker
+from fedlotr.flower.link import Cohort, Job
+from fedlotr.flower.links.objectives import Objectives
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.round import Federation, State, run_round, sample_clients
@@ -89,6 +92,17 @@ def test_a_client_whose_reply_is_refused_keeps_what_it_had() -> None:
         sum(w * states[k]["control"]["x"].numpy()[0] for k, w in enumerate(WEIGHT[:2])), abs=1e-5
     )
     assert 1 not in quadratics("scaffold", 2, 2, 1, nan_1=[1])[2], "it has taken part in no round"
+
+
+def test_what_a_cohort_asked_holds_no_stacks_once_all_of_it_has_sent() -> None:
+    link, start = Objectives(), torch.zeros(2, 3)
+    held = weakref.ref(start)
+    link.gradient(Cohort({"config": {"proximal-mu": 0.1}}, [{}, {}], {"x": start}))
+    del start
+    for client in (0, 1):
+        assert held() is not None
+        link.send(Job(client=client, records={}, memory={}, row=client))
+    assert held() is None
 
 
 def configuration(tiny_bert: Path, animals: Path, **options: Any) -> SimulationConfig:

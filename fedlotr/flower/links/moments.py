@@ -34,8 +34,8 @@ class Moments(Link):
     name = "moments"
     traits = LinkTraits(keeps_client_state=True)
 
-    def __init__(self, choice: str, model: TrainableModel | None = None) -> None:
-        self.choice, self._model = choice, model
+    def __init__(self, choice: str) -> None:
+        self.choice = choice
         self.means: Arrays = {}
         """By tensor the mean of AdamW's second moments, and the weight it is corrected by."""
 
@@ -48,7 +48,7 @@ class Moments(Link):
     @override
     def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self | None:
         choice = workplace.recipe.training.optimizer_state
-        return None if choice == "reset" else cls(choice, model)
+        return None if choice == "reset" else cls(choice)
 
     @override
     def begin(self, turn: Turn) -> None:

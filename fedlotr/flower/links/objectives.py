@@ -99,6 +99,8 @@ class Objectives(Link):
 
     def __init__(self) -> None:
         self._asked: list[Term] = []
+        self._left = 0
+        """Clients of the cohort that have not sent yet; after them its stacks are let go."""
 
     @override
     def in_words(self) -> str:
@@ -115,10 +117,13 @@ class Objectives(Link):
 
     @override
     def gradient(self, cohort: Cohort) -> GradientTransform | None:
-        self._asked = terms(cohort)
+        self._asked, self._left = terms(cohort), len(cohort.states)
         return chain([term.transform for term in self._asked])
 
     @override
     def send(self, job: Job) -> None:
         for term in self._asked:
             job.beside |= term.report(job.row)
+        self._left -= 1
+        if not self._left:
+            self._asked = []
