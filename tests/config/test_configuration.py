@@ -119,6 +119,8 @@ def test_a_partition_that_cannot_be_read_is_refused(partition: str) -> None:
         ("--workers 2 --engine local", "--workers 2 with --engine local"),
         ("--sample 5 --clients 4", "--sample 5 with --clients 4"),
         ("--resume", "--resume with --out none"),
+        ("--resume-round 2", "--resume-round 2 with --resume false"),
+        ("--baseline central --engine flower", "--baseline central with --engine flower"),
         ("--method head --alpha 2", "--alpha 2.0 with --method head"),
         ("--method head --basis svd", "--basis svd with --method head"),
         ("--method head --tie type", "--tie type with --method head"),

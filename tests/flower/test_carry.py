@@ -21,8 +21,8 @@ from fedlotr.communication.ledger import read_ledger
 from fedlotr.flower import Update, WithCarry
 from fedlotr.flower.blame import StrategyError
 from fedlotr.flower.client_app import Worker
-from fedlotr.flower.link import Job
-from fedlotr.flower.links.carry import CarriedTerm, carry_records, model_sha256
+from fedlotr.flower.link import Job, Refused, Reply
+from fedlotr.flower.links.carry import SAYS, CarriedTerm, carry_records, model_sha256
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import sample_clients
@@ -75,6 +75,21 @@ def test_a_term_is_its_parts_stacked_until_their_rank_passes_the_layers_and_then
         assert term.rank == min(2 * version, 6)
         torch.testing.assert_close(term.matrix(), total, atol=1e-12 if version <= 3 else 1e-5, rtol=0)
     assert versions[0].terms == {}, "a version never changes"
+
+
+def test_a_client_that_trained_beside_another_carried_term_is_refused() -> None:
+    none, one, two = grown(2, 1)
+    for carry, said, fits in (
+        *((none, "", True), (none, one.sha256, False)),
+        *((two, two.sha256, True), (two, one.sha256, False), (two, "", False)),
+    ):
+        identity = {SAYS: said} if said else {}
+        reply = Reply(client=0, arrays=to_record({}), weight=1.0, examples=1, identity=identity)
+        if fits:
+            CarriedTerm(carry).verify(reply)
+        else:
+            with pytest.raises(Refused, match="it trained beside another carried term"):
+                CarriedTerm(carry).verify(reply)
 
 
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (1, 2, 2, 2, 1, 1, 2, 3, 2), (7, 1, 1), (3, 3, 3, 3)])

@@ -3,14 +3,21 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
+from flwr.app import ConfigRecord
 
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.commands import simulate
 from fedlotr.communication.ledger import read_ledger
-from fedlotr.flower.chain import LINKS, link_classes
+from fedlotr.flower.chain import LINKS, Chain, link_classes
+from fedlotr.flower.client_app import Worker
+from fedlotr.flower.link import Job, Link
+from fedlotr.flower.links.objectives import Objectives
+from fedlotr.flower.records import to_record
 from fedlotr.run.unmet import unmet_links
 from tests.conftest import ROOT
 from tests.support import read_run
@@ -139,6 +146,46 @@ def test_the_chain_is_in_order_and_every_link_has_a_name_of_its_own() -> None:
         *("personal parts", "objectives", "moments", "bases", "carry", "ranks", "noised mean of the clients", "codec"),
     ]
     assert link_classes(()) == list(LINKS) and len({*names}) == len(names)
+
+
+def test_updates_meet_the_links_forth_on_the_way_out_and_back_on_the_way_in() -> None:
+    class Noting(Link):
+        def __init__(self, name: str) -> None:
+            for hook in ("outgoing", "arrived", "verify", "incoming", "receive", "send"):
+                setattr(self, hook, lambda *given, hook=hook: met.append((hook, name)))
+
+    met: list[tuple[str, str]] = []
+    chain, some = Chain([Noting("first"), Noting("last")]), cast(Any, [None])
+    chain.arrived(0, {})
+    chain.incoming(some)
+    chain.receive(some[0])
+    assert met == [(hook, name) for hook in ("arrived", "incoming", "receive") for name in ("last", "first")]
+    met.clear()
+    chain.verify(some[0])
+    chain.send(some[0])
+    assert met == [(hook, name) for hook in ("verify", "send") for name in ("first", "last")]
+
+
+def test_those_train_together_whose_messages_agree_in_all_but_the_values_that_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups: list[list[int]] = []
+    monkeypatch.setattr(Worker, "_train_alike", lambda self, jobs: groups.append([job.client for job in jobs]))
+    here: Any = object.__new__(Worker)
+    here.model, here.chain = SimpleNamespace(moving=lambda number: frozenset({"C"})), Chain([Objectives()])
+
+    def job(client: int, head: float = 0.0, rank: int = 2, control: float | None = None, **config: float) -> Job:
+        arrays = {"C": np.full((rank, rank), client, np.float32), "head": np.full(3, head, np.float32)}
+        records: dict[str, Any] = {"config": ConfigRecord({"server-round": 1, **config}), "arrays": to_record(arrays)}
+        if control is not None:
+            records["control"] = to_record({"C": np.full((2, 2), control, np.float32)})
+        return Job(client=client, records=records, memory={})
+
+    plain, other = [job(0), job(1)], {"lr-factor": 0.5}
+    here.train([*plain, job(2, head=1.0), job(3, rank=1), job(4, control=0.0), job(5, control=1.0), job(6, **other)])
+    assert groups == [[0, 1], [2], [3], [4], [5], [6]]
+    with pytest.raises(ValueError, match="the strategy sends colour, which this client does not act on"):
+        here.train([job(0, colour=1.0)])
 
 
 def test_what_a_message_holds_is_replaced_by_the_chain_alone() -> None:

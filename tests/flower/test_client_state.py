@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from safetensors.numpy import load_file
 
 from fedlotr import SimulationConfig, run_simulation, simulate
@@ -17,6 +17,8 @@ from fedlotr.adapters import CoreConfig
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.evaluation.scores import evaluate
+from fedlotr.flower.link import Reply
+from fedlotr.flower.links.moments import MOMENTS, Moments
 from fedlotr.flower.round import Federation, sample_clients
 from fedlotr.flower.scoring import summary_of
 from fedlotr.flower.serialize import unpack
@@ -302,6 +304,19 @@ def test_means_of_moments_go_on_from_round_to_round(corrected: tuple[SimulationC
         assert mean > 0 and after > 0, name
         assert 0 < weight < more < 1, "every round the averages are over more steps"
     assert "moments" not in states(run, 4)[next(iter(states(run, 4)))], "nothing of it stays with a client"
+
+
+def test_means_of_moments_are_weighted_as_the_updates_and_stay_where_nothing_moved() -> None:
+    link = Moments("mean-v")
+    link.means = {"B": np.array([9.0, 0.9])}
+
+    def reply(client: int, weight: float, *pair: float) -> Reply:
+        moments = ArrayRecord({"A": Array(np.float32(pair))})
+        return Reply(client=client, arrays=ArrayRecord(), weight=weight, examples=1, records={MOMENTS: moments})
+
+    link.commit([reply(0, 1.0, 0.1, 0.5), reply(1, 3.0, 0.5, 0.7)])
+    np.testing.assert_allclose(link.means["A"], [0.4, 0.65], rtol=1e-6)
+    np.testing.assert_array_equal(link.means["B"], [9.0, 0.9])
 
 
 def test_a_share_of_each_clients_rows_is_held_back() -> None:

@@ -125,13 +125,14 @@ def test_a_client_whose_numbers_cannot_be_reckoned_with_has_failed_and_the_rest_
         *(says("metrics", "num-examples", value) for value in NO_COUNT),
         *(says("metrics", "loss", value) for value in NO_LOSS),
         says("client", "client", 3.0),
+        says("client", "client", 0),
         says("client", "rank", 1),
     ]
     done, state, _ = a_round({client + 3: lie for client, lie in enumerate(lies)}, clients=len(lies) + 3)
     kinds = ["weight"] * len(NO_WEIGHT) + ["num-examples"] * len(NO_COUNT)
     found = [done.failures[client + 3].kind for client in range(len(lies))]
-    assert found[: len(kinds)] == kinds and set(found[len(kinds) : -2]) == {"loss not finite", "loss"}
-    assert found[-2:] == ["another client", "records"]
+    assert found[: len(kinds)] == kinds and set(found[len(kinds) : -3]) == {"loss not finite", "loss"}
+    assert found[-3:] == ["another client", "another client", "records"]
     reasons = [failure.reason for failure in done.failures.values()]
     assert "its weight is 1.7e+308, expected a number from 1e-09 to 1e+09 (--max-weight)" in reasons
     assert "its num-examples is 2.5, expected a whole number from 1 to 1e+09 (--max-weight)" in reasons
@@ -240,6 +241,16 @@ def test_an_update_is_clipped_before_anybody_sees_it(strategy: str, most: int) -
     assert state.watch.first is None, "nothing has harmed the model"
 
 
+def test_with_an_update_its_change_of_control_variates_is_clipped() -> None:
+    def control(content: Any) -> None:
+        content["control"] = ArrayRecord({"C": Array(np.ones((2, 2), np.float32)), "head": Array(np.ones(3, "f4"))})
+
+    made: Any = load_strategy("scaffold", {}, 6)
+    _, state, _ = a_round(dict.fromkeys(range(6), control), made, max_update_norm=2 * math.sqrt(7))
+    scaled = sum((k + 1) * min(1, 2 / (k + 1)) for k in range(6)) / 21  # client k moves seven numbers by k + 1
+    np.testing.assert_allclose(made.control(state.arrays)["C"], scaled, rtol=1e-6)
+
+
 def test_an_update_that_is_too_large_is_refused_where_that_is_wanted() -> None:
     done, state, said = a_round({1: times(-1e7)}, max_update_norm=20, refuse_large=True)
     assert {client: failure.kind for client, failure in done.failures.items()} == {1: "update too large"}
@@ -305,10 +316,10 @@ def test_what_is_not_finite_is_never_published(strategy: Strategy, number: float
         for client in range(5, 6)
     }
     state = a_round({}, strategy)[1]
-    before = state.arrays["C"].data
+    before, noticed = state.arrays["C"].data, state.watch.state()
     with pytest.raises(StrategyError, match=error):
         a_round(lies, strategy, state=state)
-    assert (state.arrays["C"].data, state.round) == (before, 1)
+    assert (state.arrays["C"].data, state.round, state.watch.state()) == (before, 1, noticed)
 
 
 # --- words of theirs --------------------------------------------------------------------------------------------------

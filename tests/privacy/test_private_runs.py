@@ -4,14 +4,21 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file
 
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
+from fedlotr.flower.link import Reply, Turn
+from fedlotr.flower.links.hidden import HiddenClients
+from fedlotr.flower.norms import Watch
+from fedlotr.flower.replies import Failure
+from fedlotr.flower.trouble import TooManyFailuresError, weigh_failures
 from fedlotr.privacy.accounting import Releases, calibrate, epsilon, epsilon_by_prv, epsilon_by_rdp
 from fedlotr.privacy.guard import Adaptive, ClientGuard
 from fedlotr.privacy.ledger import Ledger, Promise
@@ -176,6 +183,25 @@ def test_a_cohort_that_crashes_as_a_whole_is_no_private_round(
     assert len(ledger_of(tmp_path / "run")) == 2  # it was charged all the same
 
 
+def test_one_hidden_client_that_fails_alone_counts_as_one_that_changed_nothing() -> None:
+    run: Any = SimpleNamespace(guard=SimpleNamespace(hides_clients=True))
+    failed: Any = SimpleNamespace(has_error=lambda: True)
+    weigh_failures(run, 1, Watch(), {0: Failure("error", "no cheese")}, [failed], [])
+    with pytest.raises(TooManyFailuresError, match="all clients failed"):
+        weigh_failures(run, 1, Watch(), dict.fromkeys((0, 1), Failure("error", "no cheese")), [failed, failed], [])
+
+
+def test_a_strategy_sees_one_reply_in_place_of_those_of_hidden_clients() -> None:
+    guard: Any = SimpleNamespace(mean=lambda start, ends: {"C": np.full(2, 7.0 + len(ends))})
+    link, tensors = HiddenClients(guard), ArrayRecord({"C": Array(np.zeros(2, np.float32))})
+    link.begin(Turn(number=1, moved=tensors))
+    replies = [Reply(client=client, arrays=tensors, weight=3.0, examples=5, loss=0.5) for client in (1, 2)]
+    for came in (replies, []):
+        (seen,) = link.gather(came)
+        assert (seen.client, seen.weight, seen.examples, seen.loss, seen.records) == (0, 1.0, 1, None, {})
+        assert list(seen.arrays["C"].numpy()) == [7 + len(came)] * 2
+
+
 def test_the_pooled_baseline_hides_examples_too(run: Run) -> None:
     summary, _, folder = run("--privacy", "example", "--noise-multiplier", 2, "--baseline", "central")
     assert summary["privacy"]["sampling_rate"] < 1 and summary["privacy"]["delta"] == pytest.approx(0.1 / 120)
@@ -196,6 +222,10 @@ BAD = {
     "--privacy client --epsilon 8 --clip-norm 1 --method lora --strategy flora": "needs more of every client",
     "--privacy client --epsilon 8 --clip-norm 1 --strategy median": "needs more of every client",
     "--privacy client --epsilon 8 --clip-norm 1 --delta 0.5": "one over the clients",
+    "--privacy client --epsilon 8 --clip-norm 1 --link lte": "would tell who took part",
+    "--privacy client --epsilon 8 --clip-norm 1 --optimizer-state mean-v": "would travel without noise",
+    "--privacy client --epsilon 8 --clip-norm 1 --baseline central": "no server that could hide clients",
+    "--privacy example --epsilon 8 --privacy-engine opacus --client-rank 2,4": "it knows one rank",
     "--privacy example --epsilon 8 --method fedsa-lora": "no noise would cover",
     "--privacy-engine opacus": "it belongs to --privacy example",
 }
