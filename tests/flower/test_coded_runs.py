@@ -225,6 +225,7 @@ def test_a_damaged_message_is_a_failed_client_that_is_named(
 ) -> None:
     monkeypatch.setattr("fedlotr.run.simulation.CLIENT_APP", "tests.faulty_app:app")
     monkeypatch.setenv("FAULTS", "1:truncated:2 4:flipped:2")
+    faulty_app.SENT.clear()  # of other tests in this process
     fields = {**options(tiny_bert, animals), "sample": 6, "rounds": 3, "method": "lotr", "max_examples": 6}
     config = SimulationConfig(**fields, codec="int8", broadcast_codec="delta+int8", out=tmp_path / "run")
     run_simulation(config)

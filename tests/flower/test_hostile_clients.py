@@ -579,7 +579,8 @@ def test_a_rule_that_compares_clients_says_that_it_sees_one_mean_where_they_are_
 ) -> None:
     given = {**hostile, "rounds": 2, "privacy": "client", "noise_multiplier": 1, "clip_norm": 1, "sample": 0.3}
     assert main([*flags(given), "--strategy", FLOWER + name, "--out", str(tmp_path / "run"), "--quiet"]) == 0
-    (said,) = read_run(tmp_path / "run")[0]["warnings"]
+    warnings = read_run(tmp_path / "run")[0]["warnings"]
+    (said,) = [line for line in warnings if "the machine is busy" not in line]
     assert said.startswith(f"{name} compares clients, and where they are hidden it sees their noised mean alone")
 
 
