@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,16 @@ def _tensors(path: Path, whole: bool) -> Iterator[tuple[str, str, list[int], str
             yield name, about["dtype"], about["shape"], digest.hexdigest()
 
 
-def strategy_content(name: str | None) -> Content:
-    """The code of a strategy that is named by file.py:Class or module:Class; nothing for one that is installed by name.
+def code_content(names: Iterable[str]) -> Content:
+    """The code of what is named by file.py:Class or module:Class; nothing of what is installed by name.
 
-    Its own file alone: what that imports is not looked at.
+    The named files alone: what they import is not looked at.
     """
-    where, colon, _ = (name or "").rpartition(":")
-    if not colon:
-        return {}
-    spec = None if where.endswith(".py") else importlib.util.find_spec(where)
-    path = Path(where) if where.endswith(".py") else Path(spec.origin or "") if spec is not None else Path()
-    return {"code": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+    found = []
+    for name in names:
+        where, colon, _ = name.rpartition(":")
+        spec = None if where.endswith(".py") or not colon else importlib.util.find_spec(where)
+        path = Path(where) if where.endswith(".py") else Path(spec.origin or "") if spec is not None else Path()
+        if path.is_file():
+            found.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return {"code": "/".join(found)} if found else {}

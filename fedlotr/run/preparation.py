@@ -53,7 +53,7 @@ from fedlotr.models.user_model import OwnModel, keep_model, move_model
 from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.run.baselines import pooled
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
-from fedlotr.run.contents import Content, model_content, strategy_content
+from fedlotr.run.contents import Content, code_content, model_content
 from fedlotr.run.public_rows import check_public, check_scored
 from fedlotr.run.skeleton import build_skeleton, try_out
 from fedlotr.run.warm_start import WarmStart, warm_start
@@ -103,7 +103,12 @@ class Checked:
 
         A model of the caller's own is known by its name.
         """
-        found = {"data": {"rows": self.source.sha256}, "strategy": strategy_content(self.config.strategy)}
+        config = self.config
+        found = {
+            "data": {"rows": self.source.sha256},
+            "strategy": code_content([config.strategy] if config.strategy else []),
+            "add_link": code_content(config.links),
+        }
         if self.config.eval_data is not None:
             found["eval_data"] = found["data"]
         if self.public_source is not None:

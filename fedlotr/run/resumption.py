@@ -32,7 +32,9 @@ MAY_CHANGE = {
 """What changes nothing in the results."""
 ROWS = ("data", "eval_data")
 """Options of which one hash tells: that of the rows of train and of the test split together."""
-BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", "strategy")
+CODE = ("strategy", "add_link")
+"""Options that name classes: their code may be mended as a run goes on, which is said."""
+BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", *CODE)
 """Options that name files. Disks and folders get other names, so what counts is what is in them."""
 DEFENCES = ("max_weight", "max_update_norm", "on_large_update")
 """What a run may go on with that was harmed without it, or stopped by it; that it has changed is said."""
@@ -65,9 +67,9 @@ def by_content(name: str, before: Any, now: Any) -> bool:
     """Whether two values of an option may be names of the same thing, whose content then says whether they are."""
     if name not in BY_CONTENT or before is None or now is None:
         return False
-    if name == "strategy":
-        classes = {value.rpartition(":")[2] for value in (before, now)}
-        return ":" in before and ":" in now and len(classes) == 1
+    if name in CODE:
+        classes = [[one.rpartition(":")[1:] for one in value.split(",")] for value in (before, now)]
+        return classes[0] == classes[1] and all(colon for colon, _ in classes[0])
     return name == "data" or not (is_own(before) or is_own(now))
 
 
@@ -161,7 +163,7 @@ def compare_contents(
 ) -> tuple[list[str], list[str]]:
     """What keeps a run from being continued, and what a user is told of things that lie elsewhere; each one line.
 
-    known: of what the run began with, contents: of what is named now. The code of a strategy may be mended where it is.
+    known: of what the run began with, contents: of what is named now. Code may be mended where it is.
     """
     problems, told = [], []
     for name in BY_CONTENT:
@@ -181,13 +183,13 @@ def compare_contents(
         elif not parts:
             told += [f"{flag} {given}: the run was begun with {before}; the content is the same"] if moved else []
         elif moved:
-            mended = f" (mended code at {before})" if name == "strategy" else ""
+            mended = f" (mended code at {before})" if name in CODE else ""
             problems.append(
                 f"{flag} {given}: the run in {now.out} was begun with {_in_words(begun, name)}, and "
                 f"{differing}; --resume takes that content under any path{mended}, or start a new run with "
                 "another --out"
             )
-        elif name == "strategy":
+        elif name in CODE:
             told.append(f"{flag} {given}: its code has changed since the run began")
         else:
             problems.append(

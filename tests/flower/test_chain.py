@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.commands import simulate
 from fedlotr.communication.ledger import read_ledger
+from fedlotr.errors import InputError
 from fedlotr.flower.chain import LINKS, Chain, link_classes
 from fedlotr.flower.client_app import Worker
 from fedlotr.flower.link import Job, Link
@@ -104,6 +105,18 @@ def test_a_link_of_a_users_is_one_class_with_both_sides_and_its_state(
     assert plain.summary["trained_sha256"] != whole.summary["trained_sha256"]
     up = [entry for entry in read_ledger(tmp_path / "whole" / "ledger") if entry.direction == "up"]
     assert {entry.kind for entry in up if entry.payload_bytes == 4} == {"control"}, "what it sends is no update"
+
+
+def test_a_run_that_goes_on_says_that_a_links_code_has_changed(toy: dict[str, Any], tmp_path: Path) -> None:
+    fields = {**toy, "rounds": 1, "out": tmp_path / "run"}
+    run_simulation(SimulationConfig(**fields))
+    again = {**fields, "rounds": 2, "resume": True}
+    (tmp_path / "mine.py").write_text(f"{TOY}# mended", encoding="utf-8")
+    warnings = run_simulation(SimulationConfig(**again)).summary["warnings"]
+    assert f"--add-link {toy['add_link']}: its code has changed since the run began" in warnings
+    (tmp_path / "other.py").write_text(f"{TOY}# another", encoding="utf-8")
+    with pytest.raises(InputError, match="--resume takes that content under any path"):
+        run_simulation(SimulationConfig(**{**again, "rounds": 3, "add_link": f"{tmp_path / 'other.py'}:Toy"}))
 
 
 @pytest.mark.serial
