@@ -26,7 +26,7 @@ from fedlotr.training.corrections import chain as one_after_the_other
 from fedlotr.training.model import Tensors, TrainableModel
 
 LINKS: tuple[type[Link], ...] = (Personal, Objectives, Moments, Bases, CarriedTerm, Ranks, HiddenClients, Codec)
-"""In the order in which a message meets them on its way down, and an update on its way up."""
+"""In the order in which a side goes through them before it sends; what arrives meets them in the reverse."""
 GROUP = "fedlotr.links"
 """Entry point group in which packages announce links."""
 SAVED = "link"

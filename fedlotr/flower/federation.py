@@ -9,7 +9,7 @@ from fedlotr.adapters.carry import Carry
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.evaluation.results import Results
 from fedlotr.flower.certificate import Layer
-from fedlotr.privacy.guard import Guard, NoGuard
+from fedlotr.privacy.guard import NoGuard
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Federation:
     rank: int = 0
     carried: Carry = field(default_factory=Carry)
     mean_moments: bool = False
-    guard: NoGuard | Guard = field(default_factory=NoGuard)
+    guard: NoGuard = field(default_factory=NoGuard)
     coding: Coding = UNCODED
     links: Sequence[str] = ()
     weights: Weights = field(default_factory=Weights)

@@ -16,7 +16,7 @@ from fedlotr.flower.certificate import Layer
 from fedlotr.flower.federation import Federation, Weights
 from fedlotr.flower.links.ranks import client_ranks
 from fedlotr.flower.records import bases_record, derivable_record
-from fedlotr.privacy.guard import Guard, NoGuard
+from fedlotr.privacy.guard import NoGuard
 from fedlotr.run.preparation import Prepared
 from fedlotr.training.model import TrainableModel
 
@@ -28,8 +28,8 @@ LR_FACTORS: dict[str, Callable[[float], float]] = {
 """Share of the run's rounds that are done -> what the learning rates are multiplied by."""
 
 
-def federation(config: SimulationConfig, prepared: Prepared, guard: Guard | None = None) -> Federation:
-    """What the round loop needs to know of this run. guard: where privacy was promised."""
+def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | None = None) -> Federation:
+    """What the round loop needs to know of this run. guard: of its privacy (default: nothing is promised)."""
     checked, model, own = prepared.checked, prepared.model, prepared.checked.own_task
     factor = LR_FACTORS[config.lr_schedule]
     bases = bases_of(model.module)

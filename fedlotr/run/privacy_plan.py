@@ -16,7 +16,7 @@ from fedlotr.errors import InputError
 from fedlotr.flower.round import draw_clients
 from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
-from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard
+from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard, NoGuard
 from fedlotr.privacy.ledger import BRING_BACK, KEY, NAME, Ledger, Promise
 from fedlotr.run.preparation import Checked
 from fedlotr.run.public_rows import scored_on
@@ -61,17 +61,15 @@ REMOVED = {
 """What the removal of one unit changes."""
 
 
-def guard_of(
-    checked: Checked, folder: Path, mark: Mapping[str, Any] | None, tell: Callable[[str], None]
-) -> Guard | None:
-    """The guard of a run in a folder, with a ledger that is new or goes on; None where no privacy was promised.
+def guard_of(checked: Checked, folder: Path, mark: Mapping[str, Any] | None, tell: Callable[[str], None]) -> NoGuard:
+    """The guard of a run in a folder, with a ledger that is new or goes on; one that promises nothing without privacy.
 
     mark: what the checkpoint that a run goes on with knows of the ledger. tell: called before what takes a while.
     Raises InputError for a budget that no noise can keep, and as `paid_before`.
     """
     config = checked.config
     if config.privacy == "none":
-        return None
+        return NoGuard()
     ledger = paid_before(checked, folder, mark) if config.resume else None
     if ledger is None:
         settings = _settings(config)
@@ -93,9 +91,9 @@ def guard_of(
     return Guard(ledger, _facts(checked))
 
 
-def example_noise(config: SimulationConfig, guard: Guard | None) -> ExampleNoise | None:
+def example_noise(config: SimulationConfig, guard: NoGuard) -> ExampleNoise | None:
     """What clients are told that hide their examples themselves."""
-    if guard is None or guard.hides_clients:
+    if not isinstance(guard, Guard) or guard.hides_clients:
         return None
     assert config.clip_norm is not None
     return ExampleNoise(guard.ledger.promise.sigma, config.clip_norm, config.reproducible_noise, config.privacy_engine)

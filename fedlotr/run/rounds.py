@@ -25,7 +25,7 @@ from fedlotr.flower.round import BudgetSpentError, Round, State, can_pay, run_ro
 from fedlotr.flower.scoring import evaluate, evaluate_clients
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
 from fedlotr.machine import kept_waiting
-from fedlotr.privacy.guard import Guard
+from fedlotr.privacy.guard import NoGuard
 from fedlotr.reporting.callbacks import TrainedEvent
 from fedlotr.run.baselines import Alone, over_clients, without_wire
 from fedlotr.run.callbacks import Audience, evaluated, finished
@@ -51,7 +51,7 @@ class Rounds:
         grid: Engine | FlowerGrid,
         started: float,
         audience: Audience,
-        guard: Guard | None,
+        guard: NoGuard,
         heard: Heard,
     ) -> None:
         self.config, self.prepared, self.directory = config, prepared, directory

@@ -164,7 +164,7 @@ def run_simulation(
             prepared = prepare(
                 checked.in_place(directory.work.absolute()), directory.work.absolute(), example_noise(config, guard)
             )
-            known = facts(prepared) | ({} if guard is None else {"privacy": guard.in_words()})
+            known = facts(prepared) | ({"privacy": guard.in_words()} if guard.promises else {})
             directory.write_facts(known)
             run = Rounds(config, prepared, directory, grid, started, audience, guard, heard)
             chain = in_words(run.federation, prepared.workplace, prepared.model)

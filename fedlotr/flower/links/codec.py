@@ -114,12 +114,9 @@ class Codec(Link):
 
     @override
     def in_words(self) -> str:
-        ways = (
-            (self.coding.codec, self.coding.update.coded),
-            (self.coding.broadcast_codec, self.coding.broadcast.coded),
-        )
-        up, down = (text if coded else "" for text, coded in ways)
-        return "codec " + ", ".join(filter(None, [up and f"{up} up", down and f"{down} down"]))
+        up = [f"{self.coding.codec} up"] if self.coding.update.coded else []
+        down = [f"{self.coding.broadcast_codec} down"] if self.coding.broadcast.coded else []
+        return f"codec {', '.join(up + down)}"
 
     @override
     def begin(self, turn: Turn) -> None:
