@@ -19,8 +19,9 @@ from fedlotr.flower.records import to_record
 from fedlotr.flower.round import State, run_round
 from fedlotr.flower.scoring import evaluate
 from fedlotr.run.brought import Brought
+from fedlotr.run.checking import check
 from fedlotr.run.federation import federation
-from fedlotr.run.preparation import check, prepare
+from fedlotr.run.preparation import prepare
 from fedlotr.run.simulation import CLIENT_APP, limited_threads, resolve
 from fedlotr.training.cohort import cut_cohorts
 

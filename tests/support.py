@@ -18,7 +18,8 @@ from fedlotr import SimulationConfig
 from tests import forks
 
 if TYPE_CHECKING:
-    from fedlotr.run.preparation import Checked, Prepared
+    from fedlotr.run.checking import Checked
+    from fedlotr.run.preparation import Prepared
 
 Simulate = Callable[..., "subprocess.CompletedProcess[str]"]
 """Runs `python -m fedlotr.simulate` with the given words, and environment by name."""
@@ -121,7 +122,7 @@ def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) 
     from fedlotr.adapters.carry import Carry
     from fedlotr.flower.links.carry import CarriedTerm
     from fedlotr.flower.serialize import unpack
-    from fedlotr.run.preparation import check
+    from fedlotr.run.checking import check
     from fedlotr.run.resumption import saved_configuration
     from fedlotr.run.simulation import resolve
     from fedlotr.training.examples import Batch

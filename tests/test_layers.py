@@ -64,7 +64,14 @@ INSIDE = {
     "reporting": ("callbacks fitting page run_record svg", "console loggers", "bill grid_table report", "comparison"),
     "run": (
         *("baselines brought contents directory export log processes public_rows skeleton unmet world",),
-        *("callbacks devices resumption warm_start", "preparation", "federation privacy_plan", "summary", "rounds"),
+        *(
+            "callbacks devices resumption warm_start",
+            "checking",
+            "preparation privacy_plan",
+            "federation",
+            "summary",
+            "rounds",
+        ),
         "simulation",
     ),
 }

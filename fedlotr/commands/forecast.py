@@ -30,8 +30,8 @@ from fedlotr.models.loading import count_parameters, linear_layers, load_base
 from fedlotr.models.source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.run.checking import Checked
 from fedlotr.run.federation import ranks_of
-from fedlotr.run.preparation import Checked
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.frozen_prefix import KEPT_BYTES
 from fedlotr.training.model import Tensors, TrainableModel

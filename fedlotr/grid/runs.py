@@ -24,9 +24,9 @@ from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid.file import Grid, Run, together
 from fedlotr.privacy.ledger import known_again
 from fedlotr.reporting.callbacks import Callbacks, RoundEvent
+from fedlotr.run.checking import read_source
 from fedlotr.run.contents import Content
 from fedlotr.run.directory import RunDirectory
-from fedlotr.run.preparation import read_source
 from fedlotr.run.resumption import BY_CONTENT, MAY_CHANGE, ROWS, as_kept, by_content, compare_contents, contents_in
 from fedlotr.run.simulation import check_all, run_simulation
 

@@ -18,7 +18,7 @@ from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard, NoGuard
 from fedlotr.privacy.ledger import BRING_BACK, KEY, NAME, Ledger, Promise
-from fedlotr.run.preparation import Checked
+from fedlotr.run.checking import Checked
 from fedlotr.run.public_rows import scored_on
 
 log = logging.getLogger("fedlotr")

@@ -39,10 +39,11 @@ from fedlotr.reporting.loggers import missing_packages, open_loggers, unusable
 from fedlotr.run.baselines import strategy_of
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
 from fedlotr.run.callbacks import Audience
+from fedlotr.run.checking import Checked, check
 from fedlotr.run.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.log import log_to
-from fedlotr.run.preparation import Checked, check, prepare
+from fedlotr.run.preparation import prepare
 from fedlotr.run.privacy_plan import EXAMPLE_BOUND, check_delta, example_noise, guard_of
 from fedlotr.run.processes import CLIENT_APP, threads_of
 from fedlotr.run.resumption import continue_from, saved_configuration

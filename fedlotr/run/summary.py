@@ -27,8 +27,9 @@ from fedlotr.flower.links.carry import model_sha256
 from fedlotr.flower.round import State
 from fedlotr.models.loading import adaptable_layers, count_parameters
 from fedlotr.models.supported import form_of_weights
+from fedlotr.run.checking import Checked
 from fedlotr.run.federation import federation
-from fedlotr.run.preparation import Checked, Prepared
+from fedlotr.run.preparation import Prepared
 from fedlotr.run.public_rows import scored_on
 
 PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")

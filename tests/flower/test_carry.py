@@ -27,8 +27,9 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import sample_clients
 from fedlotr.flower.workplace import Workplace
+from fedlotr.run.checking import check
 from fedlotr.run.federation import federation
-from fedlotr.run.preparation import check, prepare
+from fedlotr.run.preparation import prepare
 from fedlotr.run.resumption import saved_configuration
 from fedlotr.run.simulation import resolve
 from fedlotr.testing import check_strategy

@@ -23,9 +23,9 @@ from fedlotr.flower.round import Federation, sample_clients
 from fedlotr.flower.scoring import summary_of
 from fedlotr.flower.serialize import unpack
 from fedlotr.flower.state import load_clients
+from fedlotr.run.checking import check, hold_back
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.federation import federation
-from fedlotr.run.preparation import check, hold_back
 from fedlotr.run.simulation import check_all, resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches

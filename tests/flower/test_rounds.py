@@ -29,8 +29,9 @@ from fedlotr.flower.records import to_record
 from fedlotr.flower.round import Federation, State, run_round, sample_clients
 from fedlotr.flower.state import load_strategy_state, save_strategy
 from fedlotr.flower.trouble import TooManyFailuresError
+from fedlotr.run.checking import check
 from fedlotr.run.federation import federation as simulated_federation
-from fedlotr.run.preparation import check, prepare
+from fedlotr.run.preparation import prepare
 from fedlotr.run.simulation import resolve
 
 CLIENTS = 6

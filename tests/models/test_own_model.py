@@ -22,7 +22,7 @@ from transformers import (
 from fedlotr import SimulationConfig, run_simulation, simulate
 from fedlotr.errors import InputError
 from fedlotr.run.brought import Brought
-from fedlotr.run.preparation import check
+from fedlotr.run.checking import check
 from fedlotr.run.simulation import resolve
 from fedlotr.training.examples import Batch
 from tests.data.test_own_data import ROWS, small

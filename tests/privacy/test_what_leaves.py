@@ -148,7 +148,7 @@ def test_label_names_settle_the_classes_and_their_order(run: Run, ward: Path, tm
     write(numbers.with_name("test.jsonl"), [{**row, "label": 2} for row in rows(9, 200)])
     config = SimulationConfig(data=str(numbers.parent), label_names="3,2,1,4")
     from fedlotr.data import resolve_task
-    from fedlotr.run.preparation import read_source
+    from fedlotr.run.checking import read_source
 
     source = read_source(config)
     task = resolve_task("auto", source, config.labels)

@@ -13,9 +13,9 @@ from fedlotr import SimulationConfig, cli, run_simulation, simulate
 from fedlotr.evaluation.scores import evaluate
 from fedlotr.flower.scoring import summary_of
 from fedlotr.run.baselines import over_clients, pooled
+from fedlotr.run.checking import check
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.federation import LR_FACTORS
-from fedlotr.run.preparation import check
 from fedlotr.run.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, LocalTraining, train_cohort

@@ -32,8 +32,8 @@ from fedlotr.engines import LocalGrid, node_of
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.serialize import NotPlainError, pack, unpack
 from fedlotr.flower.state import load_strategy_state, save_strategy
+from fedlotr.run.checking import check
 from fedlotr.run.directory import Checkpoint, RunDirectory
-from fedlotr.run.preparation import check
 from fedlotr.run.resumption import continue_from
 from fedlotr.simulate import main
 from tests import faulty_app, forks

@@ -23,7 +23,8 @@ from fedlotr.adapters.layer import Basis, FactoredLayer
 from fedlotr.adapters.start import carrying
 from fedlotr.data import encode
 from fedlotr.errors import InputError
-from fedlotr.run.preparation import check, prepare
+from fedlotr.run.checking import check
+from fedlotr.run.preparation import prepare
 from fedlotr.run.resumption import saved_configuration
 from fedlotr.simulate import main
 from fedlotr.training.examples import IGNORED

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from safetensors.torch import load_file
 from threadpoolctl import threadpool_info
 
 from fedlotr import Callbacks, SimulationConfig, run_simulation
+from fedlotr.adapters import CoreConfig
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
+from fedlotr.flower.workplace import Workplace
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.run.preparation import Prepared, check, prepare
+from fedlotr.run.checking import check
+from fedlotr.run.preparation import Prepared, prepare
 from fedlotr.run.simulation import resolve
 from fedlotr.simulate import main
 from fedlotr.training.cohort import cut_cohorts
@@ -201,6 +205,15 @@ def test_the_bases_of_a_run_are_made_again_where_there_are_other_threads(
         assert torch.get_num_threads() == 3 and seen == [1], "the run had one"
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_whole_configuration_of_the_adapter_crosses_to_the_workers(small: dict[str, Any], tmp_path: Path) -> None:
+    config = SimulationConfig(**{**small, "method": "fed-sb", "alpha": 12.0})
+    prepared = prepare(check(resolve(config)), tmp_path / "work")
+    crossed = Workplace(prepared.workplace.folder).recipe.core
+    assert crossed is not None and prepared.model.core is not None
+    assert {field.name for field in fields(CoreConfig)} <= crossed.keys()
+    assert CoreConfig(**crossed).to_dict() == prepared.model.core.to_dict()
 
 
 @pytest.mark.slow

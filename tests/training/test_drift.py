@@ -18,8 +18,8 @@ from fedlotr.flower.links.objectives import Objectives
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.round import Federation, State, run_round, sample_clients
+from fedlotr.run.checking import check
 from fedlotr.run.federation import federation
-from fedlotr.run.preparation import check
 from fedlotr.run.simulation import resolve
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, client_batches

@@ -1,0 +1,481 @@
+"""From a configuration to the things that its words name: every mistake is reported, and nothing heavy happens."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedlotr.adapters.layer import widths
+from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.tuner import CoreConfig, check_one_shape
+from fedlotr.config.configuration import SimulationConfig
+from fedlotr.config.own import HIDDEN, other_than_named
+from fedlotr.config.preflight import if_moved
+from fedlotr.data import (
+    Names,
+    OwnData,
+    OwnTask,
+    Source,
+    Task,
+    apply_task,
+    check_task,
+    encode,
+    load_source,
+    partition,
+    resolve_task,
+    task_name,
+    withhold_public,
+)
+from fedlotr.errors import InputError
+from fedlotr.models.loading import ModelSpec, adaptable_layers
+from fedlotr.models.source import (
+    DEMO_HUB_ID,
+    DEMO_MODEL,
+    check_length,
+    dtype_on_disk,
+    load_tokenizer,
+    pad_id,
+    read_architecture,
+    supported_folder,
+)
+from fedlotr.models.supported import is_sentence_encoder
+from fedlotr.models.user_model import OwnModel, keep_model, move_model
+from fedlotr.run.baselines import pooled
+from fedlotr.run.brought import NOTHING_BROUGHT, Brought
+from fedlotr.run.contents import Content, code_content, model_content
+from fedlotr.run.public_rows import check_public, check_scored
+from fedlotr.run.skeleton import build_skeleton
+from fedlotr.run.warm_start import WarmStart, warm_start
+from fedlotr.streams import generator
+from fedlotr.training.cohort import LocalTraining
+from fedlotr.training.packing import Rows
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration whose words have become things; nothing heavy has happened yet.
+
+    public: rows of the source's train split withheld from all clients, or, where there is one, of `public_source`;
+    parts: each client's rows of it to train on;
+    held_back: its rows to be evaluated on by itself.
+    test_rows: the rows of the test split to evaluate on.
+    """
+
+    config: SimulationConfig
+    source: Source
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    core: CoreConfig | None
+    training: LocalTraining
+    public: Rows
+    parts: list[Rows]
+    labels: Rows
+    test_rows: Rows
+    start: WarmStart | None
+    own_model: OwnModel | None = None
+    own_task: OwnTask | None = None
+    held_back: list[Rows] = field(default_factory=list)
+    public_source: Source | None = None
+
+    @cached_property
+    def contents(self) -> dict[str, Content]:
+        """Option -> what the files that it names hold, whatever they are called. Raises InputError for damaged weights.
+
+        A model of the caller's own is known by its name.
+        """
+        config = self.config
+        found = {
+            "data": {"rows": self.source.sha256},
+            "strategy": code_content([config.strategy] if config.strategy else []),
+            "add_link": code_content(config.links),
+        }
+        if self.config.eval_data is not None:
+            found["eval_data"] = found["data"]
+        if self.public_source is not None:
+            found["public_data"] = {"rows": self.public_source.sha256}
+        if self.start is not None:
+            found["init_adapter"] = {"files": self.start.sha256}
+        if self.own_model is None:
+            try:
+                found["model"] = model_content(Path(self.spec.path))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"--model {self.config.model}: its files cannot be read: {error}") from error
+        return found
+
+    @property
+    def base_name(self) -> str:
+        """What to call the base in files that others read: a hub id, or the folder the user gave."""
+        return DEMO_HUB_ID if self.config.model == DEMO_MODEL else self.config.model
+
+    def in_place(self, work: Path) -> "Checked":
+        """With the caller's own model, if there is one, in the folder of the run's workers."""
+        if self.own_model is None:
+            return self
+        own = move_model(self.own_model, work / "model")
+        return replace(self, own_model=own, spec=replace(self.spec, path=str(own.folder)))
+
+
+def columns_of(config: SimulationConfig) -> Names:
+    """What the configuration says of the data's columns."""
+    text = tuple(config.text_column.split(",")) if config.text_column else ()
+    return Names(text, config.label_column, config.task == "causal-lm")
+
+
+def read_source(config: SimulationConfig, data: OwnData | None = None) -> Source:
+    """The rows that a configuration names, or the caller's own. Raises InputError as `load_source` does."""
+    return load_source(
+        config.data if data is None else data,
+        seed=config.seed,
+        eval_split=config.eval_split,
+        names=columns_of(config),
+        eval_data=config.eval_data,
+    )
+
+
+def check(
+    config: SimulationConfig,
+    wrong: Collection[str] = (),
+    brought: Brought = NOTHING_BROUGHT,
+    *,
+    source: Source | None = None,
+) -> Checked:
+    """Read the data and the model's architecture, and deal the examples to the clients.
+
+    brought: the caller's own things; the configuration in the result names them. source: the data, where they have
+    been read.
+
+    wrong: fields that are known to be wrong, whose mistakes are not looked for again, nor what depends on them.
+    Raises InputError with every mistake that can be told from what does load, and in any case where a field is wrong.
+    """
+    found = _Findings(config, wrong, brought)
+    source, task, own_task = _data(found, source)
+    labels, dealt = _clients(found, source, task)
+    public_source = _public(found, source, task, own_task)
+    own, folder, tokenizer = _model_files(found)
+    if source is not None and task is not None and tokenizer is not None and labels is not None:
+        rows, limit = source.train, found.config.max_length
+        # One row shows whether --max-length leaves room for any text.
+        found.attempt(lambda: encode(task, rows.select([0]), tokenizer, limit), "max_length")
+    if folder is not None and found.config.dtype == "saved":
+        saved_in, model = folder, found.config.model
+        if (dtype := found.attempt(lambda: dtype_on_disk(saved_in, model), "dtype", "model")) is not None:
+            found.config = found.config.model_copy(update={"dtype": dtype})
+    spec = core = start = None
+    if folder is not None and tokenizer is not None and found.config.dtype != "saved":
+        spec = _spec(found.config, folder, tokenizer, task, own)
+        core, start = _adapter(found, spec, sure=task is not None)
+    if found.problems or wrong:
+        raise InputError(found.problems)
+    assert source is not None and task is not None and tokenizer is not None and spec is not None
+    assert labels is not None and dealt is not None
+    config = found.config
+    public, parts = dealt
+    if public_source is not None:
+        public = generator(config.seed, "public-data").permutation(len(public_source.train))[: config.public_examples]
+    parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
+    training = _training(config)
+    if config.baseline == "central":
+        parts, training = pooled(parts, training, config.sampled_clients)
+    return Checked(
+        config=config,
+        source=source,
+        task=task,
+        tokenizer=tokenizer,
+        spec=spec,
+        core=core,
+        training=training,
+        public=public,
+        parts=parts,
+        labels=labels,
+        test_rows=_test_rows(config, len(source.test)),
+        start=start,
+        own_model=own,
+        own_task=own_task,
+        held_back=held_back,
+        public_source=public_source,
+    )
+
+
+class _Findings:
+    """What is wrong with a configuration, as far as it has been looked at; and the configuration, as it is then."""
+
+    def __init__(self, config: SimulationConfig, wrong: Collection[str], brought: Brought) -> None:
+        self.config, self.wrong, self.brought = config, wrong, brought
+        self.problems: list[str] = []
+
+    def attempt(self, step: Callable[[], _T], *fields: str) -> _T | None:
+        """What a step returns; None where one of its fields is known to be wrong, or where it finds something wrong."""
+        if any(field in self.wrong for field in fields):
+            return None
+        try:
+            return step()
+        except InputError as error:
+            moved = self.config.resume and fields
+            told = [text + (if_moved(fields[0], text) if moved else "") for text in error.problems]
+            self.problems.extend(problem for problem in told if problem not in self.problems)
+            return None
+
+    def name(self, field: str, name: str) -> None:
+        """Have the configuration name what the caller brought."""
+        problem = other_than_named(field, getattr(self.config, field), name)
+        self.problems.extend([problem] if problem else [])
+        self.config = self.config.model_copy(update={field: name})
+
+
+def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task | None, OwnTask | None]:
+    """The rows, and what is learnt from them. source: where they have been read."""
+    config, brought = found.config, found.brought
+    fields = ("data", "eval_data", "eval_split", "text_column", "label_column")
+    source = source or found.attempt(lambda: read_source(config, brought.data), *fields)
+    if source is not None and brought.data is not None:
+        if config.privacy != "none":
+            source = replace(source, name=HIDDEN)
+        found.name("data", source.name)
+    own_task = found.attempt(lambda: check_task(brought.task)) if brought.task is not None else None
+    if own_task is not None:
+        found.name("task", task_name(own_task))
+        options = ("text_column", "label_column", "label_names")
+        if unread := [option for option in options if getattr(config, option) is not None]:
+            found.problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
+        if METHODS[config.method].personal and own_task.metric_name is not None:
+            found.problems.append(
+                f"--method {config.method}: factors stay with the clients, who are scored by accuracy or perplexity on "
+                f"rows of their own, not by the task's {own_task.metric_name!r}; choose a method without such factors"
+            )
+    if source is None:
+        return None, None, own_task
+    raw = source
+    if own_task is not None:
+        source, task = found.attempt(lambda: apply_task(own_task, raw)) or (None, None)
+        return source, task, own_task
+    if brought.task is not None:
+        return source, None, None
+    told = config.privacy == "none"
+    task = found.attempt(lambda: resolve_task(config.task, raw, config.labels, told=told), "task", "label_names")
+    return source, task, None
+
+
+def _clients(
+    found: _Findings, source: Source | None, task: Task | None
+) -> tuple[Rows | None, tuple[Rows, list[Rows]] | None]:
+    """The labels of the rows to train on, and these as they are dealt out: public ones, and each client's."""
+    if source is None or task is None:
+        return None, None
+    config = found.config
+    if task.kind == "causal-lm" and config.method == "head":
+        found.problems.append(
+            "--method head: a language model has no classification head; choose a method that adapts layers"
+        )
+    labels = found.attempt(lambda: task.labels(source.train))
+    found.attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
+    if labels is None:
+        return None, None
+    fields = ("partition", "clients", "max_examples", "public_examples")
+    return labels, found.attempt(lambda: _deal(config, source, labels), *fields)
+
+
+def _public(found: _Findings, source: Source | None, task: Task | None, own_task: OwnTask | None) -> Source | None:
+    """What --public-data names, where it names something."""
+    config = found.config
+    if config.public_data is None or task is None:
+        return None
+    public = found.attempt(lambda: _public_source(config, task, own_task), "public_data", "data")
+    if public is not None and source is not None:
+        found.attempt(lambda: check_public(config, public, source, task), "privacy")
+    return public
+
+
+def _model_files(found: _Findings) -> tuple[OwnModel | None, Path | None, PreTrainedTokenizerBase | None]:
+    """The caller's own model, if there is one; the folder that the model lies in; and its tokenizer."""
+    brought = found.brought
+    own: OwnModel | None = None
+    folder: Path | None
+    if brought.model is not None:
+        own = found.attempt(lambda: keep_model(brought.model, brought.folder))
+        if own is not None:
+            found.name("model", own.name)
+        folder = None if own is None else own.folder
+    else:
+        config, fetch = found.config, not found.wrong and not found.problems  # not for a run that will not start
+        folder = found.attempt(lambda: supported_folder(config.model, config.quantize, fetch=fetch), "model")
+    if folder is None:
+        return own, None, None
+    config, place = found.config, folder
+    tokenizer = own.tokenizer if own else found.attempt(lambda: load_tokenizer(place, config.model))
+
+    def check_its_length() -> None:
+        architecture = own.architecture if own else read_architecture(place, config.model)
+        check_length(architecture, config.model, config.max_length)
+
+    found.attempt(check_its_length, "max_length")
+    return own, folder, tokenizer
+
+
+def _spec(
+    config: SimulationConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | None,
+    own: OwnModel | None,
+) -> ModelSpec:
+    """How the base is built; a guess where the data do not tell the task: it can still have too narrow layers."""
+    return ModelSpec(
+        path=str(folder),
+        kind=task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
+        labels=len(task.label_names) if task else 2,
+        mean_pooled=is_sentence_encoder(folder),
+        pad_id=pad_id(tokenizer),
+        dtype="float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
+        code=own.code if own else None,
+        code_folder=own.code_folder if own else "",
+        checkpointed=config.gradient_checkpointing,
+        quantize=config.quantize,
+        device="cpu" if config.device == "auto" else config.device,
+    )
+
+
+def _adapter(found: _Findings, spec: ModelSpec, *, sure: bool) -> tuple[CoreConfig | None, WarmStart | None]:
+    """What is put on the base, and what that starts from. sure: the data tell what the model is for."""
+    config = found.config
+    skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
+    if skeleton is None:
+        return None, None
+    core: CoreConfig | None = None
+    adapts = METHODS[config.method].adapts
+    targets = found.attempt(lambda: _targets(config, skeleton), "targets") if adapts else []
+    if targets is None:
+        return None, None
+    if adapts:
+        if METHODS[config.method].factored:
+            found.attempt(lambda: _check_rank(config, skeleton, targets), "rank")
+        core = found.attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
+        if core is not None and core.tie == "all":
+            found.attempt(lambda: _check_one_shape(skeleton, targets), "tie")
+    if config.init_adapter is None or not sure:
+        return core, None
+    given = config.init_adapter
+    return core, found.attempt(lambda: warm_start(given, skeleton, targets, config.method), "init_adapter", "method")
+
+
+def _training(config: SimulationConfig) -> LocalTraining:
+    row = METHODS[config.method]
+    return LocalTraining(
+        epochs=config.local_epochs or 1,
+        steps=config.local_steps,
+        batch_size=config.batch_size,
+        optimizer=config.optimizer,
+        lr=config.lr if config.lr is not None else row.lr,
+        head_lr=config.head_lr if config.head_lr is not None else row.head_lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm if config.privacy == "none" else None,  # else it bounds what one unit contributes
+        optimizer_state=config.optimizer_state,
+    )
+
+
+def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
+    try:
+        return adaptable_layers(skeleton, config.targets)
+    except ValueError as error:
+        raise InputError(f"--targets {config.targets}: {error}") from error
+
+
+def _check_rank(config: SimulationConfig, skeleton: nn.Module, targets: list[str]) -> None:
+    narrowest = min(targets, key=lambda name: min(widths(skeleton.get_submodule(name))))
+    width = min(widths(skeleton.get_submodule(narrowest)))
+    if config.rank > width:
+        raise InputError(
+            f"--rank {config.rank}: above the width {width} of {narrowest}; choose a rank of at most {width}"
+        )
+
+
+def _check_one_shape(skeleton: nn.Module, targets: list[str]) -> None:
+    try:
+        check_one_shape([(name, skeleton.get_submodule(name)) for name in targets])
+    except ValueError as error:
+        raise InputError(f"--tie all: {error}") from error
+
+
+def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
+    try:
+        return CoreConfig(
+            method=config.method,
+            r=config.rank,
+            alpha=config.alpha,
+            basis=config.basis,
+            tie=config.tie,
+            core=config.core,
+            seed=config.seed,
+            target_modules=targets,
+        )
+    except ValueError as error:
+        raise InputError(f"--method {config.method}: {error}") from error
+
+
+def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | None) -> Source:
+    """What --public-data names, fit for the task. Raises InputError where it is not."""
+    name = f"--public-data {config.public_data}"
+    try:
+        source = load_source(str(config.public_data), seed=config.seed, names=columns_of(config))
+        if own_task is not None:
+            source, _ = apply_task(own_task, source)
+        missing = [column for column in task.columns if column not in source.train.column_names]
+        if missing or (task.kind == "classification" and "label" not in source.train.column_names):
+            raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
+        resolve_task(task.kind, source, task.label_names or None)
+        task.labels(source.train)
+    except InputError as error:
+        raise InputError([problem.replace("--data", name.split()[0], 1) for problem in error.problems]) from error
+    return source
+
+
+def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
+    # Rows withheld from private data are as private as the rest: they would be no public examples.
+    withheld = config.public_examples if config.privacy == "none" and config.public_data is None else 0
+    public, private = withhold_public(withheld, len(source.train), config.seed)
+    parts = partition(
+        config.partition,
+        source.train.select(private),
+        labels[private],
+        clients=config.clients,
+        seed=config.seed,
+        max_examples=config.max_examples,
+    )
+    return public, [private[part] for part in parts]
+
+
+def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], list[Rows]]:
+    """(rows to train on, rows to be evaluated on) of each client: a seeded share of its rows, rounded.
+
+    At least one of either, where a client has two; its only row is for training. Raises InputError where none has two.
+    """
+    if not share:
+        return list(parts), [part[:0] for part in parts]
+    kept, held = [], []
+    for client, part in enumerate(parts):
+        count = min(max(round(share * len(part)), 1), len(part) - 1)
+        chosen = np.zeros(len(part), bool)
+        chosen[generator(seed, "held back", client).choice(len(part), count, replace=False)] = True
+        kept.append(part[~chosen])
+        held.append(part[chosen])
+    if not any(map(len, held)):
+        raise InputError(
+            f"--client-eval {share}: no client has more than one example, so none can be held back; "
+            "give --clients a smaller number, or --max-examples a larger one"
+        )
+    return kept, held
+
+
+def _test_rows(config: SimulationConfig, count: int) -> Rows:
+    """Those of the test split that are evaluated on, of so many."""
+    if not 0 < config.eval_examples < count:
+        return np.arange(count)
+    return np.sort(generator(config.seed, "evaluation").choice(count, config.eval_examples, replace=False))
