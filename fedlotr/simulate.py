@@ -2,9 +2,10 @@
 
 import sys
 
-from fedlotr.commands.simulate import main
+from fedlotr.commands.door import BAD_INPUT, FAILED
+from fedlotr.commands.simulate import DONE, main
 
-__all__ = ["main"]
+__all__ = ["BAD_INPUT", "DONE", "FAILED", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

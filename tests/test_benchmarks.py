@@ -134,7 +134,10 @@ def test_a_recipe_says_what_a_bare_clone_lacks(
 
 
 def test_every_experiment_is_tried() -> None:
-    assert {path.stem for path in (ROOT / "experiments").glob("*.py")} == set(SCRIPTS)
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "experiments").glob("*.py")}
+    assert {name for name, text in texts.items() if '"__main__"' in text} == set(SCRIPTS)
+    for name in texts.keys() - set(SCRIPTS):
+        assert any(f"from {name} import" in texts[script] for script in SCRIPTS), f"{name}: no experiment uses it"
 
 
 def test_every_benchmark_is_run() -> None:

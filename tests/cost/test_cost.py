@@ -103,8 +103,9 @@ def test_the_dimensions_that_come_with_the_package_make_the_published_number_of_
 
 
 def test_every_method_and_strategy_that_go_together_is_in_the_table_in_three_forms(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
     words = "--model minilm --rank 8 --clients 5 --rounds 3"
     found = cost(words, capsys)
     assert {row["method"] for row in found["rows"]} == set(METHODS)
