@@ -7,9 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import TinyLoraConfig, get_peft_model
 
 from fedlotr.adapters import CORES, METHODS, CoreConfig
-from fedlotr.adapters.bases import Request, ldu_basis, nystrom_basis, spectral_basis, tucker_basis
+from fedlotr.adapters.bases import (
+    Request,
+    ldu_basis,
+    leading_singular_vectors,
+    nystrom_basis,
+    root_svd_basis,
+    scaled_svd_basis,
+    spectral_basis,
+    tucker_basis,
+)
 from fedlotr.adapters.cores import expand_heads, mixed_matrices
 from fedlotr.commands import simulate
 from fedlotr.communication.ledger import read_ledger
@@ -292,6 +302,34 @@ def test_ldu_and_nystrom_are_the_papers_factors(shape: tuple[int, int]) -> None:
     pair = nystrom_basis(request(low, r=2))
     middle = torch.linalg.pinv(low[:2, :2])
     torch.testing.assert_close(pair.B.double() @ middle @ pair.A.double(), low, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_svds_that_keep_the_singular_values_are_those_of_lora_xs_and_of_pefts_tiny_lora(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    linear, r = torch.nn.Linear(shape[1], shape[0], bias=False), 3
+    w = linear.weight.detach().clone()
+    u, sigma, vh = torch.linalg.svd(w)
+    leading = u[:, :r] @ torch.diag(sigma[:r]) @ vh[:r]
+    xs = scaled_svd_basis(request(w, r=r))
+    torch.testing.assert_close(xs.B @ xs.A, leading)
+    torch.testing.assert_close(xs.B.T @ xs.B, torch.eye(r))
+    torch.testing.assert_close(xs.A @ xs.A.T, torch.diag(sigma[:r] ** 2))
+    tiny = root_svd_basis(request(w, r=r))
+    theirs: Any = get_peft_model(torch.nn.Sequential(linear), TinyLoraConfig(r=r, target_modules=["0"]))
+    layer = theirs.base_model.model[0]
+    assert layer.tinylora_A["default"].shape == tiny.A.shape
+    signs = torch.sign((layer.tinylora_A["default"] * tiny.A).sum(1))  # which an SVD leaves free
+    torch.testing.assert_close(tiny.A * signs[:, None], layer.tinylora_A["default"])
+    torch.testing.assert_close(tiny.B * signs, layer.tinylora_B["default"])
+
+
+def test_randomised_leading_directions_hold_nearly_all_that_the_best_ones_hold() -> None:
+    """Of signs, whose singular values hardly fall: the hardest case."""
+    matrix = torch.randint(0, 2, (1100, 1100), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    _, v = leading_singular_vectors(matrix, 32, seed=0)
+    best = torch.linalg.eigvalsh(matrix.T @ matrix)[-32:].sum()
+    assert (matrix @ v).square().sum() > 0.98 * best
 
 
 def test_ldu_of_a_singular_matrix_is_finite() -> None:

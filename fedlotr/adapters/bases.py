@@ -1,6 +1,7 @@
 """Where the frozen factors come from: plain functions of a `Request`, in float64 on one thread of the CPU.
 
-A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`, `nystrom` and `ldu`. Several
+A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`, `nystrom`, `ldu` and the SVDs
+that keep the singular values. Several
 matrices mean a tie: one pair for all of them. On one thread, because float32 decompositions differ between one and
 two threads.
 """
@@ -21,7 +22,9 @@ GRAM_RATIO = 1e-3
 """The r-th singular value over the first from which on vectors come from a Gram matrix, in half the time of an SVD.
 Squaring costs a factor of at most 1 / GRAM_RATIO in exactness: three of float64's 16 digits; float32 keeps 7."""
 OVERSAMPLING = 16
-POWER_ITERATIONS = 4
+POWER_ITERATIONS = 10
+"""Of the range finding. On a 1536² matrix of signs, whose singular values hardly fall, four hold 0.951 of what the best
+32 directions do, ten 0.995."""
 TUCKER_SWEEPS = 3
 
 
@@ -95,6 +98,25 @@ def spectral_basis(request: Request) -> Factors:
             second = next(matrices, None)
         left, right = _leading(rows, request.r), _leading(columns, request.r)
     return _factors(right.T, left)
+
+
+def scaled_svd_basis(request: Request) -> Factors:
+    """U and Σ Vᵀ of one matrix, as the code published with LoRA-XS has them (Bałazy et al. 2024, arXiv:2405.17604)."""
+    u, sigma, v = _svd_of(request)
+    return _factors(sigma[:, None] * v.T, u)
+
+
+def root_svd_basis(request: Request) -> Factors:
+    """U √Σ and √Σ Vᵀ of one matrix, as PEFT's TinyLoRA has them (Morris et al. 2026)."""
+    u, sigma, v = _svd_of(request)
+    return _factors(sigma.sqrt()[:, None] * v.T, u * sigma.sqrt())
+
+
+def _svd_of(request: Request) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (d_out, r), Σ (r,) and V (d_in, r) of the request's only matrix."""
+    w = next(request.matrices()).double()
+    u, v = leading_singular_vectors(w, request.r, request.seed)
+    return u, (u * (w @ v)).sum(0).clamp(min=0), v
 
 
 def lora_basis(request: Request) -> Factors:

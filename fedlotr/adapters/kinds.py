@@ -65,6 +65,18 @@ BASES: dict[str, BasisKind] = {
         make=Named("fedlotr.adapters.bases:spectral_basis"),
         made_of="weights",
     ),
+    "svd-scaled": BasisKind(
+        text="U and Σ Vᵀ of the frozen weights, as LoRA-XS's published code has them (not orthonormal)",
+        make=Named("fedlotr.adapters.bases:scaled_svd_basis"),
+        made_of="weights",
+        one_layer=True,
+    ),
+    "svd-root": BasisKind(
+        text="U √Σ and √Σ Vᵀ of the frozen weights, as PEFT's TinyLoRA has them (not orthonormal)",
+        make=Named("fedlotr.adapters.bases:root_svd_basis"),
+        made_of="weights",
+        one_layer=True,
+    ),
     "update": BasisKind(
         text="leading singular vectors of the first step of full fine-tuning, from the public examples",
         make=Named("fedlotr.adapters.bases:spectral_basis"),
