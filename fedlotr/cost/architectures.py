@@ -4,34 +4,24 @@ The public dimensions of some models come with the package, in architectures.jso
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import projection_type
 from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError, nearest
-from fedlotr.models.loading import (
-    PLAIN_ATTENTION,
-    Kind,
-    MeanPooledClassifier,
-    ModelSpec,
-    adaptable_layers,
-    head_layers,
-    head_names,
-    load_base,
-    with_head,
-)
+from fedlotr.models.loading import Kind, ModelSpec, head_layers
+from fedlotr.models.meta import check_meta, chosen_layers, meta_model
 from fedlotr.models.source import first_line
-from fedlotr.models.supported import fused_experts, is_sentence_encoder
+from fedlotr.models.supported import is_sentence_encoder
 
 
 @dataclass(frozen=True)
@@ -56,29 +46,32 @@ def read_architecture(model: str, kind: Kind | None, labels: int, targets: str) 
     kind: what it is for; None: what its configuration says. labels: classes of a classifier.
     Raises InputError.
     """
-    module, kind, source = _module(model, kind, labels)
-    if kind == "classification" and not head_layers(module):
-        raise InputError(f"--model {model}: a {type(module).__name__} has no classification head that is known here")
-    if targets == "all-linear" and (experts := fused_experts(module)) is not None:
-        raise InputError(
-            f"--model {model}: a mixture of experts whose experts are one tensor ({experts}); choose the layers that "
-            "can be adapted, as in --targets '.*attn.*'"
-        )
-    try:
-        names = adaptable_layers(module, targets)
-    except ValueError as error:
-        raise InputError(f"--targets {targets}: {error}") from error
-    shapes = {name: widths(module.get_submodule(name)) for name in names}
-    return Architecture(
+    folder, (config, kind, mean_pooled, source) = Path(model).expanduser(), _configuration(model, kind)
+    spec = ModelSpec(path=str(folder), kind=kind, labels=labels, mean_pooled=mean_pooled, pad_id=0)
+    # What the files of a folder lack is a part of the head.
+    module = meta_model(model, spec, None if any(folder.glob("*.safetensors")) else config)
+    check_meta(model, module, targets, headed=kind == "classification")
+    shapes = shapes_of(module, chosen_layers(module, targets))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return Architecture(shapes.layers, shapes.heads, kind, parameters, source)
+
+
+def shapes_of(module: nn.Module, adapted: Iterable[str]) -> Shapes:
+    """Of a model, of which these layers are adapted."""
+    shapes = {name: widths(module.get_submodule(name)) for name in adapted}
+    heads = {
+        f"{name}.{part}": parameter.numel()
+        for name, layer in head_layers(module).items()
+        for part, parameter in layer.named_parameters()
+    }
+    return Shapes(
         tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()),
-        tuple(parameter.numel() for layer in head_layers(module).values() for parameter in layer.parameters()),
-        kind,
-        sum(parameter.numel() for parameter in module.parameters()),
-        source,
+        tuple(heads[name] for name in sorted(heads)),
     )
 
 
-def _module(model: str, kind: Kind | None, labels: int) -> tuple[nn.Module, Kind, str]:
+def _configuration(model: str, kind: Kind | None) -> tuple[Any, Kind, bool, str]:
+    """A model's configuration, what it is for, whether it is read out by a mean, and where that is from."""
     known = public_models()
     name = next((n for n, row in known.items() if model in (n, row["hub"], row["hub"].partition("/")[2])), None)
     folder = Path(model).expanduser()
@@ -102,29 +95,10 @@ def _module(model: str, kind: Kind | None, labels: int) -> tuple[nn.Module, Kind
                 f"no folder with a config.json, no model of the package{nearest(model, known)}, and no hub: {reason}"
             )
         raise InputError(f"--model {model}: {reason}") from error
-    kind = kind or _kind(config)
-    try:
-        if folder.is_dir() and list(folder.glob("*.safetensors")):
-            # What the files lack is a part of the head.
-            spec = ModelSpec(path=str(folder), kind=kind, labels=labels, mean_pooled=mean_pooled, pad_id=0)
-            return load_base(spec, meta=True), kind, source
-        return _from_config(config, kind, labels, mean_pooled), kind, source
-    except Exception as error:
-        raise InputError(f"--model {model}: cannot be built for {kind}: {first_line(error)}") from error
+    return config, kind or _kind(config), mean_pooled, source
 
 
 def _kind(config: Any) -> Kind:
     """What the class that was saved is for."""
     saved = " ".join(getattr(config, "architectures", None) or ())
     return "causal-lm" if "CausalLM" in saved or "LMHeadModel" in saved else "classification"
-
-
-def _from_config(config: Any, kind: Kind, labels: int, mean_pooled: bool) -> nn.Module:
-    config.num_labels = labels
-    mean_pooled = mean_pooled and kind == "classification"
-    maker: Any = AutoModelForCausalLM if kind == "causal-lm" else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        module = (AutoModel if mean_pooled else maker).from_config(config, attn_implementation=PLAIN_ATTENTION)
-        if mean_pooled:
-            module = MeanPooledClassifier(module, labels)
-    return with_head(module, [] if kind == "causal-lm" else head_names(module))

@@ -91,20 +91,21 @@ class MeanPooledClassifier(nn.Module):
         return logits
 
 
-def load_base(spec: ModelSpec, *, meta: bool = False) -> nn.Module:
+def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.Module:
     """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors; its logits are zero.
 
     The layers of the classification head are `CopiesLinear`: `classifier` or `score`, and the linear layers before it
     that the files lack, as nearly every checkpoint on the hub lacks RoBERTa's `classifier.dense`, DistilBERT's
     `pre_classifier` or BERT's pooler. Those are drawn, alike in every process.
-    meta: on the meta device, without reading the weights.
+    meta: on the meta device, without reading the weights; with `config`, of that configuration alone, without a folder:
+    nothing is lacking then.
     Raises OSError or ValueError as transformers does where the folder holds no such model, and ValueError where
     weights other than the head's are missing, or where it is to be checkpointed and cannot be.
     """
     # A progress bar per load and a warning about the new head would bury the run's own lines.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    model, missing = _loaded(spec, meta=meta)
+    model, missing = _loaded(spec, meta=meta) if config is None else (_from_config(spec, config), set())
     heads = [] if spec.kind == "causal-lm" else head_names(model, missing)
     lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
     if lacking:
@@ -132,12 +133,25 @@ def _mean_pooled(spec: ModelSpec) -> bool:
     return spec.kind == "classification" and spec.mean_pooled
 
 
+def _class_of(spec: ModelSpec) -> Any:
+    """transformers' class of a base that is not the caller's own; of a sentence encoder without what reads it out."""
+    if spec.kind == "causal-lm":
+        return AutoModelForCausalLM
+    return AutoModel if spec.mean_pooled else AutoModelForSequenceClassification
+
+
+def _from_config(spec: ModelSpec, config: Any) -> nn.Module:
+    config.num_labels = spec.labels
+    with torch.device("meta"):
+        model: nn.Module = _class_of(spec).from_config(config, attn_implementation=PLAIN_ATTENTION)
+        return MeanPooledClassifier(model, spec.labels) if _mean_pooled(spec) else model
+
+
 def _loader(spec: ModelSpec, *, meta: bool) -> tuple[Any, dict[str, Any]]:
     """The class that loads a base, and what its `from_pretrained` is told besides the folder."""
     options: dict[str, Any] = {"device_map": "meta"} if meta else {}
-    loader: Any = AutoModel if _mean_pooled(spec) else AutoModelForCausalLM
+    loader = _class_of(spec)
     if spec.kind == "classification" and not _mean_pooled(spec):
-        loader = AutoModelForSequenceClassification
         options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
     saved_form = form_of_weights(Path(spec.path))
     if saved_form != "none" and not meta:

@@ -39,7 +39,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"its {path.name} cannot be read ({error})") from error
 
 
-def _read_architecture(folder: Path) -> Any:
+def read_architecture(folder: Path) -> Any:
     """The configuration as transformers understands it. Raises ValueError where it does not."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -97,7 +97,7 @@ def check_folder(folder: Path, quantize: str = "none") -> None:
                 "take a model whose class is part of transformers"
             )
         raise ValueError(f"model type {model_type or '(none)'!r} is not known to this transformers")
-    if _read_architecture(folder).is_encoder_decoder:
+    if read_architecture(folder).is_encoder_decoder:
         raise ValueError(
             f"an encoder-decoder ({model_type}), which is not supported; take an encoder (BERT and its kin) or a "
             "decoder (GPT-2, Llama and their kin)"
@@ -123,10 +123,9 @@ def form_of_weights(folder: Path) -> str:
     return next((form for form in QUANTISED if quantised.get(f"load_in_{form}")), "none")
 
 
-def check_kind(folder: Path, kind: str) -> None:
+def check_kind(config: Any, kind: str) -> None:
     """Raises ValueError where transformers has no class of this architecture for `classification` or `causal-lm`."""
     mapping, called = CLASSES[kind]
-    config = _read_architecture(folder)
     if type(config) not in mapping:
         raise ValueError(f"a {config.model_type} is no {called}: transformers has no class of it for --task {kind}")
 

@@ -32,7 +32,8 @@ from fedlotr.data import (
     withhold_public,
 )
 from fedlotr.errors import InputError
-from fedlotr.models.loading import ModelSpec, adaptable_layers
+from fedlotr.models.loading import ModelSpec
+from fedlotr.models.meta import chosen_layers
 from fedlotr.models.source import (
     DEMO_HUB_ID,
     DEMO_MODEL,
@@ -350,7 +351,7 @@ def _adapter(found: _Findings, spec: ModelSpec, *, sure: bool) -> tuple[CoreConf
         return None, None
     core: CoreConfig | None = None
     adapts = METHODS[config.method].adapts
-    targets = found.attempt(lambda: _targets(config, skeleton), "targets") if adapts else []
+    targets = found.attempt(lambda: chosen_layers(skeleton, config.targets), "targets") if adapts else []
     if targets is None:
         return None, None
     if adapts:
@@ -379,13 +380,6 @@ def _training(config: SimulationConfig) -> LocalTraining:
         clip_norm=config.clip_norm if config.privacy == "none" else None,  # else it bounds what one unit contributes
         optimizer_state=config.optimizer_state,
     )
-
-
-def _targets(config: SimulationConfig, skeleton: nn.Module) -> list[str]:
-    try:
-        return adaptable_layers(skeleton, config.targets)
-    except ValueError as error:
-        raise InputError(f"--targets {config.targets}: {error}") from error
 
 
 def _check_rank(config: SimulationConfig, skeleton: nn.Module, targets: list[str]) -> None:

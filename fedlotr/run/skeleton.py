@@ -1,16 +1,14 @@
 """A run's model on the meta device, where it costs nothing: whether it can be built, and trained for its task."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
 
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
-from fedlotr.models.loading import ModelSpec, head_layers, load_base
+from fedlotr.models.loading import ModelSpec, head_layers
+from fedlotr.models.meta import check_meta, meta_model
 from fedlotr.models.source import first_line
-from fedlotr.models.supported import check_kind, fused_experts
 from fedlotr.models.user_class import check_head, check_logits, forward_lacks
 from fedlotr.training.examples import Examples
 from fedlotr.training.model import TrainableModel
@@ -22,27 +20,15 @@ def build_skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> 
     sure: `spec` says what the model is for; where that is a guess and cannot be built, None.
     """
     try:
-        if sure and spec.code is None:
-            check_kind(Path(spec.path), spec.kind)
-        skeleton = load_base(spec, meta=True)
-    except Exception as error:
-        if not sure:
-            return None
-        if type(error) is ValueError:
-            raise InputError(f"--model {config.model}: {error}") from error
-        raise InputError(f"--model {config.model}: cannot be built for {spec.kind}: {first_line(error)}") from error
+        skeleton = meta_model(config.model, spec)
+    except InputError:
+        if sure:
+            raise
+        return None
     if sure and spec.code is not None:
         _check_own(skeleton, spec)
-    elif sure and spec.kind == "classification" and not head_layers(skeleton):
-        raise InputError(
-            f"--model {config.model}: a {type(skeleton).__name__} has no classification head that is known here"
-        )
-    experts = fused_experts(skeleton)
-    if experts is not None and config.targets == "all-linear":
-        raise InputError(
-            f"--model {config.model}: a mixture of experts whose experts are one tensor ({experts}), not linear "
-            "layers: they cannot be adapted; choose the layers that can be, as in --targets '.*attn.*'"
-        )
+    headed = sure and spec.code is None and spec.kind == "classification"
+    check_meta(config.model, skeleton, config.targets, headed=headed)
     return skeleton
 
 

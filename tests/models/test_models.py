@@ -11,6 +11,10 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from fedlotr import cli
+from fedlotr.adapters.layer import widths
+from fedlotr.models.loading import Kind, ModelSpec, head_layers
+from fedlotr.models.meta import chosen_layers, meta_model
 from fedlotr.run.resumption import saved_configuration
 from fedlotr.simulate import main
 from tests.support import TEXTS, assert_logits, our_logits, plain_logits, read_run
@@ -252,6 +256,37 @@ def test_a_model_that_cannot_be_used_is_refused_by_name(
     assert line.startswith(f"error: --model {folder}: ")
     assert all(part in line for part in parts), line
     assert not (tmp_path / "run").exists(), "before anything heavy"
+
+
+@pytest.mark.parametrize("kind", ["vision", "fused experts", "missing weights"])
+def test_a_bill_is_refused_for_the_same_model_in_the_same_words(
+    kind: str,
+    base: Callable[[str], Path],
+    words: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = REFUSED[kind][0](base("bert"), tmp_path / "model")
+    capsys.readouterr()
+    assert main([*words(model=folder, out=tmp_path / "run"), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert cli.main(["cost", "--model", str(folder), "--task", "classification"]) == 2
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "qwen3"])
+def test_a_configuration_alone_makes_the_layers_of_the_folder(name: str, base: Callable[[str], Path]) -> None:
+    folder = base(name)
+    kind: Kind = "causal-lm" if name in ("gpt2", "qwen3") else "classification"
+    spec = ModelSpec(str(folder), kind, 3, False, 0)
+    whole, bare = (meta_model(name, spec, config) for config in (None, hf.AutoConfig.from_pretrained(folder)))
+    found, wanted = (
+        {layer: widths(model.get_submodule(layer)) for layer in chosen_layers(model, "all-linear")}
+        for model in (bare, whole)
+    )
+    assert wanted and wanted.items() <= found.items()
+    assert all(parameter.is_meta for model in (whole, bare) for parameter in model.parameters())
+    assert [layer.out_features for layer in head_layers(bare).values()][-1:] == ([3] if kind != "causal-lm" else [])
 
 
 def test_a_classifier_that_was_saved_whole_keeps_its_layers_and_gets_a_head_for_the_labels_at_hand(
