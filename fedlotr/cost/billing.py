@@ -80,16 +80,8 @@ def bills(
         for (merged, controls), names in alike.items():
             # Two strategies that carry have each a formula of their own.
             for group in [[name] for name in names] if merged else [names]:
-                made = bill(
-                    row,
-                    shapes.layers,
-                    shapes.heads,
-                    [rank] * clients,
-                    rounds,
-                    coding,
-                    merged=merged,
-                    controls=controls,
-                )
+                who = [rank] * clients
+                made = bill(row, shapes.layers, shapes.heads, who, rounds, coding, merged=merged, controls=controls)
                 counted = None if controls else PUBLISHED.get((method, group[0]))
                 numbers = None if counted is None else counted.of(shapes.layers, rank, clients) + shapes.head
                 rows.append(Row(method, tuple(group), rank, made, merged, controls, counted, numbers))

@@ -1,13 +1,15 @@
 """What clients send and receive, in closed form: ONE table of formulas, each with its source, and bills made of it.
 
 Nothing here looks at a tensor or a message; `tests/test_conformance.py` holds every row to what crosses in a run.
-A bill is that of clients who take part in every round. This module imports nothing heavy.
+This module imports nothing heavy.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 from fedlotr.adapters.kinds import CoreKind
@@ -104,14 +106,15 @@ def coded_bytes(form: WireForm, sizes: Iterable[int]) -> int:
     return CHECKSUM + sum(times * CODED[form.kind].of(n, form.kept(n)) for n, times in counted.items())
 
 
-def carried(k: int, part: int, layer: tuple[int, int]) -> int:
-    """Numbers of a layer's carried term that a client lacks who has all but its part number `part`, counted from 1.
+def carried(missed: int, rank: int, layer: tuple[int, int]) -> int:
+    """Numbers of a layer's carried term that a client lacks who has all but the newest parts.
 
-    Every part is a pair of rank k (Wang et al. 2024, FLoRA: k = Σ r_i; Singhal et al. 2024, FedEx-LoRA: (c - 1) r).
-    Once the ranks add up to more than a full matrix has, that is sent instead where it is smaller.
+    missed: the rank of those together; rank: of all parts. A round's part is a pair of rank k (Wang et al. 2024, FLoRA:
+    k = Σ r_i; Singhal et al. 2024, FedEx-LoRA: (c - 1) r). Once the ranks add up to more than a full matrix has, that
+    is sent instead where it is smaller.
     """
-    pair, matrix = k * sum(layer), layer[0] * layer[1]
-    return pair if pair < matrix or part * k <= min(layer) else matrix
+    pair, matrix = missed * sum(layer), layer[0] * layer[1]
+    return pair if pair < matrix or rank <= min(layer) else matrix
 
 
 @dataclass(frozen=True)
@@ -150,23 +153,27 @@ PUBLISHED: Mapping[tuple[str, str], Published] = {
 
 @dataclass(frozen=True)
 class Bill:
-    """What c clients send and receive in T rounds, in bytes of payload.
+    """What clients send and receive, in bytes of payload.
 
-    trained: numbers that a client trains. ups, downs: of all clients, round by round; control variates are counted
-    in. one_off: of each client, once. round_down: mean of a client in the round after the last, or what it would be.
+    trained: numbers that a client trains. clients: that take part at least once; messages: how many there are in each
+    direction, one a client and round. ups, downs: of all clients, round by round; control variates are counted in.
+    one_off: of each client, once. round_down: mean of a client in the last round, or the second, had all been in every
+    one. carried: of the term that a strategy carries, in the end.
     """
 
     trained: int
     clients: int
+    messages: int
     ups: tuple[int, ...]
     downs: tuple[int, ...]
     one_off: int
     round_down: float
+    carried: int
 
     @property
     def round_up(self) -> float:
         """Mean of a client and round."""
-        return sum(self.ups) / len(self.ups) / self.clients
+        return sum(self.ups) / self.messages
 
     @property
     def total(self) -> int:
@@ -187,48 +194,72 @@ def bill(
     layers: Sequence[Layer],
     heads: Sequence[int],
     ranks: Sequence[int],
-    rounds: int,
+    rounds: int | Sequence[Sequence[int]],
     coding: Coding = UNCODED,
     *,
-    merged: int = 0,
+    merged: int | Sequence[int] = 0,
+    started: Mapping[str, int] = MappingProxyType({}),
+    rank: int | None = None,
     controls: bool = False,
 ) -> Bill:
-    """The bill of a method.
+    """The bill of a method; of a run that chose another basis, tie or core, its row has them.
 
-    heads: numbers of each tensor of the classification head. ranks: of each client; the factors have the largest.
-    coding: of the trained tensors; all else travels as it is. merged: the rank that a strategy adds to every layer's
-    carried term each round. controls: whether control variates go with the trained tensors (Karimireddy et al. 2020,
-    SCAFFOLD: as many numbers again).
+    heads: numbers of each tensor of the classification head. ranks: of each client. rounds: the clients of each round,
+    or how many rounds there are that all take part in. coding: of the trained tensors; all else travels as it is.
+    merged: the rank that a strategy adds to every layer's carried term, each round or round by round; started: by
+    layer the rank of what every client has of it before. rank: of the run's factors (default: the largest of the
+    clients'). controls: whether control variates go with the trained tensors (Karimireddy et al. 2020, SCAFFOLD: as
+    many numbers again).
     """
-    published = [factor for factor in row.train if factor not in row.personal]
-    shapes = Counter((layer.d_in, layer.d_out) for layer in layers)
-    clients, most = len(ranks), max(ranks)
+    kinds = Counter((layer.d_in, layer.d_out, started.get(layer.name, 0)) for layer in layers)
+    count = rounds if isinstance(rounds, int) else len(rounds)
+    added = list(accumulate([merged] * count if isinstance(merged, int) else merged, initial=0))
+    published, turns = tuple(factor for factor in row.train if factor not in row.personal), row.sent
+    rank = rank or max(ranks)
 
     @cache
     def sent(factors: tuple[Factor, ...], r: int, form: WireForm) -> int:
-        sizes = [*heads, *(_factor(row, f).of(r, *shape) for f in factors for shape in shapes.elements())]
+        sizes = [*heads, *(_factor(row, f).of(r, i, o) for f in factors for i, o, _ in kinds.elements())]
         return coded_bytes(form, sizes) + (WIRE_BYTES * sum(sizes) if controls else 0)
 
-    whole, later = (
-        sum(sent(tuple(published), r, form) for r in ranks) for form in (UNCODED.broadcast, coding.broadcast)
-    )
-    first = whole if coding.broadcast.delta else later  # who holds nothing is sent all
-    turns = [sum(sent(tuple(turn), r, coding.update) for r in ranks) for turn in row.sent]
+    def broadcast(r: int, has: int | None, number: int) -> int:
+        """To a client. has: how many rounds there were before the one that it last took part in; None: it never did."""
+        form = UNCODED.broadcast if has is None and coding.broadcast.delta else coding.broadcast
+        now, missed = added[number], added[number] - added[has or 0]
+        lacks = sum(n * carried(missed, k + now, (i, o)) for (i, o, k), n in kinds.items()) if missed else 0
+        return sent(published, r, form) + WIRE_BYTES * lacks
 
-    def missing(server_round: int) -> int:
-        """What each client lacks of the carried term when a round begins."""
-        if not merged or server_round == 1:
-            return 0
-        return WIRE_BYTES * sum(n * carried(merged, server_round - 1, shape) for shape, n in shapes.items())
-
+    ups, downs, clients, messages = [], [], 0, 0
+    for number, crowd in enumerate(_crowds(ranks, rounds)):
+        ups.append(sum(n * sent(turns[number % len(turns)], r, coding.update) for (r, _), n in crowd.items()))
+        downs.append(sum(n * broadcast(r, has, number) for (r, has), n in crowd.items()))
+        clients += sum(n for (_, has), n in crowd.items() if has is None)
+        messages += crowd.total()
+    late = max(count - 1, 1)
+    held = sum(n * carried(k + added[-1], k + added[-1], (i, o)) for (i, o, k), n in kinds.items())
     return Bill(
-        trained=sum(_factor(row, factor).over(layers, most) for factor in row.train) + sum(heads),
+        trained=sum(_factor(row, factor).over(layers, rank) for factor in row.train) + sum(heads),
         clients=clients,
-        ups=tuple(turns[number % len(turns)] for number in range(rounds)),
-        downs=tuple((first if number == 1 else later) + clients * missing(number) for number in range(1, rounds + 1)),
-        one_off=one_off(row, layers, most),
-        round_down=later / clients + missing(max(rounds, 2)),
+        messages=messages,
+        ups=tuple(ups),
+        downs=tuple(downs),
+        one_off=one_off(row, layers, rank),
+        round_down=sum(broadcast(r, late - 1, late) for r in ranks) / len(ranks),
+        carried=WIRE_BYTES * held if added[-1] else 0,
     )
+
+
+def _crowds(ranks: Sequence[int], rounds: int | Sequence[Sequence[int]]) -> Iterator[Counter[tuple[int, int | None]]]:
+    """Of each round how many clients there are of a rank that last took part in a round, counted from 0, or never."""
+    if isinstance(rounds, int):
+        alike = Counter(ranks)
+        for number in range(rounds):
+            yield Counter({(r, number - 1 if number else None): n for r, n in alike.items()})
+        return
+    last: dict[int, int] = {}
+    for number, clients in enumerate(rounds):
+        yield Counter((ranks[client], last.get(client)) for client in clients)
+        last |= dict.fromkeys(clients, number)
 
 
 def one_off(row: Method, layers: Sequence[Layer], r: int) -> int:
@@ -237,8 +268,9 @@ def one_off(row: Method, layers: Sequence[Layer], r: int) -> int:
         return 0
     if row.basis_kind().derivable:
         return SEED_AND_HASH
-    ties = {layer.kind: layer for layer in layers}.values() if row.tie == "type" else layers
-    return WIRE_BYTES * PAIR.over(ties, r)
+    ties: Mapping[str, Iterable[Layer]]
+    ties = {"layer": layers, "type": {layer.kind: layer for layer in layers}.values(), "all": layers[:1]}
+    return WIRE_BYTES * PAIR.over(ties[row.tie], r)
 
 
 def in_words(row: Method) -> str:

@@ -5,32 +5,34 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from fedlotr.adapters.layer import widths
 from fedlotr.adapters.methods import METHODS
-from fedlotr.adapters.tuner import factored_layers, projection_type
+from fedlotr.adapters.tuner import factored_layers
 from fedlotr.communication.ledger import Entry, communication_summary, payload_bytes
 from fedlotr.config.configuration import SimulationConfig
-from fedlotr.cost.billing import bills
-from fedlotr.cost.formulas import Layer, Shapes
+from fedlotr.cost.architectures import shapes_of
+from fedlotr.cost.formulas import Bill, bill
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.flower.links.carry import model_sha256
+from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.round import State
+from fedlotr.flower.traits import traits_of
 from fedlotr.models.loading import adaptable_layers, count_parameters
 from fedlotr.models.supported import form_of_weights
 from fedlotr.run.checking import Checked
-from fedlotr.run.federation import federation
+from fedlotr.run.federation import federation, ranks_of
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.public_rows import scored_on
+from fedlotr.training.model import TrainableModel
 
 PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets", "flwr-datasets")
 """Whose versions a result may depend on."""
@@ -45,6 +47,9 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     config = checked.config
     metric, better = next(iter(metrics_of(prepared).items()))
     hides_clients = config.privacy == "client"
+    shapes = shapes_of(
+        model.module, list(factored_layers(model.module)) or adaptable_layers(model.module, config.targets)
+    )
     found: dict[str, Any] = {
         "versions": versions(checked),
         **_fingerprint(checked),
@@ -61,7 +66,7 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "higher_is_better": better is max,
         "losses": losses_in_words(prepared),
         "clients_per_round": config.clients_per_round,
-        "shapes": _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names))),
+        "shapes": {"layers": shapes.layers, "heads": shapes.heads},  # what bills are made of
         "partition": [] if hides_clients else _partition(checked),
     }
     if config.privacy != "none":
@@ -70,13 +75,6 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
     return found
-
-
-def _shapes(module: nn.Module, targets: str, heads: tuple[int, ...]) -> dict[str, Any]:
-    """What the bills of all methods and strategies are reckoned from, as `formulas.Shapes` has it."""
-    names = list(factored_layers(module)) or adaptable_layers(module, targets)
-    shapes = {name: widths(module.get_submodule(name)) for name in names}
-    return {"layers": [(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()], "heads": heads}
 
 
 def _fingerprint(checked: Checked) -> dict[str, str]:
@@ -99,24 +97,31 @@ def _partition(checked: Checked) -> list[dict[str, Any]]:
     ]
 
 
+def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]]) -> Bill:
+    """The bill of a run, if these clients take part in its rounds.
+
+    What a strategy decides as it goes is not foreseen: where it lowers clients' ranks (HetLoRA), less will cross.
+    """
+    config, core = checked.config, checked.core
+    row, ranks = METHODS[config.method], ranks_of(config) or [config.rank] * len(checked.parts)
+    if core is not None and row.factored:
+        row = replace(row, basis=str(core.basis), tie=str(core.tie), core=str(core.core))
+    strategy = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
+    merged = [traits_of(strategy).merges([ranks[client] for client in clients]) for clients in rounds]
+    started = {} if checked.start is None else {name: len(pair.A) for name, pair in checked.start.layers.items()}
+    shapes = shapes_of(model.module, factored_layers(model.module))
+    asked = row, shapes.layers, shapes.heads, ranks, rounds, config.coding
+    return bill(*asked, merged=merged, started=started, rank=config.rank)
+
+
 def _reckoned(prepared: Prepared) -> dict[str, Any]:
     """What a client and round cost where clients are hidden: in closed form, since a sum would tell who came."""
-    config, sizes, model = prepared.checked.config, prepared.model.sizes(), prepared.model
-    known = _shapes(model.module, config.targets, tuple(sizes[name] for name in sorted(model.head_names)))
-    shapes, strategy = Shapes(tuple(Layer(*layer) for layer in known["layers"]), known["heads"]), str(config.strategy)
-    rows, _ = bills(
-        shapes,
-        [config.method],
-        (config.rank, config.rank),
-        config.clients_per_round,
-        config.rounds,
-        config.coding,
-        {strategy: config.strategy_arg},
-    )
+    config = prepared.checked.config
+    reckoned = owed(prepared.checked, prepared.model, [range(config.clients_per_round)] * config.rounds)
     basis = federation(config, prepared).basis
     return {name: None for name in communication_summary([])} | {
-        "upload_payload_bytes_per_client_round": rows[0].bill.round_up if rows else None,
-        "download_payload_bytes_per_client_round": rows[0].bill.round_down if rows else None,
+        "upload_payload_bytes_per_client_round": reckoned.round_up,
+        "download_payload_bytes_per_client_round": reckoned.round_down,
         "one_off_bytes_per_client": 0 if basis is None else payload_bytes(basis),
     }
 

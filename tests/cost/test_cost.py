@@ -6,17 +6,23 @@ Where the counts are from: the figures of Singhal et al. 2025, Fed-SB, and of it
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
 from fedlotr import cli
 from fedlotr.adapters import METHODS
+from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.carry import Carry
 from fedlotr.communication.links import Link, read_link
+from fedlotr.communication.wire_form import Coding
 from fedlotr.cost.architectures import public_models, read_architecture
-from fedlotr.cost.formulas import bill, carried
+from fedlotr.cost.formulas import Layer, bill, carried
 from fedlotr.errors import InputError
 
 
@@ -140,10 +146,71 @@ def test_uploads_do_not_grow_with_the_clients_and_the_downloads_of_merged_update
 
 
 def test_a_carried_term_is_a_matrix_once_that_is_smaller() -> None:
-    assert carried(2, 1, (8, 8)) == 32
-    assert carried(6, 1, (8, 8)) == 96, "of a rank below full, as factors"
-    assert carried(6, 2, (8, 8)) == 64, "12 is above 8: the matrix"
-    assert carried(2, 9, (8, 8)) == 32, "a part alone is smaller still"
+    assert carried(2, 2, (8, 8)) == 32
+    assert carried(6, 6, (8, 8)) == 96, "of a rank below full, as factors"
+    assert carried(6, 12, (8, 8)) == 64, "12 is above 8: the matrix"
+    assert carried(2, 18, (8, 8)) == 32, "a part alone is smaller still"
+
+
+LAYERS = (Layer("0.up", "*.up", 2, 3), Layer("1.up", "*.up", 2, 3), Layer("out", "out", 3, 2))
+"""15 numbers of LoRA at rank 1."""
+
+
+def test_a_bill_of_some_clients_a_round_is_that_of_those_who_came() -> None:
+    coding = Coding("int8", "delta+bfloat16")
+    rounds = [[0, 1], [0, 2], [1, 2]]
+    owed = bill(METHODS["lora"], LAYERS, (5,), [2, 1, 1, 1], rounds, coding)
+    # Clients have 35, 20 and 20 numbers in seven tensors; the first time they are sent them whole.
+    assert owed.downs == (4 * 35 + 4 * 20, (4 + 2 * 35) + 4 * 20, 2 * (4 + 2 * 20))
+    assert owed.ups == (2 * 4 + 4 * 7 + 35 + 20, 2 * 4 + 4 * 7 + 35 + 20, 2 * (4 + 2 * 7 + 20))
+    assert (owed.clients, owed.messages, owed.trained) == (3, 6, 35), "the fourth never came"
+    turns = bill(METHODS["rolora"], LAYERS, (5,), [1, 1, 1], rounds)
+    assert turns.ups == (2 * 4 * (8 + 5), 2 * 4 * (7 + 5), 2 * 4 * (8 + 5)), "B, A and B again"
+    assert bill(METHODS["lora"], LAYERS, (), [1, 1], [[0]], rank=4).trained == 4 * 15, "though nobody has that many"
+
+
+@pytest.mark.parametrize("words", ["float32", "delta+int8"])
+def test_all_in_every_round_is_a_number_of_rounds_or_their_names(words: str) -> None:
+    asked = METHODS["lora"], LAYERS, (5, 1), [2, 1, 2]
+    for merged in (0, 1):
+        by_number, by_name = (
+            bill(*asked, rounds, Coding(broadcast_codec=words), merged=merged) for rounds in (4, [[0, 1, 2]] * 4)
+        )
+        assert by_number == by_name and by_number.messages == 12
+
+
+def test_what_clients_missed_of_the_carried_term_is_what_the_term_itself_hands_out() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        started = {layer.name: int(rng.integers(0, 4)) for layer in LAYERS}
+        rounds = [rng.choice(5, 2, replace=False).tolist() for _ in range(8)]
+        added = [int(rng.integers(0, 3)) for _ in rounds]
+        bare, owed = (
+            bill(METHODS["lora"], LAYERS, (), [1] * 5, rounds, merged=merged, started=started) for merged in (0, added)
+        )
+
+        def parts(rank: dict[str, int]) -> dict[str, Factors]:
+            return {
+                name: Factors(torch.zeros(rank[name], d_in), torch.zeros(d_out, rank[name]))
+                for name, _, d_in, d_out in LAYERS
+                if rank[name]
+            }
+
+        carry, holds = Carry.start(parts(started)), dict[int, int]()
+        for number, clients in enumerate(rounds):
+            missed = [carry.missed(holds.get(client, 0)).values() for client in clients]
+            sent = owed.downs[number] - bare.downs[number]
+            assert sent == 4 * sum(tensor.numel() for tensors in missed for tensor in tensors), (started, added, rounds)
+            holds |= dict.fromkeys(clients, carry.version)
+            carry = carry.grown(parts(dict.fromkeys(started, added[number])))
+        held = sum(tensor.numel() for term in carry.terms.values() for tensor in term.tensors())
+        assert owed.carried == (4 * held if any(added) else 0) and bare.carried == 0
+
+
+def test_the_one_off_is_of_the_runs_own_tie() -> None:
+    for tie, pairs in (("layer", 3), ("type", 2), ("all", 1)):
+        row = replace(METHODS["fed-sb"], tie=tie)
+        assert bill(row, LAYERS, (), [2], 1).one_off == pairs * 4 * 2 * (2 + 3)
 
 
 def test_what_is_wrong_is_said_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:

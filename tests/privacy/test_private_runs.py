@@ -127,6 +127,15 @@ def test_clients_are_hidden_by_the_server_also_when_nobody_comes(run: Run) -> No
     assert summary["privacy"]["simulation"]["epsilon"] == pytest.approx(2, rel=0.02)
 
 
+def test_what_hidden_clients_cost_is_reckoned_with_the_runs_own_core(run: Run) -> None:
+    hidden = ("--privacy", "client", "--clip-norm", 1, "--epsilon", 2, "--rounds", 1)
+    paid = run(*hidden, "--core", "diag")[0]["communication"]
+    numbers = 13 * 4 + 2 * 32 + 2
+    assert paid["upload_payload_bytes_per_client_round"] == 4 * numbers
+    assert paid["download_payload_bytes_per_client_round"] == 4 * numbers
+    assert paid["one_off_bytes_per_client"] == 40
+
+
 def guard(folder: Path, **options: Any) -> ClientGuard:
     promise = Promise("client", None, 1e-3, options.pop("sigma", 1.0), [0.25], [1], [], True)
     return ClientGuard(Ledger.begin(folder / "privacy.jsonl", promise), {"clip_norm": 2.0}, 40, 2.0, 0, **options)
