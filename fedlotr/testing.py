@@ -235,6 +235,7 @@ class _Case:
         if not moves:
             assert error is None
             return done
+        assert error is not None
         oracle = float(np.sqrt(sum(gaps) / sum(moves)))
         assert abs(error - oracle) <= EXACT, f"the certificate says {error:.3g}, a dense oracle {oracle:.3g}"
         if traits_of(self.strategy).exact or len(METHODS[self.method].moving(number)) == 1:

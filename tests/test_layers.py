@@ -11,7 +11,7 @@ from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    ("errors", "files", "machine", "said", "streams"),
+    ("errors", "files", "machine", "said", "streams", "reporting.documents"),
     ("adapters.kinds", "adapters.methods", "communication.wire_form"),
     ("config",),
     ("adapters",),
@@ -61,7 +61,13 @@ INSIDE = {
     ),
     "engines": ("clients endings flower", "base", "broadcast local own_ray", "worker", "head_start", "ray"),
     "commands": ("door", "compare cost forecast ls report simulate", "doctor grid supervised"),
-    "reporting": ("callbacks fitting page run_record svg", "console loggers", "bill grid_table report", "comparison"),
+    "reporting": (
+        "documents",
+        "callbacks fitting page run_record svg",
+        "console loggers",
+        "bill grid_table report",
+        "comparison",
+    ),
     "run": (
         *("baselines brought contents directory export log processes public_rows skeleton unmet world",),
         *(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 
 from fedlotr.files import write_atomically
+from fedlotr.reporting.documents import Communication
 
 Direction = Literal["up", "down"]
 Kind = Literal["broadcast", "update", "basis", "carry", "control"]
@@ -113,14 +114,8 @@ def total(
     )
 
 
-def communication_summary(entries: Sequence[Entry]) -> dict[str, float | int]:
-    """What a run cost, as in summary.json; means are over (client, round) pairs in which a client was spoken to.
-
-    `*_payload_bytes_per_client_round` count the trained tensors alone: the update; the broadcast, with the parts of the
-    carried term that a client missed. `*_wire_bytes_*` count all that crosses the wire in that direction each round
-    (control records too, bases apart).
-    `one_off_bytes_per_client` is the payload of the bases that a client receives, summed over the run.
-    """
+def communication_summary(entries: Sequence[Entry]) -> Communication:
+    """What a run cost."""
     down = {(row.client, row.round) for row in entries if row.direction == "down"}
     up = {(row.client, row.round) for row in entries if row.direction == "up"}
     clients = {row.client for row in entries}

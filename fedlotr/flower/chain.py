@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -21,6 +21,7 @@ from fedlotr.flower.links.ranks import Ranks
 from fedlotr.flower.plugins import load_class
 from fedlotr.flower.serialize import pack, unpack
 from fedlotr.flower.workplace import Workplace
+from fedlotr.reporting.documents import OfLinks
 from fedlotr.training.cohort import GradientTransform
 from fedlotr.training.corrections import chain as one_after_the_other
 from fedlotr.training.model import Tensors, TrainableModel
@@ -135,9 +136,9 @@ class Chain(Sequence[Link]):
         for link in self._links:
             link.commit(good)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> OfLinks:
         """What the links add to the round's row of metrics.jsonl."""
-        return {name: value for link in self._links for name, value in link.row().items()}
+        return cast(OfLinks, {name: value for link in self._links for name, value in link.row().items()})
 
     def save(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """(JSON by link, arrays) of a checkpoint."""

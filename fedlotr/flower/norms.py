@@ -20,6 +20,7 @@ from fedlotr.flower.links.objectives import CONTROL
 from fedlotr.flower.reading import value
 from fedlotr.flower.records import ARRAYS
 from fedlotr.flower.replies import Failure
+from fedlotr.reporting.documents import UpdateNorms
 from fedlotr.said import say
 
 log = logging.getLogger("fedlotr")
@@ -99,12 +100,15 @@ class Norms:
     of: Mapping[int, float] = field(default_factory=dict)
     clipped: Sequence[int] = ()
 
-    def row(self) -> dict[str, float | None]:
-        """For metrics.jsonl."""
-        return {
+    def row(self, bound: float | None) -> UpdateNorms:
+        """For metrics.jsonl. bound: of the norm, where there is one."""
+        found: UpdateNorms = {
             "update_norm_median": statistics.median(self.of.values()) if self.of else None,
             "update_norm_largest": max(self.of.values(), default=None),
         }
+        if bound is not None:
+            found["clipped"] = len(self.clipped)
+        return found
 
     def largest(self) -> str:
         """Whose update is the longest, in words, as the likely cause of what cannot be published; perhaps nothing."""

@@ -39,6 +39,7 @@ from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Combined, ask
 from fedlotr.flower.traits import traits_of
 from fedlotr.flower.trouble import look, weigh_failures
+from fedlotr.reporting.documents import Errors, MetricsRow, TrainedRow, under
 from fedlotr.said import say
 from fedlotr.streams import generator, own_streams, stream_key
 
@@ -80,7 +81,7 @@ class Round:
     Where whole clients are hidden, the row has nothing of what `TELLS_WHO_CAME`, and no client is named.
     """
 
-    metrics: dict[str, Any]
+    metrics: MetricsRow
     entries: list[Entry]
     failures: dict[int, Failure]
     replies: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -162,7 +163,7 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     mean, sent = to_arrays(combined.published), _cast(combined.published, state.arrays)
     errors = _errors(strategy, federation, state, turn, kept, good, combined, mean, to_arrays(sent))
 
-    row: dict[str, Any] = {
+    row: TrainedRow = {
         "round": number,
         "loss": None,
         "clients": len(messages),
@@ -172,8 +173,7 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
         "bytes_up": total(view.entries, "wire_bytes", direction="up"),
         "bytes_down": total(view.entries, "wire_bytes", direction="down"),
         **errors,
-        **norms.row(),
-        **({"clipped": len(norms.clipped)} if federation.max_update_norm is not None else {}),
+        **norms.row(federation.max_update_norm),
         **chain.row(),
         "epsilon": guard.epsilon(),
         "train_seconds": time.monotonic() - started,
@@ -182,10 +182,11 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     chain.commit(good)
     state.arrays, state.round, state.watch = sent, number, watch
     if guard.hides_clients:  # who came is not told of either
-        log.info("round %d: %s", number, {name: row[name] for name in TELLS_WHO_CAME if name in row})
-        row |= {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
-        return Round(row, view.entries, {})
-    return Round(row, view.entries, failures, {reply.client: _said(reply) for reply in good}, combined.answer.mean)
+        log.info("round %d: %s", number, {name: under(row, name) for name in TELLS_WHO_CAME if name in row})
+        hidden: dict[str, Any] = {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
+        return Round(cast(MetricsRow, row | hidden), view.entries, {})
+    said = {reply.client: _said(reply) for reply in good}
+    return Round(cast(MetricsRow, row), view.entries, failures, said, combined.answer.mean)
 
 
 def _messages(
@@ -273,7 +274,7 @@ def _errors(
     combined: _Combined,
     mean: Arrays,
     sent: Arrays,
-) -> dict[str, float | None]:
+) -> Errors:
     """The certificate: how far what is published is from the clients' mean, and what the way took of it.
 
     mean: what the strategy published, float64; sent: in the wire's numbers.

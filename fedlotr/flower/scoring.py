@@ -17,6 +17,7 @@ from fedlotr.flower.links.carry import carry_records
 from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.replies import first_line
 from fedlotr.flower.round import nodes_by_client
+from fedlotr.reporting.documents import ClientEvaluation
 
 log = logging.getLogger("fedlotr")
 
@@ -51,12 +52,11 @@ def evaluate(
 
 def evaluate_clients(
     grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], carry: Carry | None = None, *, causal: bool
-) -> dict[str, Any]:
-    """Every client's own model on its own rows: mean, spread (standard deviation) and worst tenth over the clients.
+) -> ClientEvaluation:
+    """Every client's own model on its own rows.
 
     held_back: each client's number of such rows; who has none is left out. carry: as for `evaluate`.
-    Every client counts the same. The metric is accuracy, or perplexity (whose worst are the largest). Raises
-    FedlotrError where a client fails.
+    The metric is accuracy, or perplexity (whose worst are the largest). Raises FedlotrError where a client fails.
     """
     asked = [
         (client, {OWN_ROWS: True}, f"evaluation of client {client} on its own rows")
@@ -106,7 +106,7 @@ def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
     return float(np.mean(ordered[: -(-len(ordered) // 10)]))
 
 
-def summary_of(losses: Sequence[float], scores: Sequence[float], *, larger_is_worse: bool) -> dict[str, Any]:
+def summary_of(losses: Sequence[float], scores: Sequence[float], *, larger_is_worse: bool) -> ClientEvaluation:
     """Of scores by client."""
     return {
         "metric": "perplexity" if larger_is_worse else "accuracy",

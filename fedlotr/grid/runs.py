@@ -24,6 +24,7 @@ from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.grid.file import Grid, Run, together
 from fedlotr.privacy.ledger import known_again
 from fedlotr.reporting.callbacks import Callbacks, RoundEvent
+from fedlotr.reporting.documents import Summary
 from fedlotr.run.checking import read_source
 from fedlotr.run.contents import Content
 from fedlotr.run.directory import RunDirectory
@@ -37,7 +38,6 @@ POLL_SECONDS = 1.0
 STOP_SECONDS = 120.0
 """That an interrupted run may take to end by itself: it finishes what it is writing, and stops its workers."""
 
-Summary = dict[str, Any]
 Watch = Callable[[int], None]
 """Told how many rounds the run that is going on has finished."""
 
@@ -68,12 +68,12 @@ class Folder:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found: Summary = json.loads(path.read_text(encoding="utf-8"))
             if not {"final", "communication", "timing"} <= set(found):
                 raise ValueError("it lacks what a summary has")
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read ({error}); remove {self.path} to run it again") from error
-        return dict(found)
+        return found
 
     def is_of(self, summary: Summary, sha256: str) -> bool:
         """Whether a finished run was of these data; where it hides them, its last checkpoint and its key tell."""

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 from fedlotr.errors import shorten
 from fedlotr.grid.file import Grid, Row, Run
+from fedlotr.reporting.documents import Summary
 
 LOWER_IS_BETTER = ("perplexity", "loss")
 METRICS = ("accuracy", "perplexity")
@@ -23,7 +23,7 @@ class Choice:
     notes: Sequence[str]
 
 
-def choose(grid: Grid, row: Row, finished: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]) -> Choice:
+def choose(grid: Grid, row: Row, finished: Mapping[str, Summary], failed: Mapping[str, str]) -> Choice:
     """The best point of a row: by the metric's mean over the trials' seeds, then by the loss.
 
     A point that has a failed trial is out: a rate at which training breaks down is one. finished, failed: by run.

@@ -13,6 +13,7 @@ from fedlotr.privacy.accounting import Releases, dearest, epsilon, epsilon_by_pr
 from fedlotr.privacy.clipping import clip_factors, clipped
 from fedlotr.privacy.ledger import Ledger
 from fedlotr.privacy.noise import NoiseStream
+from fedlotr.reporting.documents import Privacy, PrivacyInWords
 
 Arrays = Mapping[str, npt.NDArray[np.float64]]
 
@@ -63,7 +64,7 @@ class NoGuard:
     def load_state(self, state: Any) -> None:
         """Go on from a checkpoint."""
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> Privacy | None:
         """The promise and what became of it, for summary.json."""
         return None
 
@@ -73,9 +74,8 @@ class Guard(NoGuard):
 
     promises = True
 
-    def __init__(self, ledger: Ledger, facts: Mapping[str, Any]) -> None:
-        """facts: what else summary.json is to say of the promise."""
-        self.ledger, self._facts = ledger, dict(facts)
+    def __init__(self, ledger: Ledger, facts: PrivacyInWords) -> None:
+        self.ledger, self._facts = ledger, facts
 
     @override
     def admitted(self, clients: Sequence[int]) -> list[int]:
@@ -129,10 +129,10 @@ class Guard(NoGuard):
         self.ledger.check(state)
 
     @override
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Privacy:
         promise, void = self.ledger.promise, self.void()
         most, worst = self._dearest()
-        found: dict[str, Any] = {
+        return {
             "unit": promise.unit,
             "adjacency": "add or remove one example of one client"
             if promise.unit == "example"
@@ -152,8 +152,8 @@ class Guard(NoGuard):
             "noise": "ChaCha20, from the run's seed"
             if promise.reproducible
             else "ChaCha20, keys from the operating system",
+            **self._facts,
         }
-        return found | self._facts
 
 
 @dataclass
@@ -188,7 +188,7 @@ class ClientGuard(Guard):
     def __init__(
         self,
         ledger: Ledger,
-        facts: Mapping[str, Any],
+        facts: PrivacyInWords,
         clients: int,
         bound: float,
         seed: int,
@@ -260,8 +260,8 @@ class ClientGuard(Guard):
         self.bound = state["bound"]
 
     @override
-    def summary(self) -> dict[str, Any]:
-        found = super().summary() | {"clip_norm": self.bound}
+    def summary(self) -> Privacy:
+        found: Privacy = {**super().summary(), "clip_norm": self.bound}
         if self._noise_cohort is not None:
             population = round(self._clients * self._noise_cohort / self.cohort)
             found["simulation"] = {

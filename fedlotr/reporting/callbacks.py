@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fedlotr.config.configuration import SimulationConfig
+from fedlotr.reporting.documents import Facts, Summary
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,12 @@ class Event:
 class StartEvent(Event):
     """All is prepared, and nothing trained.
 
-    facts: what the configuration alone does not say, as in facts.json; all may be missing. parameters,
-    trained_adapter, trained_head (numbers); train_examples, test_examples, labels (names), largest_class (its share of
-    the test split), task; metric (the decisive one); partition: one mapping a client with client, examples and labels
-    (name to number).
+    facts: as in facts.json, and the chain.
     """
 
     hook = "on_start"
     config: SimulationConfig
-    facts: Mapping[str, Any]
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class EvaluateEvent(Event):
     """The model after a round (0: before the first) on the test rows. metrics: loss among them, by name."""
 
     hook = "on_evaluate"
-    metrics: Mapping[str, float | None]
+    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FinishEvent(Event):
     """All is on disk. summary: as in summary.json."""
 
     hook = "on_finish"
-    summary: Mapping[str, Any]
+    summary: Summary
 
 
 class Callbacks:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedlotr.errors import InputError, shorten
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.documents import under
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import spending
 from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
@@ -139,7 +140,7 @@ def _known_by(key: str, run: RunRecord, others: Collection[RunRecord]) -> Any:
 
 
 def _data_sha256(run: RunRecord) -> str | None:
-    found: str | None = (run.summary or run.facts or {}).get("data_sha256")
+    found: str | None = (run.summary or run.facts).get("data_sha256")
     return found
 
 
@@ -158,15 +159,16 @@ def frontier(groups: Sequence[Group], higher: bool, cost: Callable[[Group], floa
 
 
 def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
-    last, best = run.last or {}, run.best or {}
-    told = dict(flat(run.summary or {}))
+    last: Mapping[str, Any] = run.last or {}
+    best: Mapping[str, Any] = run.best or {}
+    told = dict(flat(run.summary))
     row: dict[str, Any] = {"run": name, "finished": run.finished, "rounds": len(run.rows)}
     row |= {key: run.config.get(key) for key in ("method", "strategy", "model", "data", "seed")}
     if metric is not None:
         row |= {metric: last.get(metric), f"best_{metric}": best.get(metric)}
     told_of = not run.hides_clients
     row |= {"loss": last.get("loss"), "bytes": _bytes(run) if told_of else None}
-    ways = {f"bytes_{way}": sum(line[f"bytes_{way}"] or 0 for line in run.rows) for way in ("up", "down")}
+    ways = {name: sum(under(line, name) or 0 for line in run.rows) for name in ("bytes_up", "bytes_down")}
     row |= ways if told_of else dict.fromkeys(ways)
     failed = sum(line.get("failed") or 0 for line in run.rows)
     row |= {"epsilon": _spent(run), "failed": failed if told_of else None}
@@ -191,7 +193,7 @@ def _groups(runs: Mapping[str, RunRecord], metric: str | None, keys: Sequence[st
     groups = []
     for inside in members.values():
         names = tuple(name for name, _ in inside)
-        values = [float(run.last[metric]) for _, run in inside if run.last is not None and metric is not None]
+        values = [float(under(run.last, metric)) for _, run in inside if run.last is not None and metric is not None]
         spent = [value for _, run in inside if (value := _spent(run)) is not None]
         own = dict(flat(inside[0][1].config))
         told = " ".join(f"{key}={own[key]}" for key in keys if own.get(key) is not None)
@@ -216,7 +218,7 @@ def _warnings(runs: Mapping[str, RunRecord], differing: Mapping[str, Sequence[An
     if len(hashes) > 1 or tested:
         by = f" ({', '.join(tested)} differ)" if tested else ""
         found.append(f"The runs are not of the same data{by}: their metrics are of different examples.")
-    found += spending([run.summary for run in runs.values() if run.summary is not None])
+    found += spending([run.summary for run in runs.values() if run.summary])
     open_runs = [name for name, run in runs.items() if not run.finished]
     if open_runs:
         found.append(f"Not finished: {', '.join(open_runs)}; what is shown is as far as they came.")

@@ -21,6 +21,7 @@ from typing_extensions import override
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
+from fedlotr.reporting.documents import Facts, Held, Summary, under
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 
 SHOWN_CLIENTS = 8
@@ -203,7 +204,7 @@ class Console(Callbacks):
         shown = wrapped(text, self._out.width, indent="    ") if self._live else text
         self._out.print(shown, style=style, soft_wrap=True)
 
-    def _show_partition(self, partition: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    def _show_partition(self, partition: Sequence[Held], labels: Sequence[str]) -> None:
         """Examples a client, and of each label where these have room."""
         labels = labels if all("labels" in client for client in partition) else ()  # else they are not told
         for names in (list(labels), []):
@@ -288,7 +289,7 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _header(config: SimulationConfig, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
     def resolved(name: str) -> Any:
         return facts.get(name, getattr(config, name))
 
@@ -390,7 +391,7 @@ def _wire(config: SimulationConfig) -> list[tuple[str, str]]:
 
 
 def _partition_rows(
-    partition: Sequence[Mapping[str, Any]], labels: Sequence[str], names: Sequence[str]
+    partition: Sequence[Held], labels: Sequence[str], names: Sequence[str]
 ) -> tuple[list[str], list[list[str]], bool]:
     """Head and rows, and whether they are summed up: many clients are cut to the first few and the spread of all.
 
@@ -425,12 +426,12 @@ def _named(clients: Mapping[str, int]) -> str:
     return f"client{'' if len(names) == 1 else 's'} {', '.join(names[:NAMED_CLIENTS])}{more}"
 
 
-def _undefined(summary: Mapping[str, Any]) -> str:
+def _undefined(summary: Summary) -> str:
     reason = summary.get("aggregation_error_reason")
     return f"not defined: {reason}" if reason else "not defined"
 
 
-def _closing_rows(summary: Mapping[str, Any], failed: int | None) -> list[tuple[str, str]]:
+def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]:
     final, best = summary.get("final") or {}, summary.get("best") or {}
     traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
     rows: list[tuple[str, str]] = []
@@ -466,20 +467,20 @@ def _closing_rows(summary: Mapping[str, Any], failed: int | None) -> list[tuple[
         ("all payload", "total_payload_bytes"),
         ("all bytes on the wire", "total_wire_bytes"),
     ):
-        if traffic.get(key) is not None:
-            rows.append((title, _exact_bytes(traffic[key])))
+        if (count := under(traffic, key)) is not None:
+            rows.append((title, _exact_bytes(count)))
     error = summary.get("aggregation_error_max")
     rows.append(("largest aggregation error", _undefined(summary) if error is None else f"{error:.1e}"))
     if (coded := summary.get("codec")) is not None:
         rows.append(("codec, up", coded["update"] + (" with feedback" if coded["error_feedback"] else "")))
         rows.append(("codec, down", coded["broadcast"]))
         rows += [
-            (title, f"{coded[key]:.1e}")
+            (title, f"{lost:.1e}")
             for title, key in (
                 ("transport error, median", "transport_error_median"),
                 ("broadcast error, median", "broadcast_error_median"),
             )
-            if coded[key] is not None
+            if (lost := under(coded, key)) is not None
         ]
     if failed is not None:
         rows.append(("failed clients", f"{failed:,}"))

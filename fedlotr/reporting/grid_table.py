@@ -9,10 +9,10 @@ from typing import Any
 
 from fedlotr.errors import shorten
 from fedlotr.reporting.console import METRICS, readable_bytes
+from fedlotr.reporting.documents import Privacy, Summary, under
 
 LOSS = "{:.4f}"
 
-Summary = Mapping[str, Any]
 Cell = str | int | float | None
 
 
@@ -82,9 +82,9 @@ def cells(lines: Sequence[Line]) -> list[list[str]]:
 
 def _epsilon(line: Line) -> str:
     """Of the row's dearest run."""
-    private = [run["privacy"] for run in line.finished.values() if run.get("privacy")]
-    claimed = [promise["epsilon"] for promise in private]
-    return "" if not private else "none claimed" if None in claimed else f"{max(claimed):.3g}"
+    private = [promise["epsilon"] for run in line.finished.values() if (promise := run.get("privacy"))]
+    claimed = [epsilon for epsilon in private if epsilon is not None]
+    return "" if not private else "none claimed" if len(claimed) < len(private) else f"{max(claimed):.3g}"
 
 
 def spending(runs: Iterable[Summary]) -> list[str]:
@@ -92,10 +92,10 @@ def spending(runs: Iterable[Summary]) -> list[str]:
 
     By basic composition: epsilons and deltas add up, whatever the runs were.
     """
-    spent: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    spent: dict[tuple[str, str], list[Privacy]] = {}
     for run in runs:
-        if run.get("privacy"):
-            spent.setdefault((str(run.get("data")), run["privacy"]["unit"]), []).append(run["privacy"])
+        if promise := run.get("privacy"):
+            spent.setdefault((str(run.get("data")), promise["unit"]), []).append(promise)
     notes = []
     for (data, unit), promises in spent.items():
         claimed = [(promise["epsilon"], promise["delta"]) for promise in promises if promise["epsilon"] is not None]
@@ -186,9 +186,9 @@ def _record(line: Line) -> dict[str, Cell]:
         found = line.values(read)
         value = combine(found) if found else None
         record[column] = int(value) if value is not None and value.is_integer() else value
-    every = [run["privacy"] for run in [*line.finished.values(), *line.trials] if run.get("privacy")]
+    every = [promise for run in [*line.finished.values(), *line.trials] if (promise := run.get("privacy"))]
     if every:
-        found = line.values(lambda run: (run.get("privacy") or {}).get("epsilon"))
+        found = line.values(lambda run: under(run.get("privacy") or {}, "epsilon"))
         record["epsilon"] = max(found) if found else None
         record["delta"] = max(promise["delta"] for promise in every)
         record["epsilon_together"] = sum(promise["epsilon"] or 0.0 for promise in every)
@@ -197,4 +197,4 @@ def _record(line: Line) -> dict[str, Cell]:
 
 
 def _traffic(key: str) -> Callable[[Summary], Any]:
-    return lambda run: run["communication"][key]
+    return lambda run: under(run["communication"], key)

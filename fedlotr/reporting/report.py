@@ -13,6 +13,7 @@ from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.plugins import built_in
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.documents import under
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, read_run
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
@@ -83,12 +84,12 @@ def _outcome(run: RunRecord) -> Section:
     rows: list[tuple[str, Any]] = []
     for title, row in (("last", run.last), ("best", run.best)):
         if row is not None and run.metric is not None:
-            rows.append((f"{run.metric}, {title} (round {row['round']})", row[run.metric]))
+            rows.append((f"{run.metric}, {title} (round {row['round']})", under(row, run.metric)))
     if run.last is not None:
         rows.append((f"loss, as tested, last (round {run.last['round']})", run.last["loss"]))
     if not run.hides_clients:
         rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
-    if run.summary is not None:
+    if run.summary:
         about = run.summary
         rows += [(key.replace("_", " "), value) for key, value in about["communication"].items()]
         rows.append(("largest aggregation error", about["aggregation_error_max"]))
@@ -96,7 +97,7 @@ def _outcome(run: RunRecord) -> Section:
     if not run.hides_clients:
         rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
     figures = [Figure("outcome", "In numbers", table=Table(["what", "value"], rows), open=True, wide=True)]
-    if said := (run.summary or {}).get("warnings"):
+    if said := run.summary.get("warnings"):
         figures.append(
             Figure("warnings", "What the run warned of", table=Table(["warning"], [[w] for w in said]), open=True)
         )
@@ -113,7 +114,7 @@ def _learning(run: RunRecord) -> Section:
     every = [[row.get(key) for key in columns] for row in run.rows]
     figures = []
     if metric is not None:
-        start = (run.summary or {}).get("initial", {}).get(metric)
+        start = under(run.summary.get("initial", {}), metric)
         begun = [] if start is None else [(0.0, float(start))]
         over_bytes = [Series(metric, begun + points(run.rows, metric, across))]
         figures += [
@@ -149,7 +150,7 @@ def _learning(run: RunRecord) -> Section:
     ]
     if not run.tells_bytes:  # nothing to draw over
         figures = [figure for figure in figures if not figure.name.endswith("-bytes")]
-    losses = (run.facts or {}).get("losses") or {}
+    losses = run.facts.get("losses") or {}
     text = " ".join(f"{key}, in nats, is {words}." for key, words in losses.items())
     return Section("Learning", figures, text)
 
@@ -276,7 +277,7 @@ def _certificate(run: RunRecord) -> Section:
     plot = line_plot(series, x="round", y="relative error", log=True)
     note = "" if plot else "No error is defined for this method and strategy: there is no common mean to compare with."
     text = "How far the published update is from the weighted mean of the clients' updates, measured in every round."
-    if (run.summary or {}).get("codec"):
+    if run.summary.get("codec"):
         text += (
             " The transport error is what the updates' codec loses of that mean (with error feedback, what is made up "
             "for counts too); the broadcast error, by how much what clients are sent differs from the model."
@@ -299,7 +300,7 @@ def _norms(run: RunRecord) -> list[Figure]:
 
 def _privacy(run: RunRecord) -> list[Section]:
     spent = points(run.rows, "epsilon")
-    about = (run.summary or {}).get("privacy")
+    about = run.summary.get("privacy")
     if not spent and not about:
         return []
     figures = []
@@ -313,7 +314,7 @@ def _privacy(run: RunRecord) -> list[Section]:
 
 def _client_names(run: RunRecord) -> dict[int, str]:
     """Of the groups under `natural`; otherwise a client's number is its name."""
-    return {number: str(held["client"]) for number, held in enumerate((run.facts or {}).get("partition") or ())}
+    return {number: str(held["client"]) for number, held in enumerate(run.facts.get("partition") or ())}
 
 
 def _clients(run: RunRecord) -> Section:
@@ -394,7 +395,7 @@ def _time(run: RunRecord) -> Section:
     series = [Series(key.removesuffix("_seconds"), points(run.rows, key)) for key in keys]
     table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
     figures = [Figure("time", "Seconds each round", _lines(series, "seconds"), table)]
-    if run.summary is not None:
+    if run.summary:
         known = Table(["what", "value"], list(flat(run.summary["timing"])))
         figures.append(Figure("timing", "In all", table=known, open=True))
     return Section("Time", figures)
@@ -403,8 +404,8 @@ def _time(run: RunRecord) -> Section:
 def _setup(run: RunRecord) -> Section:
     about = [(key, value) for key, value in flat(run.config)]
     figures = [Figure("configuration", "Configuration", table=Table(["key", "value"], about), open=True)]
-    versions = (run.summary or run.facts or {}).get("versions") or {}
-    facts = {key: value for key, value in (run.facts or {}).items() if key not in NOT_LISTED}
+    versions = (run.summary or run.facts).get("versions") or {}
+    facts = {key: value for key, value in run.facts.items() if key not in NOT_LISTED}
     if facts:
         figures.append(Figure("facts", "Model and data", table=Table(["what", "value"], list(flat(facts))), open=True))
     if versions:
@@ -422,7 +423,7 @@ def _again(run: RunRecord) -> Section:
             f"\n# to go on with it:\npython -m fedlotr.simulate {path} --out {shlex.quote(str(run.folder))} --resume"
         )
     text = "The same seed gives the same bytes with the same versions, threads, number format and kind of processor."
-    hashes = {key: value for key, value in (run.summary or {}).items() if key.endswith("sha256")}
+    hashes = {key: value for key, value in run.summary.items() if key.endswith("sha256")}
     figures = []
     if hashes:
         table = Table(["of what", "SHA-256"], [(key.removesuffix("_sha256"), value) for key, value in hashes.items()])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from fedlotr.communication.ledger import part_path
 from fedlotr.config.yaml_file import read_yaml
 from fedlotr.errors import InputError, shorten
+from fedlotr.reporting.documents import Facts, MetricsRow, Summary, under
 
 METRICS = ("accuracy", "perplexity")
 """The metrics of the tasks that come with fedlotr."""
@@ -32,13 +33,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """config: config.yaml. rows: metrics.jsonl. summary: of a finished run. facts: facts.json, where there is one."""
+    """config: config.yaml. rows: metrics.jsonl. summary, facts: empty where there is none."""
 
     folder: Path
     config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-    facts: dict[str, Any] | None
+    rows: list[MetricsRow]
+    summary: Summary
+    facts: Facts
 
     @property
     def name(self) -> str:
@@ -63,18 +64,18 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether all rounds that the configuration asks for are there, and the summary of just these."""
-        return self.summary is not None and len(self.rows) == self.summary["rounds"] == self.config.get("rounds")
+        return bool(self.summary) and len(self.rows) == self.summary["rounds"] == self.config.get("rounds")
 
     @cached_property
     def metric(self) -> str | None:
         """The decisive metric of the task, one of the caller's own too; None where no round has been evaluated."""
-        names = dict.fromkeys([*([self.facts["metric"]] if self.facts and "metric" in self.facts else []), *METRICS])
-        return next((name for name in names for row in self.rows if row.get(name) is not None), None)
+        names = dict.fromkeys([*([self.facts["metric"]] if "metric" in self.facts else []), *METRICS])
+        return next((name for name in names for row in self.rows if under(row, name) is not None), None)
 
     @property
     def higher_is_better(self) -> bool:
         """Which of two values of the metric is the better one."""
-        if self.facts and self.facts.get("metric") == self.metric:
+        if self.facts.get("metric", "") == self.metric:
             return bool(self.facts["higher_is_better"])
         return self.metric != "perplexity"
 
@@ -88,18 +89,18 @@ class RunRecord:
         return found
 
     @property
-    def last(self) -> dict[str, Any] | None:
+    def last(self) -> MetricsRow | None:
         """The last row with an evaluation."""
         return next((row for row in reversed(self.rows) if row.get("loss") is not None), None)
 
     @property
-    def best(self) -> dict[str, Any] | None:
+    def best(self) -> MetricsRow | None:
         """The first row with the best value of the metric."""
         metric = self.metric
         if metric is None:
             return None
-        evaluated = [row for row in self.rows if row.get(metric) is not None]
-        return (max if self.higher_is_better else min)(evaluated, key=lambda row: float(row[metric]))
+        evaluated = [row for row in self.rows if under(row, metric) is not None]
+        return (max if self.higher_is_better else min)(evaluated, key=lambda row: float(under(row, metric)))
 
     def failures(self) -> dict[str, dict[str, list[int]]]:
         """What went wrong -> client -> the rounds in which it did."""
@@ -154,7 +155,7 @@ def read_run(folder: Path) -> RunRecord:
     rows = _rows(folder / "metrics.jsonl")
     if summary is not None and not isinstance(summary.get("rounds"), int):
         raise InputError(f"{folder / 'summary.json'} is not the summary of a run: it has no rounds")
-    return RunRecord(folder, dict(config), rows, summary, facts)
+    return RunRecord(folder, dict(config), rows, cast(Summary, summary or {}), cast(Facts, facts or {}))
 
 
 def _object(path: Path) -> dict[str, Any] | None:
@@ -170,7 +171,7 @@ def _object(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[MetricsRow]:
     """The rounds so far; a last line that a crash cut off is none of them."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -178,7 +179,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({shorten(error)}); bring it back from a copy") from None
-    rows: list[dict[str, Any]] = []
+    rows: list[MetricsRow] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -23,6 +23,7 @@ from fedlotr.flower import Strategy, Update, weighted_mean
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import Round
 from fedlotr.flower.scoring import worst_tenth
+from fedlotr.reporting.documents import MetricsRow
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.packing import Rows
 
@@ -109,7 +110,13 @@ def strategy_of(baseline: Baseline) -> Strategy:
 
 def without_wire(done: Round) -> Round:
     """A finished round as a baseline's: no byte crossed a wire, and no update was averaged."""
-    row = {**done.metrics, "bytes_up": 0, "bytes_down": 0, "aggregation_error": None, "transport_error": None}
+    row: MetricsRow = {
+        **done.metrics,
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "aggregation_error": None,
+        "transport_error": None,
+    }
     return replace(done, metrics=row, entries=[])
 
 

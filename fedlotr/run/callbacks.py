@@ -1,13 +1,14 @@
 """The audience of a run. Rounds are told once they are safe on disk: whatever a callback does, no round is lost."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
 
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.round import Round
 from fedlotr.reporting.callbacks import Callbacks, ClientEvent, EvaluateEvent, Event, RoundEvent
+from fedlotr.reporting.documents import Evaluation
 from fedlotr.run.world import callers_generators
 
 
@@ -38,14 +39,14 @@ class Audience:
                     raise CallbackError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def evaluated(server_round: int, metrics: Mapping[str, float | None]) -> EvaluateEvent:
+def evaluated(server_round: int, metrics: Evaluation) -> EvaluateEvent:
     """What is told of an evaluation."""
     return EvaluateEvent(server_round, MappingProxyType(dict(metrics)))
 
 
-def finished(done: Round, evaluation: Mapping[str, float | None] | None, run_dir: Path) -> list[Event]:
+def finished(done: Round, evaluation: Evaluation | None, run_dir: Path) -> list[Event]:
     """What is told of a round that is on disk: its clients by number, its evaluation, itself."""
-    number = int(done.metrics["round"])
+    number = done.metrics["round"]
     clients = [
         ClientEvent(number, client, int(said["num-examples"]), float(said["weight"]), said.get("loss"))
         for client, said in done.replies.items()

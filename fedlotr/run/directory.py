@@ -22,6 +22,7 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.workplace import work_folder
+from fedlotr.reporting.documents import Facts, MetricsRow, Summary
 from fedlotr.said import say
 
 log = logging.getLogger("fedlotr")
@@ -80,7 +81,7 @@ class Checkpoint:
 
     round: int
     arrays: dict[str, Array]
-    metrics: list[dict[str, Any]]
+    metrics: list[MetricsRow]
     ledger: list[str]
     extra: dict[str, Any]
 
@@ -160,7 +161,7 @@ class RunDirectory:
         self.ledger.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
+    def append_metrics(self, row: MetricsRow) -> None:
         """One more line of metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -169,7 +170,7 @@ class RunDirectory:
         self,
         server_round: int,
         arrays: Mapping[str, Array],
-        metrics: Sequence[Mapping[str, Any]],
+        metrics: Sequence[MetricsRow],
         ledger: Sequence[str],
         extra: Mapping[str, Any],
         keep: Collection[int] = (),
@@ -297,12 +298,12 @@ class RunDirectory:
                 if (_round_of(file) or 0) > self.saved and file.is_file():
                     file.unlink()
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Summary) -> None:
         """summary.json."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
-    def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """facts.json: what the configuration alone does not say, known before the first round."""
+    def write_facts(self, facts: Facts) -> None:
+        """facts.json."""
         write_atomically(self.path / "facts.json", json.dumps(facts) + "\n")
 
     def remove_work(self) -> None:

@@ -18,6 +18,7 @@ from fedlotr.privacy.accounting import calibrate
 from fedlotr.privacy.dp_sgd import ExampleNoise, sampling_rate
 from fedlotr.privacy.guard import Adaptive, ClientGuard, Guard, NoGuard
 from fedlotr.privacy.ledger import BRING_BACK, KEY, NAME, Ledger, Promise
+from fedlotr.reporting.documents import PrivacyInWords
 from fedlotr.run.checking import Checked
 from fedlotr.run.public_rows import scored_on
 
@@ -237,11 +238,11 @@ def _not_hidden(checked: Checked) -> str:
     return "; ".join(told)
 
 
-def _facts(checked: Checked) -> dict[str, Any]:
+def _facts(checked: Checked) -> PrivacyInWords:
     """What summary.json says of a promise beside its numbers."""
     config = checked.config
     made = MADE_OF[METHODS[config.method].basis_kind(config.basis).made_of]
-    found: dict[str, Any] = {
+    found: PrivacyInWords = {
         "clip_norm": config.clip_norm,
         "adversary_sees": SEES[config.privacy],
         "not_hidden": _not_hidden(checked),

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
@@ -27,6 +27,7 @@ from fedlotr.flower.state import load_clients, load_strategy_state, save_clients
 from fedlotr.machine import kept_waiting
 from fedlotr.privacy.guard import NoGuard
 from fedlotr.reporting.callbacks import TrainedEvent
+from fedlotr.reporting.documents import Evaluation, MetricsRow, Summary
 from fedlotr.run.baselines import Alone, over_clients, without_wire
 from fedlotr.run.callbacks import Audience, evaluated, finished
 from fedlotr.run.directory import Checkpoint, RunDirectory
@@ -57,12 +58,12 @@ class Rounds:
         self.config, self.prepared, self.directory = config, prepared, directory
         self.grid, self.started = grid, started
         self.audience, self.heard = audience, heard
-        self.history: list[dict[str, Any]] = []
+        self.history: list[MetricsRow] = []
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
         self.busy = False
-        self.initial: dict[str, float | None] = {}
+        self.initial: Evaluation
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
         self.federation = federation(config, prepared, guard)
         self.contents = prepared.checked.contents
@@ -118,7 +119,7 @@ class Rounds:
         watch = Watch.restored(checkpoint.extra.get("watch", {}))
         return State(to_record(trained), checkpoint.round, state.chain, watch)
 
-    def run(self, strategy: FlowerStrategy, state: State) -> dict[str, Any]:
+    def run(self, strategy: FlowerStrategy, state: State) -> Summary:
         """The rounds that are left, then adapter and summary; returns that."""
         config = self.config
         while state.round < config.rounds and can_pay(self.federation, state.round + 1):
@@ -127,13 +128,13 @@ class Rounds:
             self._look_at_the_clock(state.round, time.monotonic() - began, time.process_time() - computed)
             if config.baseline is not None:
                 done = without_wire(done)
-            done.metrics.update(self._simulated(done))
+            self._simulate(done)
             evaluation = None
             last = state.round == config.rounds or not can_pay(self.federation, state.round + 1)
             if state.round % config.eval_every == 0 or last:
                 began = time.monotonic()
                 evaluation = self._evaluate(state, strategy)
-                done.metrics.update(evaluation)
+                done.metrics.update(cast(MetricsRow, evaluation))
                 if not math.isfinite(evaluation["loss"]) and state.watch.once("loss"):
                     say(f"round {state.round}: the model that it published has a loss that is not finite")
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
@@ -158,8 +159,8 @@ class Rounds:
             started=self.started,
             privacy=self.federation.guard.summary(),
             warnings=self.heard.lines,
+            checkpoints=self.directory.rounds(),
         )
-        summary["checkpoints"] = self.directory.rounds()
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
@@ -182,20 +183,17 @@ class Rounds:
                 "their number decides the bits)"
             )
 
-    def _simulated(self, done: Round) -> dict[str, Any]:
-        """How long a round's messages would take on the clients' links: reckoned, and never mixed with what was
+    def _simulate(self, done: Round) -> None:
+        """Note how long a round's messages would take on the clients' links: reckoned, and never mixed with what was
         measured; nothing without `--link`, or where nobody was asked."""
         sent: dict[str, Counter[int]] = {"up": Counter(), "down": Counter()}
         for entry in done.entries:
             sent[entry.direction][entry.client] += entry.wire_bytes
-        if self.links is None or not sent["down"]:
-            return {}
-        found = round_time(self.links, sent["up"], sent["down"])
-        return {
-            "simulated_seconds": found.seconds,
-            "simulated_seconds_median_client": found.median,
-            "simulated_slowest_client": found.slowest,
-        }
+        if self.links is not None and sent["down"]:
+            found = round_time(self.links, sent["up"], sent["down"])
+            done.metrics["simulated_seconds"] = found.seconds
+            done.metrics["simulated_seconds_median_client"] = found.median
+            done.metrics["simulated_slowest_client"] = found.slowest
 
     def _end_early(self, state: State) -> None:
         """Say that the privacy budget is spent. Raises BudgetSpentError where there is nothing to end with."""
@@ -232,7 +230,7 @@ class Rounds:
         segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
         return None if own is None else OwnBase(own.kind, ("input_ids", "attention_mask", *segments))
 
-    def _evaluate(self, state: State, strategy: FlowerStrategy | None = None) -> dict[str, Any]:
+    def _evaluate(self, state: State, strategy: FlowerStrategy | None = None) -> Evaluation:
         """Of the common model on the test split; of every client on its own rows, where some are held back.
 
         Where factors stay with the clients there is no common model, and what counts is the clients' mean. Where each
@@ -242,14 +240,14 @@ class Rounds:
             models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
             higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
             means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
-            return {**means, "over_clients": spread}
+            return cast(Evaluation, {**means, "over_clients": spread})
         personal, causal = self.prepared.model.personal, self.federation.causal
         found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, state.carry)
         held_back = [len(rows) for rows in self.prepared.checked.held_back]
         if any(held_back):
             clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, causal=causal)
             found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
-        return found
+        return cast(Evaluation, found)
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:
         """Put a finished round on disk: the checkpoint last, since it is what makes it count."""

@@ -35,6 +35,7 @@ from fedlotr.models.precision import measured_dtype, repeatable
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, StartEvent
 from fedlotr.reporting.console import METRICS as FORMS
 from fedlotr.reporting.console import Console, readable_bytes
+from fedlotr.reporting.documents import MetricsRow, Summary
 from fedlotr.reporting.loggers import missing_packages, open_loggers, unusable
 from fedlotr.run.baselines import strategy_of
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
@@ -64,16 +65,18 @@ log = logging.getLogger("fedlotr")
 class SimulationResult:
     """What a finished run came to: summary.json, the rows of metrics.jsonl, and where the rest lies."""
 
-    summary: dict[str, Any]
-    history: list[dict[str, Any]]
+    summary: Summary
+    history: list[MetricsRow]
     run_dir: Path
 
     def __repr__(self) -> str:
         told, metric = self.summary, self.summary["metric"]
         value = "none" if self.metric is None else FORMS.get(metric, FORMS["accuracy"]).format(self.metric)
+        sent = told["communication"]["total_wire_bytes"]  # not told where whole clients are hidden
+        wire = "" if sent is None else f", {readable_bytes(sent)} on the wire"
         return (
-            f"SimulationResult({told['method']} on {shorten(told['data'])}, {told['rounds']} rounds: {metric} {value}, "
-            f"{readable_bytes(told['communication']['total_wire_bytes'])} on the wire, in {shorten(self.run_dir)})"
+            f"SimulationResult({told['method']} on {shorten(told['data'])}, {told['rounds']} rounds: {metric} {value}"
+            f"{wire}, in {shorten(self.run_dir)})"
         )
 
     @property
@@ -165,7 +168,7 @@ def run_simulation(
             prepared = prepare(
                 checked.in_place(directory.work.absolute()), directory.work.absolute(), example_noise(config, guard)
             )
-            known = facts(prepared) | ({"privacy": guard.in_words()} if guard.promises else {})
+            known = facts(prepared, guard.in_words())
             directory.write_facts(known)
             run = Rounds(config, prepared, directory, grid, started, audience, guard, heard)
             chain = in_words(run.federation, prepared.workplace, prepared.model)

@@ -28,6 +28,21 @@ from fedlotr.flower.round import State
 from fedlotr.flower.traits import traits_of
 from fedlotr.models.loading import adaptable_layers, count_parameters
 from fedlotr.models.supported import form_of_weights
+from fedlotr.reporting.documents import (
+    Codec,
+    Communication,
+    Evaluation,
+    Facts,
+    FactsOfSome,
+    Fingerprint,
+    Held,
+    MetricsRow,
+    Pace,
+    Privacy,
+    Simulated,
+    Summary,
+    under,
+)
 from fedlotr.run.checking import Checked
 from fedlotr.run.federation import federation, ranks_of
 from fedlotr.run.preparation import Prepared
@@ -38,19 +53,18 @@ PACKAGES = ("torch", "flwr", "ray", "transformers", "peft", "numpy", "datasets",
 """Whose versions a result may depend on."""
 
 
-def facts(prepared: Prepared) -> dict[str, Any]:
-    """What the configuration does not say and is known before the first round: the display's header, facts.json."""
+def facts(prepared: Prepared, promise: str | None = None) -> Facts:
+    """For the display's header and facts.json. promise: of privacy, in a line."""
     checked, model = prepared.checked, prepared.model
     sizes = model.sizes()
     head = sum(sizes[name] for name in model.head_names)
-    names = checked.task.label_names
     config = checked.config
     metric, better = next(iter(metrics_of(prepared).items()))
     hides_clients = config.privacy == "client"
     shapes = shapes_of(
         model.module, list(factored_layers(model.module)) or adaptable_layers(model.module, config.targets)
     )
-    found: dict[str, Any] = {
+    return {
         "versions": versions(checked),
         **_fingerprint(checked),
         "parameters": count_parameters(model.module),
@@ -61,40 +75,46 @@ def facts(prepared: Prepared) -> dict[str, Any]:
         "task": checked.task.kind,
         "steps": None if hides_clients else checked.training.steps_of(len(checked.parts[0])),
         "batch_size": checked.training.batch_size,
-        "labels": names,
+        "labels": checked.task.label_names,
         "metric": metric,
         "higher_is_better": better is max,
         "losses": losses_in_words(prepared),
         "clients_per_round": config.clients_per_round,
-        "shapes": {"layers": shapes.layers, "heads": shapes.heads},  # what bills are made of
+        "shapes": {"layers": list(shapes.layers), "heads": shapes.heads},  # what bills are made of
         "partition": [] if hides_clients else _partition(checked),
+        **_facts_of_some(prepared, promise),
     }
-    if config.privacy != "none":
-        found["scored_on"] = scored_on(config, checked.source)
-    if names:
+
+
+def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
+    found: FactsOfSome = {}
+    checked = prepared.checked
+    if checked.config.privacy != "none":
+        found["scored_on"] = scored_on(checked.config, checked.source)
+    if names := checked.task.label_names:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
+    if promise is not None:
+        found["privacy"] = promise
     return found
 
 
-def _fingerprint(checked: Checked) -> dict[str, str]:
+def _fingerprint(checked: Checked) -> Fingerprint:
     """The data's hash; not of data that the run hides, since it would confirm a guess at them."""
     return {"data_sha256": checked.source.sha256} if checked.config.privacy == "none" else {}
 
 
-def _partition(checked: Checked) -> list[dict[str, Any]]:
+def _partition(checked: Checked) -> list[Held]:
     """What each client holds; of examples that are hidden their number alone."""
     config, clients = checked.config, None
     if config.baseline != "central":  # whose only part is of all clients
         clients = client_names(config.partition, checked.source.train, checked.parts)
-    return [
-        {
-            "client": clients[held.client] if clients else held.client,
-            "examples": held.examples,
-            **({"labels": held.labels} if config.privacy == "none" else {}),
-        }
-        for held in describe(checked.parts, checked.labels, checked.task.label_names)
-    ]
+    found: list[Held] = []
+    for one in describe(checked.parts, checked.labels, checked.task.label_names):
+        found.append({"client": clients[one.client] if clients else one.client, "examples": one.examples})
+        if config.privacy == "none":
+            found[-1]["labels"] = one.labels
+    return found
 
 
 def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]]) -> Bill:
@@ -114,15 +134,19 @@ def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]
     return bill(*asked, merged=merged, started=started, rank=config.rank)
 
 
-def _reckoned(prepared: Prepared) -> dict[str, Any]:
+def _reckoned(prepared: Prepared) -> Communication:
     """What a client and round cost where clients are hidden: in closed form, since a sum would tell who came."""
     config = prepared.checked.config
     reckoned = owed(prepared.checked, prepared.model, [range(config.clients_per_round)] * config.rounds)
     basis = federation(config, prepared).basis
-    return {name: None for name in communication_summary([])} | {
+    return {
         "upload_payload_bytes_per_client_round": reckoned.round_up,
         "download_payload_bytes_per_client_round": reckoned.round_down,
+        "upload_wire_bytes_per_client_round": None,
+        "download_wire_bytes_per_client_round": None,
         "one_off_bytes_per_client": 0 if basis is None else payload_bytes(basis),
+        "total_payload_bytes": None,
+        "total_wire_bytes": None,
     }
 
 
@@ -130,24 +154,26 @@ def summarise(
     prepared: Prepared,
     *,
     grid: Engine | FlowerGrid,
-    history: Sequence[dict[str, Any]],
+    history: Sequence[MetricsRow],
     entries: Sequence[Entry],
-    initial: dict[str, float | None],
+    initial: Evaluation,
     state: State,
     started: float,
-    privacy: dict[str, Any] | None,
+    privacy: Privacy | None,
     warnings: Sequence[str],
-) -> dict[str, Any]:
+    checkpoints: list[int],
+) -> Summary:
     """summary.json of a finished run.
 
-    history: the rows of metrics.jsonl. started: by `time.monotonic`. privacy: what was promised, and kept.
-    warnings: what the user was told.
+    history: the rows of metrics.jsonl. started: by `time.monotonic`. warnings: what the user was told.
     """
     checked, config = prepared.checked, prepared.checked.config
     evaluated = [row for row in history if row["loss"] is not None]
+    last = evaluated[-1]
     metrics = metrics_of(prepared)
     metric, better = next(iter(metrics.items()))
-    best = better([row for row in evaluated if row[metric] is not None] or evaluated[-1:], key=lambda row: row[metric])
+    known = [row for row in evaluated if under(row, metric) is not None]
+    best = better(known or [last], key=lambda row: under(row, metric))
     errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
     hides_clients = config.privacy == "client"
     return {
@@ -164,12 +190,12 @@ def summarise(
         "trained_numbers": sum(prepared.model.sizes().values()),
         "initial": initial,
         "metric": metric,
-        "over_clients": evaluated[-1].get("over_clients"),
+        "over_clients": last.get("over_clients"),
         "losses": losses_in_words(prepared),
-        "final": {**{name: evaluated[-1][name] for name in metrics}, "loss": evaluated[-1]["loss"]},
-        "client_evaluation": evaluated[-1].get("client_evaluation"),
-        "best": {"round": best["round"], metric: best[metric], "loss": best["loss"]},
-        "failed_clients": None if hides_clients else sum(row["failed"] for row in history),
+        "final": {**{name: under(last, name) for name in metrics}, "loss": last["loss"]},
+        "client_evaluation": last.get("client_evaluation"),
+        "best": {"round": best["round"], metric: under(best, metric), "loss": best["loss"]},
+        "failed_clients": None if hides_clients else sum(row["failed"] or 0 for row in history),
         "failures": _failures(history),
         "communication": _reckoned(prepared) if hides_clients else communication_summary(entries),
         "aggregation_error_max": max(errors) if errors else None,
@@ -180,26 +206,28 @@ def summarise(
         "warnings": list(warnings),
         "timing": {
             **_pace(checked, history, entries, started),
-            "evaluate_seconds_per_round_median": statistics.median(row["evaluate_seconds"] for row in evaluated),
+            "evaluate_seconds_per_round_median": statistics.median(row["evaluate_seconds"] or 0.0 for row in evaluated),
             "base_model_loads": len(prepared.workplace.loads()),
             "workers": grid.workers,
             "worker_restarts": None if hides_clients else grid.restarts,
-            **{name: getattr(config, name) for name in ("threads", "cohort", "device", "dtype", "quantize")},
+            "threads": config.threads,
+            "cohort": config.cohort,
+            "device": config.device,
+            "dtype": config.dtype,
+            "quantize": config.quantize,
         },
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),
         "versions": versions(prepared.checked),
+        "checkpoints": checkpoints,
     }
 
 
-def _pace(
-    checked: Checked, history: Sequence[dict[str, Any]], entries: Sequence[Entry], started: float
-) -> dict[str, float | None]:
-    """How long training took; where clients are hidden nothing, since it would tell how many came."""
+def _pace(checked: Checked, history: Sequence[MetricsRow], entries: Sequence[Entry], started: float) -> Pace:
     config = checked.config
     if config.privacy == "client":
-        return dict.fromkeys(("seconds_total", "train_seconds_per_round_median", "examples_per_second"))
-    seconds = [row["train_seconds"] for row in history]
+        return {"seconds_total": None, "train_seconds_per_round_median": None, "examples_per_second": None}
+    seconds = [row["train_seconds"] or 0.0 for row in history]
     trained = [entry.client for entry in entries if entry.kind == "update"]
     if config.baseline is not None:  # it sends nothing, and all that there are train in every round
         trained = [k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"]]
@@ -269,13 +297,12 @@ def _no_certificate(config: SimulationConfig) -> str:
     return f"strategy {config.strategy} does not say that it averages"
 
 
-def _codec(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """How what crossed was coded, and the medians over rounds of what that lost; None where nothing was coded."""
+def _codec(config: SimulationConfig, history: Sequence[MetricsRow]) -> Codec | None:
     if not config.coding.at_work:
         return None
 
     def median(key: str) -> float | None:
-        found = [row[key] for row in history if row.get(key) is not None]
+        found = [known for row in history if (known := under(row, key)) is not None]
         return statistics.median(found) if found else None
 
     return {
@@ -287,8 +314,7 @@ def _codec(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[
     }
 
 
-def _simulated(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the messages of all rounds would take on the clients' links; None without `--link`. Nothing is measured."""
+def _simulated(config: SimulationConfig, history: Sequence[MetricsRow]) -> Simulated | None:
     rows = [row for row in history if "simulated_seconds" in row]
     if config.link is None or not rows:
         return None
@@ -304,8 +330,7 @@ def _simulated(config: SimulationConfig, history: Sequence[dict[str, Any]]) -> d
     }
 
 
-def _failures(history: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """What went wrong -> client -> in how many rounds."""
+def _failures(history: Sequence[MetricsRow]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for row in history:
         for client, kind in row["failures"].items():

@@ -1,0 +1,343 @@
+"""What a run writes of itself as JSON, key by key: a round's row, the facts, the summary.
+
+Who makes one, reads it or is handed it has the dictionary that is on disk. A key that is not required is absent where
+it does not apply; None stands for what is not known or not told. Files of other versions may lack keys. What metrics
+and links of the caller's own give stands beside these keys under their own names, which no type can know: `under`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+
+class ClientEvaluation(TypedDict):
+    """Every client's own model on rows that it holds back; each client counts the same."""
+
+    metric: str
+    """The one that `mean`, `spread` and `worst_tenth` are of: accuracy or perplexity."""
+    clients: int
+    loss: float
+    """Mean, in nats."""
+    mean: float
+    spread: float
+    """Standard deviation over the clients."""
+    worst_tenth: float
+    """Mean over the worst tenth of the clients."""
+
+
+class Judged(TypedDict):
+    """What a model is judged by beside its loss; metrics of the caller's own stand here too."""
+
+    accuracy: NotRequired[float | None]
+    """Share of the test examples; None where nothing was scored."""
+    perplexity: NotRequired[float | None]
+    over_clients: NotRequired[Mapping[str, float | None]]
+    """Where each client has a model of its own, of each metric M: M_std, the deviation, and M_worst_tenth."""
+    client_evaluation: NotRequired[ClientEvaluation]
+    """Where clients hold rows back."""
+
+
+class Evaluation(Judged):
+    """The model after a round, or before the first."""
+
+    loss: float
+    """As tested, in nats."""
+
+
+class UpdateNorms(TypedDict):
+    """Of the updates of a round's clients, each over all its tensors."""
+
+    update_norm_median: float | None
+    update_norm_largest: float | None
+    clipped: NotRequired[int]
+    """How many were over `--max-update-norm`; only with that."""
+
+
+class Errors(TypedDict):
+    """The certificate of a round: relative errors, each None where it is not defined."""
+
+    aggregation_error: float | None
+    """How far the published update is from the weighted mean of the clients' updates."""
+    transport_error: float | None
+    """What the way there took of that mean."""
+
+
+class OfLinks(TypedDict):
+    """What the links of a round add; links of the caller's own add what they like."""
+
+    broadcast_error: NotRequired[float | None]
+    """Relative, of what clients were sent to the model; only with a lossy codec down."""
+
+
+class TrainedRow(UpdateNorms, Errors, OfLinks):
+    """What a round itself tells. Where whole clients are hidden, what tells who came is None."""
+
+    round: int
+    """From 1."""
+    loss: float | None
+    """As tested, in nats; None where the round was not evaluated."""
+    clients: int | None
+    """That were sent something to train on."""
+    failed: int | None
+    """Of these."""
+    failures: dict[str, str]
+    """Client's number -> what went wrong, in a word."""
+    train_loss: float | None
+    """Of the clients as they train, in nats."""
+    bytes_up: int | None
+    """On the wire, of all clients."""
+    bytes_down: int | None
+    epsilon: float | None
+    """Spent so far; None without a promise, or where none may be claimed."""
+    train_seconds: float | None
+    evaluate_seconds: float | None
+
+
+class MetricsRow(TrainedRow, Judged):
+    """A round's row of metrics.jsonl. simulated: on the clients' links, by reckoning; only with `--link`."""
+
+    simulated_seconds: NotRequired[float]
+    """That all of its messages would take."""
+    simulated_seconds_median_client: NotRequired[float]
+    simulated_slowest_client: NotRequired[int]
+    """Its number."""
+
+
+class Held(TypedDict):
+    """What a client holds."""
+
+    client: str | int
+    """Its number, or its name under a natural partition."""
+    examples: int
+    labels: NotRequired[Mapping[str, int]]
+    """Label -> examples, the most frequent first; absent where examples are hidden."""
+
+
+class Fingerprint(TypedDict):
+    """What the data are known by."""
+
+    data_sha256: NotRequired[str]
+    """Absent where the run hides them, since it would confirm a guess at them."""
+
+
+class AdaptedShapes(TypedDict):
+    """What bills are reckoned from, as `formulas.Shapes` has it."""
+
+    layers: list[tuple[str, str, int, int]]
+    """Name, type of projection, d_in and d_out of each adapted layer."""
+    heads: tuple[int, ...]
+    """Numbers in each tensor of the head."""
+
+
+class FactsOfSome(TypedDict, total=False):
+    """What is told of some runs alone."""
+
+    scored_on: str
+    """What counts as public of the rows it is tested on; only with privacy."""
+    largest_class: float
+    """Its share of the test split; only where there are labels."""
+    privacy: str
+    """The promise in a line."""
+    chain: str
+    """The links in their order; in `StartEvent.facts` alone."""
+
+
+class Facts(Fingerprint, FactsOfSome):
+    """facts.json: what the configuration does not say and is known before the first round."""
+
+    versions: dict[str, str]
+    """Package -> version, Python and fedlotr among them."""
+    parameters: int
+    """Of the whole model."""
+    trained_adapter: int
+    """Numbers."""
+    trained_head: int
+    """Numbers."""
+    train_examples: int | None
+    """Of all clients; None where whole clients are hidden."""
+    test_examples: int
+    task: str
+    steps: int | None
+    """Optimizer steps of the first client in a round; None where whole clients are hidden."""
+    batch_size: int
+    labels: Sequence[str]
+    """Names, in the order of their numbers; none of a task without."""
+    metric: str
+    """The decisive one."""
+    higher_is_better: bool
+    """Of two values of it."""
+    losses: dict[str, str]
+    """What `loss` and `train_loss` of a row are, in words."""
+    clients_per_round: int
+    shapes: AdaptedShapes
+    partition: list[Held]
+    """A client each, in the order of their numbers; empty where whole clients are hidden."""
+
+
+class Communication(TypedDict):
+    """Bytes. Means are over (client, round) pairs in which a client was spoken to; None where it would tell who came.
+
+    Payload is numbers times their width: of the trained tensors, with the parts of the carried term on the way down.
+    Wire is all that crosses in that direction each round, control records too, bases apart.
+    """
+
+    upload_payload_bytes_per_client_round: float | None
+    download_payload_bytes_per_client_round: float | None
+    upload_wire_bytes_per_client_round: float | None
+    download_wire_bytes_per_client_round: float | None
+    one_off_bytes_per_client: float | None
+    """Payload of the bases that a client receives, summed over the run."""
+    total_payload_bytes: float | None
+    total_wire_bytes: float | None
+
+
+class Codec(TypedDict):
+    """How what crossed was coded, and the medians over rounds of what that lost."""
+
+    update: str
+    broadcast: str
+    error_feedback: bool
+    transport_error_median: float | None
+    broadcast_error_median: float | None
+
+
+class Simulated(TypedDict):
+    """What the messages of all rounds would take on the clients' links, in seconds; nothing is measured."""
+
+    link: str
+    seconds_total: float
+    seconds_per_round_median: float
+    median_client_seconds_median: float
+    slowest_clients: dict[str, int]
+    """Client's number -> the rounds in which it was the slowest."""
+
+
+class Pace(TypedDict):
+    """How long training took; None where whole clients are hidden, since it would tell how many came."""
+
+    seconds_total: float | None
+    """From the start, of all starts of a run that was resumed."""
+    train_seconds_per_round_median: float | None
+    examples_per_second: float | None
+    """Trained on, a second of training."""
+
+
+class Timing(Pace):
+    """How long a run took, and what that depends on."""
+
+    evaluate_seconds_per_round_median: float
+    base_model_loads: int
+    """How often the frozen model was read, by the server and all workers."""
+    workers: int
+    worker_restarts: int | None
+    threads: int | None
+    """Of a worker."""
+    cohort: int | str
+    device: str
+    dtype: str
+    quantize: str
+
+
+class NoiseSimulation(TypedDict):
+    """Of a run whose noise is that of a larger federation."""
+
+    cohort: float
+    population: int
+    epsilon: float
+
+
+class PrivacyInWords(TypedDict):
+    """What is said of a promise of privacy beside what it comes to."""
+
+    clip_norm: float | None
+    """The bound on what is noised, as it was last."""
+    adversary_sees: str
+    not_hidden: str
+    removal_changes: str
+    taken_as_public: str
+    scored_on: str
+    other_runs: str
+    bases_from: str
+    public_data: str | None
+    init_adapter: str | None
+    noise: NotRequired[str]
+    simulation: NotRequired[NoiseSimulation]
+
+
+class Privacy(PrivacyInWords):
+    """A promise of privacy and what became of it. Each epsilon is None where none may be claimed."""
+
+    unit: str
+    """Example or client: what is hidden."""
+    adjacency: str
+    epsilon: float | None
+    """Of the dearest account."""
+    epsilon_reason: str | None
+    """Why none is claimed."""
+    epsilon_median: float | None
+    epsilon_budget: float | None
+    delta: float
+    accountant: str
+    epsilon_by_rdp: float | None
+    epsilon_by_opacus_prv: float | None
+    noise_multiplier: float
+    """Standard deviation, in bounds."""
+    sampling: str
+    sampling_rate: float
+    steps: int
+
+
+class Summary(Fingerprint):
+    """summary.json of a finished run."""
+
+    method: str
+    strategy: str | None
+    baseline: str | None
+    model: str
+    data: str
+    test_split: str
+    clients: int
+    rounds: int
+    """That are finished: fewer than configured where the privacy budget was spent."""
+    seed: int
+    trained_numbers: int
+    initial: Evaluation
+    """Before the first round."""
+    metric: str
+    """The decisive one."""
+    over_clients: Mapping[str, float | None] | None
+    losses: dict[str, str]
+    """What `loss` and `train_loss` of a row are, in words."""
+    final: dict[str, Any]
+    """Metric -> value after the last round; loss among them, in nats."""
+    client_evaluation: ClientEvaluation | None
+    best: dict[str, Any]
+    """round, decisive metric and loss of the round that was best by that metric."""
+    failed_clients: int | None
+    """Over all rounds; None where whole clients are hidden."""
+    failures: dict[str, dict[str, int]]
+    """What went wrong -> client -> in how many rounds."""
+    communication: Communication
+    aggregation_error_max: float | None
+    aggregation_error_reason: str | None
+    """Why no round has one."""
+    codec: Codec | None
+    """None where nothing was coded."""
+    simulated: Simulated | None
+    """None without `--link`."""
+    privacy: Privacy | None
+    """None without a promise."""
+    warnings: list[str]
+    """What the user was told."""
+    timing: Timing
+    bases_sha256: str
+    trained_sha256: str
+    versions: dict[str, str]
+    checkpoints: list[int]
+    """The rounds that a checkpoint is kept of."""
+
+
+def under(row: Mapping[str, Any], name: str) -> Any:
+    """What stands under a name that may be the caller's own; None where nothing does."""
+    return row.get(name)
