@@ -8,7 +8,7 @@ import html
 import io
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -44,6 +44,9 @@ BAR_WIDTH = 12
 
 NOTEBOOK_LINES = 100
 """First and last lines of a run that a notebook goes on showing."""
+
+Known = Callable[[str, str], str | None]
+"""A form and the name of a fact or an option -> its value in this form; None where it has none."""
 
 METRICS = {"accuracy": "{:.4f}", "perplexity": "{:.2f}"}
 """The metrics a task may have, and how each is written; one of the caller's own is written as accuracy is."""
@@ -289,28 +292,31 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
+
+
 def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
-    def resolved(name: str) -> Any:
-        return facts.get(name, getattr(config, name))
-
-    def joined(*parts: str | None) -> str:
-        return ", ".join(part for part in parts if part)
-
     def known(form: str, name: str) -> str | None:
-        value = resolved(name) if name in SimulationConfig.model_fields else facts.get(name)
+        value = under(facts, name) if name in facts else getattr(config, name, None)
         return None if value is None else form.format(value)
 
+    return [
+        (title, text) for title, text in (*_learnt(config, facts, known), *_carried_out(config, facts, known)) if text
+    ]
+
+
+def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[str, str]]:
+    """What is trained, on what and by what."""
     adapter, head = facts.get("trained_adapter"), facts.get("trained_head")
     trained = (adapter or 0) + (head or 0)
     share = f"{trained / facts['parameters']:.2%} of the model" if facts.get("parameters") else None
     labels = facts.get("labels")
-    epochs, steps = config.local_epochs, config.local_steps
-    work = _count(epochs, "epoch") if epochs is not None else _count(steps or 0, "step")
     rows = [
-        ("model", joined(config.model, known("{:,} parameters", "parameters"))),
+        ("model", _joined(config.model, known("{:,} parameters", "parameters"))),
         (
             "data",
-            joined(
+            _joined(
                 config.data,
                 known("{}", "task"),
                 known("{:,} examples to train", "train_examples"),
@@ -321,7 +327,7 @@ def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
         ),
         (
             "method",
-            joined(
+            _joined(
                 config.method,
                 f"rank {config.rank}" if METHODS[config.method].factored else None,
                 known("basis {}", "basis"),
@@ -332,7 +338,7 @@ def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
     ]
     if adapter is not None or head is not None:
         numbers = f"{_count(trained, 'number')} ({adapter or 0:,} + {head or 0:,} in the head)"
-        rows.append(("trained", joined(numbers, share)))
+        rows.append(("trained", _joined(numbers, share)))
     if config.baseline == "central":
         pace = f"{facts.get('steps', 0):,} steps of {facts.get('batch_size', 0):,} examples a round"
         rows.append(("baseline", f"central: one model on the examples of all clients, {pace}"))
@@ -342,10 +348,17 @@ def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
         rows.append(("privacy", facts["privacy"]))
     if facts.get("scored_on"):
         rows.append(("scored on", facts["scored_on"]))
-    rows += [
+    return rows
+
+
+def _carried_out(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[str, str]]:
+    """Who trains, how, and where."""
+    epochs, steps = config.local_epochs, config.local_steps
+    work = _count(epochs, "epoch") if epochs is not None else _count(steps or 0, "step")
+    return [
         (
             "clients",
-            joined(
+            _joined(
                 f"{config.clients} pooled"
                 if config.baseline == "central"
                 else f"{config.clients_per_round} of {config.clients} a round",
@@ -356,18 +369,18 @@ def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
         ),
         (
             "training",
-            joined(
+            _joined(
                 f"{work} of batches of {config.batch_size}",
                 config.optimizer,
-                known("rate {:g}", "lr") if adapter != 0 else None,
-                known("rate of the head {:g}", "head_lr") if head != 0 else None,
+                known("rate {:g}", "lr") if facts.get("trained_adapter") != 0 else None,
+                known("rate of the head {:g}", "head_lr") if facts.get("trained_head") != 0 else None,
             ),
         ),
         *_wire(config),
         ("links", facts.get("chain", "")),
         (
             "engine",
-            joined(
+            _joined(
                 config.engine,
                 known("workers {}", "workers"),
                 known("threads {}", "threads"),
@@ -378,7 +391,6 @@ def _header(config: SimulationConfig, facts: Facts) -> list[tuple[str, str]]:
             ),
         ),
     ]
-    return [(title, text) for title, text in rows if text]
 
 
 def _wire(config: SimulationConfig) -> list[tuple[str, str]]:
@@ -431,9 +443,9 @@ def _undefined(summary: Summary) -> str:
     return f"not defined: {reason}" if reason else "not defined"
 
 
-def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]:
+def _result_rows(summary: Summary) -> list[tuple[str, str]]:
+    """What a run came to."""
     final, best = summary.get("final") or {}, summary.get("best") or {}
-    traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
     rows: list[tuple[str, str]] = []
     for name, form in _forms(summary.get("metric")).items():
         if final.get(name) is not None:
@@ -460,6 +472,13 @@ def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]
             )
         )
         rows.append(("  of their worst tenth", form.format(own["worst_tenth"])))
+    return rows
+
+
+def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]:
+    """What a run came to, and what it took."""
+    traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
+    rows = _result_rows(summary)
     for title, key in (
         ("upload a client and round", "upload_payload_bytes_per_client_round"),
         ("download a client and round", "download_payload_bytes_per_client_round"),

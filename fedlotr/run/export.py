@@ -50,6 +50,27 @@ def write_adapter(
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
+    _export(folder, model, base, mean_pooled)
+    readme = _readme(
+        spec=spec,
+        mean_pooled=mean_pooled,
+        base=base,
+        source=str(source) if own is None else "base",
+        own=own,
+        pair=pair,
+        max_length=max_length,
+        labels=labels,
+        method=method,
+        shared_alone=bool(model.personal),
+        quantize=quantize,
+        client=client,
+    )
+    write_atomically(folder / "README.md", readme)
+
+
+def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -> None:
+    """The tensors, as PEFT reads them; of a head that is none of the base's a file of its own."""
+    spec = model.spec
     layers = factored_layers(model.module)
     first = adaptable_layers(model.module, "all-linear")[0] if not layers else None
     # A head that is a module of its own is saved as one; a layer drawn before it (a pooler's) by itself.
@@ -78,21 +99,6 @@ def write_adapter(
     if mean_pooled:
         tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
         save_file(tensors, folder / "head.safetensors")
-    readme = _readme(
-        spec=spec,
-        mean_pooled=mean_pooled,
-        base=base,
-        source=str(source) if own is None else "base",
-        own=own,
-        pair=pair,
-        max_length=max_length,
-        labels=labels,
-        method=method,
-        shared_alone=bool(model.personal),
-        quantize=quantize,
-        client=client,
-    )
-    write_atomically(folder / "README.md", readme)
 
 
 def _readme(**facts: Any) -> str:

@@ -142,45 +142,58 @@ def run_simulation(
         if problems:
             raise InputError(problems)
         checked, strategy = check_all(resolve(config), brought=own)
-        config = checked.config
         name = f"{config.method}-{checked.source.name}-{config.seed}".replace(PREFIX, "own-")
-        directory = RunDirectory.create(config.out, name, start)
-        with ExitStack() as stack:
-            stack.enter_context(directory.explaining())
-            stack.enter_context(log_to(directory.log))
-            heard = stack.enter_context(hearing(display.warn))
-            directory.remove_work()  # what a run that was killed has left
-            stack.callback(held_back()(directory.remove_work))
-            checkpoint = None
-            if config.resume:
-                checkpoint = continue_from(directory, config, checked.contents)
-            else:
-                dump_yaml(config, directory.path / "config.yaml")
-            finished = 0 if checkpoint is None else checkpoint.round
-            display.begin(directory.path, finished)
-            mark = None if checkpoint is None else checkpoint.extra.get("privacy")
-            guard = guard_of(checked, directory.path, mark, display.stage)
-            stack.enter_context(limited_threads(config.threads))
-            stack.enter_context(repeatable(config.device))
-            make = engine or partial(_engine, head_start=head_start)
-            grid = stack.enter_context(make(config, directory.work))
-            display.stage("tokenising, fitting the head, making the bases")
-            prepared = prepare(
-                checked.in_place(directory.work.absolute()), directory.work.absolute(), example_noise(config, guard)
-            )
-            known = facts(prepared, guard.in_words())
-            directory.write_facts(known)
-            run = Rounds(config, prepared, directory, grid, started, audience, guard, heard)
-            chain = in_words(run.federation, prepared.workplace, prepared.model)
-            audience.tell(StartEvent(finished, config, {**known, "chain": chain}))
-            state = run.begin(strategy, checkpoint)
-            loggers = open_loggers(config.loggers, directory.path, config.reported(), run.history)
-            audience.own.append(stack.enter_context(loggers))
-            dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
-            summary = run.run(strategy, state)
-            _report(directory.path)
-            audience.tell(FinishEvent(state.round, summary))
-        return SimulationResult(summary, run.history, directory.path)
+        directory = RunDirectory.create(checked.config.out, name, start)
+        make = engine or partial(_engine, head_start=head_start)
+        return _run_in(directory, checked, strategy, make, audience, display, started)
+
+
+def _run_in(
+    directory: RunDirectory,
+    checked: Checked,
+    strategy: FlowerStrategy,
+    make: EngineMaker,
+    audience: Audience,
+    display: Console,
+    started: float,
+) -> SimulationResult:
+    """A run whose configuration is checked, in its directory."""
+    config = checked.config
+    with ExitStack() as stack:
+        stack.enter_context(directory.explaining())
+        stack.enter_context(log_to(directory.log))
+        heard = stack.enter_context(hearing(display.warn))
+        directory.remove_work()  # what a run that was killed has left
+        stack.callback(held_back()(directory.remove_work))
+        checkpoint = None
+        if config.resume:
+            checkpoint = continue_from(directory, config, checked.contents)
+        else:
+            dump_yaml(config, directory.path / "config.yaml")
+        finished = 0 if checkpoint is None else checkpoint.round
+        display.begin(directory.path, finished)
+        mark = None if checkpoint is None else checkpoint.extra.get("privacy")
+        guard = guard_of(checked, directory.path, mark, display.stage)
+        stack.enter_context(limited_threads(config.threads))
+        stack.enter_context(repeatable(config.device))
+        grid = stack.enter_context(make(config, directory.work))
+        display.stage("tokenising, fitting the head, making the bases")
+        prepared = prepare(
+            checked.in_place(directory.work.absolute()), directory.work.absolute(), example_noise(config, guard)
+        )
+        known = facts(prepared, guard.in_words())
+        directory.write_facts(known)
+        run = Rounds(config, prepared, directory, grid, started, audience, guard, heard)
+        chain = in_words(run.federation, prepared.workplace, prepared.model)
+        audience.tell(StartEvent(finished, config, {**known, "chain": chain}))
+        state = run.begin(strategy, checkpoint)
+        loggers = open_loggers(config.loggers, directory.path, config.reported(), run.history)
+        audience.own.append(stack.enter_context(loggers))
+        dump_yaml(config, directory.path / "config.yaml")  # again: a run that goes on may have more rounds
+        summary = run.run(strategy, state)
+        _report(directory.path)
+        audience.tell(FinishEvent(state.round, summary))
+    return SimulationResult(summary, run.history, directory.path)
 
 
 def _report(folder: Path) -> None:

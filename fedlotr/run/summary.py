@@ -41,6 +41,7 @@ from fedlotr.reporting.documents import (
     Privacy,
     Simulated,
     Summary,
+    Timing,
     under,
 )
 from fedlotr.run.checking import Checked
@@ -204,22 +205,27 @@ def summarise(
         "simulated": _simulated(config, history),
         "privacy": privacy,
         "warnings": list(warnings),
-        "timing": {
-            **_pace(checked, history, entries, started),
-            "evaluate_seconds_per_round_median": statistics.median(row["evaluate_seconds"] or 0.0 for row in evaluated),
-            "base_model_loads": len(prepared.workplace.loads()),
-            "workers": grid.workers,
-            "worker_restarts": None if hides_clients else grid.restarts,
-            "threads": config.threads,
-            "cohort": config.cohort,
-            "device": config.device,
-            "dtype": config.dtype,
-            "quantize": config.quantize,
-        },
+        "timing": _timing(prepared, grid, evaluated, _pace(checked, history, entries, started)),
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),
         "versions": versions(prepared.checked),
         "checkpoints": checkpoints,
+    }
+
+
+def _timing(prepared: Prepared, grid: Engine | FlowerGrid, evaluated: Sequence[MetricsRow], pace: Pace) -> Timing:
+    config = prepared.checked.config
+    return {
+        **pace,
+        "evaluate_seconds_per_round_median": statistics.median(row["evaluate_seconds"] or 0.0 for row in evaluated),
+        "base_model_loads": len(prepared.workplace.loads()),
+        "workers": grid.workers,
+        "worker_restarts": None if config.privacy == "client" else grid.restarts,
+        "threads": config.threads,
+        "cohort": config.cohort,
+        "device": config.device,
+        "dtype": config.dtype,
+        "quantize": config.quantize,
     }
 
 

@@ -154,17 +154,8 @@ def train_cohort(
     ]
     order = training_order(cohort, training)
     starts = [start] if isinstance(start, Mapping) else [start[k] for k in order]
-    begun = [model.start(values) for values in starts]
-    moving = model.moving(server_round)
     model.assign(starts[0])  # what does not move is not copied
-    stacks = {
-        name: torch.stack([values[name].detach().to(model.device).float() for values in begun])
-        .expand(len(cohort), *begun[0][name].shape)
-        .clone()
-        .requires_grad_()
-        for name in begun[0]
-        if name in moving
-    }
+    stacks = _stacked(model, starts, len(cohort), server_round)
     optimizer = OPTIMIZERS[training.optimizer](training)
     if any(work.optimizer for work in cohort):
         optimizer.load([cohort[k].optimizer for k in order], stacks)
@@ -200,6 +191,21 @@ def train_cohort(
             model.publish(trained), len(cohort[k].rows), len(plans[k]), loss, model.keep(trained), held
         )
     return [result for result in results if result is not None]
+
+
+def _stacked(
+    model: TrainableModel, starts: Sequence[Mapping[str, torch.Tensor]], clients: int, server_round: int
+) -> dict[str, torch.Tensor]:
+    """A copy for each client of what moves in the round, one above another."""
+    begun, moving = [model.start(values) for values in starts], model.moving(server_round)
+    return {
+        name: torch.stack([values[name].detach().to(model.device).float() for values in begun])
+        .expand(clients, *begun[0][name].shape)
+        .clone()
+        .requires_grad_()
+        for name in begun[0]
+        if name in moving
+    }
 
 
 def _released(
