@@ -131,7 +131,7 @@ def _dense(model: TrainableModel | None, arrays: Mapping[str, Any]) -> list[Any]
     named = {name: torch.from_numpy(np.asarray(value)).double() for name, value in arrays.items()}
     found = []
     for name, layer in factored_layers(model.module).items():
-        found.append(_product(layer, {f: named.get(f"base_model.model.{name}.core_{f}") for f in "ABCD"}))
+        found.append(_product(layer, {f: named.get(model.names.get((name, f), "")) for f in "ABCD"}))
     return found
 
 

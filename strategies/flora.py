@@ -13,14 +13,15 @@ from flwr.serverapp import Grid
 from fedlotr.flower import Arrays, Combined, Product, Strategy, Update, by_layer, to_arrays, weighted_mean
 from fedlotr.streams import generator
 
-RESTARTS = ("fresh", "start")
+RESTARTS = ("fresh", "start", "client")
 
 
 class FLoRA(Strategy):
     """carry ← carry + Σ p_i B_i A_i;  A ← drawn anew, B ← 0; the head ← Σ p_i.
 
-    restart: what A is after a merge: drawn anew as LoRA draws it ("fresh", as in the paper), or what it was in the
-    first round ("start"). seed: of the draws; the run's.
+    restart: what A is after a merge: drawn anew as LoRA draws it, one for all ("fresh"); what it was in the first round
+    ("start"); or each client's own, drawn by itself in every round, the first too ("client", as in the code published
+    with the paper), so that neither A nor B is sent to it. seed: of the draws; the run's.
     """
 
     averages = True
@@ -32,6 +33,8 @@ class FLoRA(Strategy):
         if restart not in RESTARTS:
             raise ValueError(f"restart is {restart!r}; expected one of {', '.join(RESTARTS)}")
         self.restart, self.seed = restart, seed
+        if restart == "client":
+            self.asks = {"own-factors": True}
         self.first: Arrays = {}
 
     def configure_train(

@@ -66,6 +66,8 @@ NUMBERS = {
     "ravan": 13 * R * R // 4,
     "tiny-lora": 13 * min(64, R * R),
     "lora": R * (SUM_OUT + SUM_IN),
+    # Seven types of layers, each with one A and one B.
+    "lotr-trained": 13 * R * R + R * 2 * (6 * NARROW + WIDE),
     "ffa-lora": R * SUM_OUT,
     "rolora": R * SUM_OUT,  # of either factor: the sums are equal here
     "full": 9 * NARROW * NARROW + 4 * NARROW * WIDE,

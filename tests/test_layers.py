@@ -56,6 +56,7 @@ INSIDE = {
             "certificate serialize",
         ),
         *("federation", "link", "links.moments links.objectives links.ranks links.bases links.carry links.hidden"),
+        "links.draws",
         *("links.codec", "strategy links.personal", "chain", "replies state", "norms", "trouble", "round"),
         "client_app scoring template",
     ),

@@ -1,7 +1,7 @@
 """Where the frozen factors come from: plain functions of a `Request`, in float64 on one thread of the CPU.
 
-A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`, `nystrom`, `ldu` and the SVDs
-that keep the singular values. Several
+A (r, d_in) has orthonormal rows and B (d_out, r) orthonormal columns, except for `lora`, `normal`, `nystrom`, `ldu` and
+the SVDs that keep the singular values. Several
 matrices mean a tie: one pair for all of them. On one thread, because float32 decompositions differ between one and
 two threads.
 """
@@ -77,6 +77,12 @@ def random_basis(request: Request) -> Factors:
     a = _orthonormal(request.d_in, request.r, request.seed, f"{request.tag}.A").T
     b = _orthonormal(request.d_out, request.r, request.seed, f"{request.tag}.B")
     return _factors(a, b)
+
+
+def normal_basis(request: Request) -> Factors:
+    """Every number of both drawn from N(0, 1), as LoTR's published code has them (Bershatsky et al. 2024)."""
+    a = _normal(request.d_in, request.r, request.seed, f"{request.tag}.A").T
+    return _factors(a, _normal(request.d_out, request.r, request.seed, f"{request.tag}.B"))
 
 
 def spectral_basis(request: Request) -> Factors:

@@ -60,6 +60,11 @@ BASES: dict[str, BasisKind] = {
     "random": BasisKind(
         text="orthonormal, drawn from the seed", make=Named("fedlotr.adapters.bases:random_basis"), made_of="seed"
     ),
+    "normal": BasisKind(
+        text="every number from N(0, 1), as LoTR's published code has them (not orthonormal)",
+        make=Named("fedlotr.adapters.bases:normal_basis"),
+        made_of="seed",
+    ),
     "svd": BasisKind(
         text="leading singular vectors of the frozen weights",
         make=Named("fedlotr.adapters.bases:spectral_basis"),

@@ -155,14 +155,19 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         parameters: Mapping[str, torch.Tensor],
         core: CoreKind,
     ) -> None:
-        """Put an adapter beside the base: its frozen pair (or None), its trained tensors by name, and what C is."""
+        """Put an adapter beside the base: its frozen pair (or None), its trained tensors by name, and what C is.
+
+        A parameter among the tensors is another layer's, which this one shares.
+        """
         self.r[adapter], self.scaling[adapter], self.core[adapter] = r, scaling, core
         device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
         if basis is not None:
             self.core_basis[adapter] = basis.to(device)
         for name, value in parameters.items():
             # Only the device follows the base: cast to its dtype, orthonormal factors would be rounded.
-            self._parameters_of(name)[adapter] = nn.Parameter(value.to(device))
+            self._parameters_of(name)[adapter] = (
+                value if isinstance(value, nn.Parameter) else nn.Parameter(value.to(device))
+            )
 
     def add_carry(self, adapter: str, *tensors: torch.Tensor) -> None:
         """Let an adapter contain a constant `U V x`, instead of the one it had; tensors: as `Carried` takes them."""
@@ -185,6 +190,10 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         if basis is None:
             return None
         return basis.A if name == "A" else basis.B
+
+    def pair(self, adapter: str) -> dict[str, torch.Tensor]:
+        """The parameters A and B of an adapter, those of them that are trained."""
+        return {name: self._parameters_of(name)[adapter] for name in "AB" if adapter in self._parameters_of(name)}
 
     def theta(self, adapter: str) -> dict[str, torch.Tensor]:
         """The trained tensors that the core is made of; empty where it is the identity."""

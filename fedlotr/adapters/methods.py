@@ -21,6 +21,7 @@ class Method:
     factor no layer is adapted and only the classification head moves.
     publish: of those the factors that leave the client; the others stay with it from round to round, each client's its
     own. None: all leave it.
+    alpha: of s = alpha / r, unless told otherwise; None: s = 1.
     core: what C is. turns: where not empty, the factors that move and are sent in each round, in turn.
     strategy: how the server combines the updates unless told otherwise.
     lr, head_lr: default learning rates of AdamW, for the factors and for the classification head, under the cosine
@@ -37,6 +38,7 @@ class Method:
     lr: float
     head_lr: float
     core: str = "full"
+    alpha: float | None = None
     turns: tuple[tuple[Factor, ...], ...] = ()
     publish: tuple[Factor, ...] | None = None
 
@@ -67,6 +69,11 @@ class Method:
     def freezes(self) -> bool:
         """Whether a pair of frozen factors stands in the layers: A, B or both do not move."""
         return self.factored and not {"A", "B"} <= set(self.train)
+
+    @property
+    def may_tie(self) -> bool:
+        """Whether layers may share A and B: frozen ones around a core, or trained ones where it is made for that."""
+        return self.has_core and (self.freezes or self.tie != "layer")
 
     def moving(self, server_round: int) -> tuple[Factor, ...]:
         """The factors that clients train and send in a round, counted from 1."""
@@ -103,6 +110,17 @@ METHODS: dict[str, Method] = {
         strategy="exact-average",
         lr=2e-2,
         head_lr=3e-2,
+    ),
+    "lotr-trained": Method(
+        "LoTR as it was published: the core of each layer, and the factors that all layers of a type share",
+        "Bershatsky et al. 2024, LoTR",
+        basis="normal",
+        tie="type",
+        train=("A", "B", "C"),
+        strategy="fedit",
+        lr=2e-3,
+        head_lr=3e-2,
+        alpha=1.0,
     ),
     "lora-xs": Method(
         "cores between the leading singular vectors of the frozen weights",

@@ -39,7 +39,9 @@ class CoreConfig(PeftConfig):
 
     method: str = field(default="fed-sb", metadata={"help": f"A row of the table of methods: {', '.join(METHODS)}."})
     r: int = field(default=16, metadata={"help": "Rank: the core is r × r."})
-    alpha: float | None = field(default=None, metadata={"help": "The update is scaled by alpha / r; None means 1."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by alpha / r; None: the method's."}
+    )
     basis: str | None = field(default=None, metadata={"help": f"Where B and A come from: {', '.join(BASES)}."})
     tie: str | None = field(default=None, metadata={"help": f"Who shares B and A: {', '.join(TIES)}."})
     core: str | None = field(default=None, metadata={"help": f"What C is: {', '.join(CORES)}."})
@@ -86,7 +88,7 @@ class CoreConfig(PeftConfig):
             raise ValueError(
                 f"basis {self.basis!r} has B = 0, so the core of {self.method!r} would never learn; take another basis"
             )
-        if not row.has_core and self.tie not in (None, "layer"):
+        if not row.may_tie and self.tie not in (None, "layer"):
             raise ValueError(f"method {self.method!r} trains B and A in every layer, so tie {self.tie!r} cannot hold")
         if row.has_core != self.core_kind.trained:
             raise ValueError(
@@ -119,7 +121,8 @@ class CoreConfig(PeftConfig):
     @property
     def scaling(self) -> float:
         """s in `W x + s·B C A x`."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        alpha = self.row.alpha if self.alpha is None else self.alpha
+        return 1.0 if alpha is None else alpha / self.r
 
     def tag(self, key: str, layer: nn.Module) -> str:
         """The name of the tie that a module belongs to: its own, or its projection type's with the widths."""
@@ -175,10 +178,13 @@ class CoreModel(BaseTuner):
         shapes: dict[str, tuple[int, ...]] = {"A": (r, d_in), "B": (d_out, r), "D": (d_out, d_in), **core.shapes(r)}
         tag = config.tag(current_key, layer)
         members = self._members[tag]
+        tied: dict[str, torch.Tensor] = {}
+        if members:
+            check_one_shape([*members, (current_key, layer)])
+            tied = members[0][1].pair(adapter_name)
         if not row.freezes:
             basis = None
         elif members:
-            check_one_shape([*members, (current_key, layer)])
             basis = members[0][1].basis(adapter_name)
         else:
             mixed = None if core.constant is None else core.constant(r, config.seed, tag)
@@ -190,7 +196,7 @@ class CoreModel(BaseTuner):
             scaling=config.scaling,
             basis=basis,
             parameters={
-                name: torch.ones(shape) if name == "S" else torch.zeros(shape)
+                name: tied[name] if name in tied else torch.ones(shape) if name == "S" else torch.zeros(shape)
                 for name, shape in shapes.items()
                 if name in row.train or name == "S"
             },

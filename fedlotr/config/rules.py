@@ -40,7 +40,8 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     "core": lambda method: METHODS[method].has_core,
     "adapting": lambda method: METHODS[method].adapts,
     "moving": lambda method: METHODS[method].factored and not METHODS[method].freezes,
-    "untied": lambda method: METHODS[method].factored and not (METHODS[method].has_core and METHODS[method].freezes),
+    "tied": lambda method: METHODS[method].may_tie and not METHODS[method].freezes,
+    "untied": lambda method: METHODS[method].factored and not METHODS[method].may_tie,
     "core+B": lambda method: METHODS[method].factored and {"B", "C"} <= set(METHODS[method].train),
     "no-B": lambda method: METHODS[method].factored and "B" not in METHODS[method].train,
 }
@@ -156,6 +157,7 @@ TABLE = {
     "privacy_engine=opacus method:factored (chosen_core:composed)": PLAIN,
     "privacy_engine=opacus optimizer_state!=reset": "its optimizer begins anew in every round",
     "privacy_engine=opacus client_rank": "it knows one rank",
+    "privacy_engine=opacus method:tied": "its hooks would see what layers share once in each of them; choose cohort",
     "privacy_engine=opacus gradient_checkpointing": "its hooks would see every block run twice",
     "epsilon, noise_multiplier, delta, clip_quantile, noise_cohort, reproducible_noise privacy=none": "there is no "
     "noise without --privacy example or --privacy client",

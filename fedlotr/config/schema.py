@@ -122,7 +122,9 @@ class Fields(BaseModel):
         "each trains the leading block of the factors (default: --rank)",
     )
     alpha: float | None = Field(
-        default=None, gt=0, description="the adapted term is scaled by alpha / rank (default: the method's own scale)"
+        default=None,
+        gt=0,
+        description="the adapted term is scaled by alpha / rank (default: by 1; lotr-trained: by 1 / rank)",
     )
     basis: Annotated[str, one_of("basis", BASES)] | None = Field(
         default=None, description="where the factors B and A come from (default: the method's)"

@@ -11,6 +11,7 @@ from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.cost.formulas import PUBLISHED, Bill, Published, Shapes, bill
 from fedlotr.errors import InputError, shorten
+from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import installed, load_strategy
 from fedlotr.flower.traits import StrategyTraits, traits_of
 
@@ -70,18 +71,20 @@ def bills(
         if not row.adapts and not shapes.head:
             left_out[method] = "a language model has no classification head"
             continue
-        alike: dict[tuple[int, bool], list[str]] = {}
+        alike: dict[tuple[int, bool, bool], list[str]] = {}
         for name, terms in sorted(kinds.items(), key=lambda kind: (kind[0] != row.strategy, kind[0])):
             if terms.go_with(row):
                 merged = terms.merges[rank]
                 if merged and row.has_core:
                     continue  # what it merges is B A, without the core between them
-                alike.setdefault((merged, bool(terms.traits.controls)), []).append(name)
-        for (merged, controls), names in alike.items():
+                terms_of = merged, bool(terms.traits.controls), OWN_FACTORS in terms.traits.asks
+                alike.setdefault(terms_of, []).append(name)
+        for (merged, controls, drawn), names in alike.items():
             # Two strategies that carry have each a formula of their own.
             for group in [[name] for name in names] if merged else [names]:
                 who = [rank] * clients
-                made = bill(row, shapes.layers, shapes.heads, who, rounds, coding, merged=merged, controls=controls)
+                asked = row, shapes.layers, shapes.heads, who, rounds, coding
+                made = bill(*asked, merged=merged, controls=controls, drawn=drawn)
                 counted = None if controls else PUBLISHED.get((method, group[0]))
                 numbers = None if counted is None else counted.of(shapes.layers, rank, clients) + shapes.head
                 rows.append(Row(method, tuple(group), rank, made, merged, controls, counted, numbers))

@@ -64,6 +64,8 @@ FACTORS: Mapping[Factor, Formula] = {
     "D": Formula("d_in·d_out", lambda r, d_in, d_out: d_in * d_out, "McMahan et al. 2017, FedAvg"),
 }
 """Of a factor that is trained as it is."""
+PER_TIE: tuple[Factor, ...] = ("A", "B")
+"""What the layers of a tie have together."""
 PAIR = Formula("r·(d_in + d_out)", lambda r, d_in, d_out: r * (d_in + d_out), "Singhal et al. 2025, Fed-SB: B and A")
 """Of a frozen pair that is sent, once a tie."""
 
@@ -138,8 +140,8 @@ PUBLISHED: Mapping[tuple[str, str], Published] = {
     ("lora", "flora"): Published(
         _STACKED.text,
         _STACKED.of,
-        "the paper's clients draw the next A themselves; here they are sent the new A and B with the stack, "
-        "r·Σ(d_in + d_out) more, as any strategy may set them",
+        "the clients of the published code draw the next A themselves, as with restart=client; without it they are "
+        "sent the new A and B with the stack, r·Σ(d_in + d_out) more, as any strategy may set them",
     ),
     ("ffa-lora", "ffa-lora"): Published(
         "r·Σ(d_in + d_out)/2",
@@ -201,6 +203,7 @@ def bill(
     started: Mapping[str, int] = MappingProxyType({}),
     rank: int | None = None,
     controls: bool = False,
+    drawn: bool = False,
 ) -> Bill:
     """The bill of a method; of a run that chose another basis, tie or core, its row has them.
 
@@ -209,17 +212,19 @@ def bill(
     merged: the rank that a strategy adds to every layer's carried term, each round or round by round; started: by
     layer the rank of what every client has of it before. rank: of the run's factors (default: the largest of the
     clients'). controls: whether control variates go with the trained tensors (Karimireddy et al. 2020, SCAFFOLD: as
-    many numbers again).
+    many numbers again). drawn: whether clients draw A and B by themselves, so that these are not sent to them.
     """
     kinds = Counter((layer.d_in, layer.d_out, started.get(layer.name, 0)) for layer in layers)
     count = rounds if isinstance(rounds, int) else len(rounds)
     added = list(accumulate([merged] * count if isinstance(merged, int) else merged, initial=0))
-    published, turns = tuple(factor for factor in row.train if factor not in row.personal), row.sent
+    turns = row.sent
+    published = tuple(f for f in row.train if f not in row.personal and not (drawn and f in PER_TIE))
+    shapes = {f: Counter((layer.d_in, layer.d_out) for layer in holders(row, f, layers)) for f in row.train}
     rank = rank or max(ranks)
 
     @cache
     def sent(factors: tuple[Factor, ...], r: int, form: WireForm) -> int:
-        sizes = [*heads, *(_factor(row, f).of(r, i, o) for f in factors for i, o, _ in kinds.elements())]
+        sizes = [*heads, *(_factor(row, f).of(r, *shape) for f in factors for shape in shapes[f].elements())]
         return coded_bytes(form, sizes) + (WIRE_BYTES * sum(sizes) if controls else 0)
 
     def broadcast(r: int, has: int | None, number: int) -> int:
@@ -238,7 +243,7 @@ def bill(
     late = max(count - 1, 1)
     held = sum(n * carried(k + added[-1], k + added[-1], (i, o)) for (i, o, k), n in kinds.items())
     return Bill(
-        trained=sum(_factor(row, factor).over(layers, rank) for factor in row.train) + sum(heads),
+        trained=sum(_factor(row, f).over(holders(row, f, layers), rank) for f in row.train) + sum(heads),
         clients=clients,
         messages=messages,
         ups=tuple(ups),
@@ -268,14 +273,24 @@ def one_off(row: Method, layers: Sequence[Layer], r: int) -> int:
         return 0
     if row.basis_kind().derivable:
         return SEED_AND_HASH
-    ties: Mapping[str, Iterable[Layer]]
-    ties = {"layer": layers, "type": {layer.kind: layer for layer in layers}.values(), "all": layers[:1]}
-    return WIRE_BYTES * PAIR.over(ties[row.tie], r)
+    return WIRE_BYTES * PAIR.over(holders(row, "A", layers), r)
+
+
+def holders(row: Method, factor: Factor, layers: Sequence[Layer]) -> Sequence[Layer]:
+    """A layer for each of a factor that there is: all of them, or one of every tie for what its layers share."""
+    if factor not in PER_TIE or row.tie == "layer":
+        return layers
+    return layers[:1] if row.tie == "all" else list({layer.kind: layer for layer in layers}.values())
 
 
 def in_words(row: Method) -> str:
     """Numbers that a client sends a round for each adapted layer, as a formula in r, d_in and d_out."""
-    return ", then ".join(" + ".join(_factor(row, f).text for f in turn) for turn in row.sent) or "0"
+    return ", then ".join(" + ".join(_in_words(row, f) for f in turn) for turn in row.sent) or "0"
+
+
+def _in_words(row: Method, factor: Factor) -> str:
+    once = " once a tie" if factor in PER_TIE and row.tie != "layer" else ""
+    return f"{_factor(row, factor).text}{once}"
 
 
 def source(row: Method) -> str:

@@ -13,6 +13,7 @@ from fedlotr.flower.link import Cohort, Draft, Job, Link, Reply, Turn
 from fedlotr.flower.links.bases import Bases
 from fedlotr.flower.links.carry import CarriedTerm
 from fedlotr.flower.links.codec import Codec
+from fedlotr.flower.links.draws import Draws
 from fedlotr.flower.links.hidden import HiddenClients
 from fedlotr.flower.links.moments import Moments
 from fedlotr.flower.links.objectives import Objectives
@@ -26,7 +27,9 @@ from fedlotr.training.cohort import GradientTransform
 from fedlotr.training.corrections import chain as one_after_the_other
 from fedlotr.training.model import Tensors, TrainableModel
 
-LINKS: tuple[type[Link], ...] = (Personal, Objectives, Moments, Bases, CarriedTerm, Ranks, HiddenClients, Codec)
+LINKS: tuple[type[Link], ...] = (
+    *(Personal, Objectives, Moments, Bases, CarriedTerm, Ranks, Draws, HiddenClients, Codec),
+)
 """In the order in which a side goes through them before it sends; what arrives meets them in the reverse."""
 GROUP = "fedlotr.links"
 """Entry point group in which packages announce links."""

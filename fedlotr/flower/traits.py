@@ -38,7 +38,7 @@ class StrategyTraits:
     restarts: whether the factors of one round are not those of the next, but drawn or turned anew, so that nothing a
     client keeps of them can be added to its next update.
     asks: what clients are to do besides plain training: keys of the train message's config with their values; which
-    there are is said in `fedlotr.flower.links.objectives`.
+    there are is said in `fedlotr.flower.links.objectives` and `links.draws`.
     ranks: client -> the rank that it is to train from now on, where that is below its own; None: it changes no ranks.
     merges: ranks of a round's clients -> the rank that they add to a layer's carried term; `doctor` reckons by it.
     fewest: the clients that a round needs at least for what the strategy promises, and why; None: any number goes.
@@ -60,7 +60,11 @@ class StrategyTraits:
     mean_before_step: Mapping[str, npt.NDArray[np.float64]] | None = None
 
     def combines(self, row: Method) -> bool:
-        """Whether clients of a method send what it combines, in every round."""
+        """Whether clients of a method send what it combines, in every round; to who needs A and B, ΔW is B A."""
+        return self.gets(row) and not (self.needs >= {"A", "B"} and row.has_core)
+
+    def gets(self, row: Method) -> bool:
+        """Whether clients of a method send all that it needs."""
         return all(self.needs <= set(turn) for turn in row.sent)
 
     @property

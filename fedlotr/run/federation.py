@@ -78,7 +78,7 @@ def certificate_layers(model: TrainableModel) -> list[Layer]:
     if model.personal:
         return []
     by_module: dict[str, dict[str, str]] = {}
-    for tensor, (module, part) in model.trained.items():
+    for (module, part), tensor in model.names.items():
         if module not in model.heads and part != "S":
             by_module.setdefault(module, {})[part] = tensor
     layers = factored_layers(model.module)
@@ -92,7 +92,7 @@ def certificate_layers(model: TrainableModel) -> list[Layer]:
     def core(layer: FactoredLayer) -> Callable[[Any], Any]:
         basis = layer.basis("default")
         mixed = None if basis is None or basis.P is None else basis.P.double()
-        return lambda theta: layer.core["default"].expand({"C": torch.from_numpy(theta)}, mixed).numpy()
+        return lambda theta: layer.core["default"].expand({"C": torch.tensor(theta)}, mixed).numpy()
 
     return [
         Layer(

@@ -23,6 +23,7 @@ from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.flower.links.carry import model_sha256
+from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.round import State
 from fedlotr.flower.traits import traits_of
@@ -128,11 +129,13 @@ def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]
     if core is not None and row.factored:
         row = replace(row, basis=str(core.basis), tie=str(core.tie), core=str(core.core))
     strategy = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
-    merged = [traits_of(strategy).merges([ranks[client] for client in clients]) for clients in rounds]
+    traits = traits_of(strategy)
+    merged = [traits.merges([ranks[client] for client in clients]) for clients in rounds]
     started = {} if checked.start is None else {name: len(pair.A) for name, pair in checked.start.layers.items()}
     shapes = shapes_of(model.module, factored_layers(model.module))
     asked = row, shapes.layers, shapes.heads, ranks, rounds, config.coding
-    return bill(*asked, merged=merged, started=started, rank=config.rank)
+    drawn = OWN_FACTORS in traits.asks
+    return bill(*asked, merged=merged, started=started, rank=config.rank, controls=traits.controls, drawn=drawn)
 
 
 def _reckoned(prepared: Prepared) -> Communication:

@@ -10,11 +10,15 @@ from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.rules import NO_CLIENT_STATE, Rule, broken, value_of
 from fedlotr.errors import InputError
 from fedlotr.flower.chain import LINKS, link_classes
+from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import MINIMA
 from fedlotr.flower.traits import StrategyTraits, traits_of
 
 
 def _combines(config: SimulationConfig, traits: StrategyTraits) -> str:
+    if traits.gets(config.row):
+        verb = "merges" if traits.merges([1, 1]) else "combines"
+        return f"what it {verb} is B A, without the core between them; choose --method lora"
     able = [name for name, row in METHODS.items() if traits.combines(row)]
     sent = " in turn ".join(" and ".join(turn) for turn in config.row.sent) or "the head alone"
     return (
@@ -61,6 +65,15 @@ RULES = (
         "--no-error-feedback",
     ),
     Rule(at="broadcast_codec:coded strategy:any (ranks!=none)", why="it changes clients' ranks; only --codec goes"),
+    *(
+        Rule(
+            at=f"{codec}:coded strategy:any",
+            why="its clients draw A and B by themselves, and a codec's messages are of what a client was sent; leave "
+            "the codec out, or choose --strategy-arg restart=fresh",
+            when=lambda c, traits: OWN_FACTORS in traits.asks,
+        )
+        for codec in ("codec", "broadcast_codec")
+    ),
     Rule(
         at="strategy:any chosen_core:restarts (controls method:adapting)",
         why="the blocks' scales start again in every round, so there is no lasting gradient that a control variate "

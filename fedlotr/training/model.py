@@ -50,17 +50,30 @@ class TrainableModel:
 
     @cached_property
     def trained(self) -> dict[str, tuple[str, str]]:
-        """Trained tensor -> (module's name, the name under which that module takes its copies), sorted by tensor."""
-        found: dict[str, tuple[str, str]] = {
-            f"base_model.model.{name}.core_{factor}": (name, factor)
-            for name, layer in factored_layers(self.module).items()
-            for factor in TRAINABLE
-            if "default" in getattr(layer, f"core_{factor}")
-        }
-        for name in self.heads:
+        """Trained tensor -> (module's name, the name under which that module takes its copies), sorted by tensor.
+
+        One that the layers of a tie share has the name of the first of them; see `shared`.
+        """
+        return {name: (modules[0], part) for name, (modules, part) in self._holders.items()}
+
+    @cached_property
+    def shared(self) -> dict[str, list[str]]:
+        """Trained tensor -> all modules that compute with it."""
+        return {name: modules for name, (modules, _) in self._holders.items()}
+
+    @cached_property
+    def _holders(self) -> dict[str, tuple[list[str], str]]:
+        found: dict[str, tuple[list[str], str]] = {}
+        names: dict[int, str] = {}
+        for module, layer in factored_layers(self.module).items():
+            for factor in TRAINABLE:
+                if "default" in (parameters := getattr(layer, f"core_{factor}")):
+                    name = names.setdefault(id(parameters["default"]), f"base_model.model.{module}.core_{factor}")
+                    found.setdefault(name, ([], factor))[0].append(module)
+        for module in self.heads:
             for part in ("weight", "bias"):
-                if getattr(self.module.get_submodule(name), part) is not None:
-                    found[f"base_model.model.{name}.{part}"] = (name, part)
+                if getattr(self.module.get_submodule(module), part) is not None:
+                    found[f"base_model.model.{module}.{part}"] = ([module], part)
         return dict(sorted(found.items()))
 
     @cached_property
@@ -103,12 +116,13 @@ class TrainableModel:
             layer = self.module.get_submodule(module)
             if isinstance(layer, FactoredLayer) and "C" in parts:
                 parts = {**parts, **layer.core["default"].publish(parts)}
-            sent |= {self._names[module, part]: value for part, value in parts.items() if part != "S"}
+            sent |= {self.names[module, part]: value for part, value in parts.items() if part != "S"}
         return dict(sorted(sent.items()))
 
     @cached_property
-    def _names(self) -> dict[tuple[str, str], str]:
-        return {where: name for name, where in self.trained.items()}
+    def names(self) -> dict[tuple[str, str], str]:
+        """(module's name, the name of a copy there) -> the trained tensor; of a tie, every layer's."""
+        return {(module, part): name for name, (modules, part) in self._holders.items() for module in modules}
 
     @cached_property
     def head_names(self) -> frozenset[str]:
@@ -166,8 +180,8 @@ class TrainableModel:
         """Trained tensors with copies axes, arranged for `adapters.copies`."""
         arranged: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
-            module, part = self.trained[name]
-            arranged.setdefault(module, {})[part] = tensor
+            for module in self.shared[name]:
+                arranged.setdefault(module, {})[self.trained[name][1]] = tensor
         return arranged
 
     def logits(self, batch: Batch) -> torch.Tensor:

@@ -156,7 +156,17 @@ def test_a_link_that_keeps_something_of_clients_needs_an_engine_that_shows_it(to
 def test_the_chain_is_in_order_and_every_link_has_a_name_of_its_own() -> None:
     names = [link.name for link in LINKS]
     assert names == [
-        *("personal parts", "objectives", "moments", "bases", "carry", "ranks", "noised mean of the clients", "codec"),
+        *(
+            "personal parts",
+            "objectives",
+            "moments",
+            "bases",
+            "carry",
+            "ranks",
+            "draws",
+            "noised mean of the clients",
+            "codec",
+        ),
     ]
     assert link_classes(()) == list(LINKS) and len({*names}) == len(names)
 

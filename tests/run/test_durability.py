@@ -329,7 +329,7 @@ def rows_in(run: Path) -> int:
 @pytest.mark.parametrize("strategy", ["exact-average", "flwr.serverapp.strategy:FedAdam"])
 @pytest.mark.serial
 def test_ten_kills_at_random_moments_change_nothing(strategy: str, tiny: dict[str, Any], tmp_path: Path) -> None:
-    options = {**tiny, "rounds": 10, "strategy": strategy}
+    options = {**tiny, "rounds": 14, "strategy": strategy}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     stream = random.Random(f"{SEED} {strategy}")
     print(f"DURABILITY_SEED={SEED}")
