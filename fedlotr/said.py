@@ -35,6 +35,27 @@ class Heard(logging.Handler):
 
 
 @contextmanager
+def keeping() -> Iterator[list[str]]:
+    """Keep what is said, from here to the end of the block, for whoever will say it once there is a run.
+
+    Nobody else hears it meanwhile: no handler, nor the logger's own standard error.
+    """
+    kept: dict[str, None] = {}
+
+    def keep(record: logging.LogRecord) -> bool:
+        kept[record.getMessage()] = None
+        lines[:] = kept
+        return False
+
+    lines: list[str] = []
+    _log.addFilter(keep)
+    try:
+        yield lines
+    finally:
+        _log.removeFilter(keep)
+
+
+@contextmanager
 def hearing(show: Callable[[str], None]) -> Iterator[Heard]:
     """Gather what is said, from here to the end of the block."""
     handler = Heard(show)

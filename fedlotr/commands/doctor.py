@@ -16,6 +16,7 @@ from fedlotr.config.preflight import standing_folder
 from fedlotr.errors import FedlotrError, InputError, shorten
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table
+from fedlotr.said import keeping
 
 LITTLE_DISK = 10**9
 """Bytes of free space below which a warning is due: logs and libraries' caches need some too."""
@@ -58,7 +59,8 @@ def _report(words: Sequence[str]) -> int:
         problems, config, wrong = list(error.problems), error.config, error.wrong
     # Where a hub that cannot be reached is looked for in vain, the reason is at hand.
     findings = [*_hardware(config), *_software(config), *_network(), *_disk(config)]
-    checked, more = _check(config, wrong)
+    with keeping() as said:
+        checked, more = _check(config, wrong)
     problems += [problem for problem in more if problem not in problems]
     needs = None
     if checked is not None and not problems:
@@ -66,6 +68,7 @@ def _report(words: Sequence[str]) -> int:
 
         needs = forecast(checked, machine.resident_bytes())
         findings += _needs(checked, needs)
+        findings += [Finding("the run", "warning", line) for line in said]
     failing = [finding for finding in findings if finding.status == "problem"]
     problems += ["; ".join(filter(None, [f"{f.name}: {f.text}", f.advice])) for f in failing]
     if config.json_output:

@@ -15,6 +15,7 @@ from fedlotr.errors import FedlotrError, InputError
 from fedlotr.machine import loading_for_good
 from fedlotr.reporting.console import Console
 from fedlotr.run.processes import CLIENT_APP, threads_of, workers_of
+from fedlotr.said import keeping
 
 if TYPE_CHECKING:
     from fedlotr.engines.head_start import HeadStart
@@ -88,7 +89,8 @@ def _refuse_further(known: ConfigurationError) -> int:
         from fedlotr.run.simulation import check_all
 
         try:
-            check_all(known.config, known.wrong)
+            with keeping():
+                check_all(known.config, known.wrong)
         except InputError as error:
             refuse(error.problems)
     return BAD_INPUT

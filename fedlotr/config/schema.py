@@ -96,6 +96,11 @@ class Fields(BaseModel):
         description="the classes in their order, with commas or in a file, a name a line (default: those that occur in "
         "the data, which --privacy does not hide)",
     )
+    join_labels: bool = Field(
+        default=False,
+        description="take labels that are equal but for case, space or Unicode form for one class (default: they are "
+        "refused)",
+    )
     task: Annotated[str, AfterValidator(check_task)] = Field(
         default="auto",
         description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",

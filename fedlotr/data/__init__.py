@@ -11,7 +11,7 @@ from fedlotr.data.partition import (
 )
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.sources import Names, OwnData, Source, load_source
-from fedlotr.data.tasks import Task, encode, resolve_task
+from fedlotr.data.tasks import Task, encode, resolve_task, unshared_classes
 from fedlotr.data.user_task import OwnTask, apply_task, check_task, measure, task_name
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "partition",
     "resolve_task",
     "task_name",
+    "unshared_classes",
     "withhold_public",
 ]

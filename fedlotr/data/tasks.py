@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedlotr.data.labels import are_numbers, class_indices, class_names, row_problems, unshared
 from fedlotr.data.sources import Source
 from fedlotr.errors import InputError, nearest
 
@@ -24,26 +25,22 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Task -> the text columns it can read, the preferred ones first."""
 
-MAX_CLASSES = 10_000
-"""A larger label is an identifier rather than a class index."""
-
-ROWS_SHOWN = 3
-"""Bad rows named one by one."""
-
 
 @dataclass(frozen=True)
 class Task:
     """What is learnt from which columns.
 
     columns: the text columns it reads. label_names: the classes in the order of their indices; empty for a causal
-    language model. by_name: whether a number in the data is the name of a class, as of `--label-names 1,2,3`, and not
-    its index.
+    language model. by_name: whether a number in the data is the name of a class, as 1, 2 and 3 are or those of
+    `--label-names 3,2,1`, and not its index. joined: whether a label may differ from its class in case, white space and
+    Unicode form.
     """
 
     kind: Literal["classification", "causal-lm"]
     columns: tuple[str, ...]
     label_names: tuple[str, ...]
     by_name: bool = False
+    joined: bool = False
 
     def labels(self, rows: datasets.Dataset) -> npt.NDArray[np.int64]:
         """(rows,) class indices; zeros for a causal language model.
@@ -52,19 +49,31 @@ class Task:
         """
         if self.kind == "causal-lm":
             return np.zeros(len(rows), np.int64)
-        indices, problems = _class_indices("--data", rows["label"][:], self.label_names, by_name=self.by_name)
+        indices, problems = self.indices("--data", rows)
         if problems:
             raise InputError(problems)
         return indices
 
+    def indices(self, where: str, rows: datasets.Dataset) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """(rows,) class indices, and what is wrong with labels that are no class. where: the rows, for messages."""
+        return class_indices(where, rows["label"][:], self.label_names, by_name=self.by_name, joined=self.joined)
 
-def resolve_task(kind: str, source: Source, label_names: tuple[str, ...] | None = None, *, told: bool = True) -> Task:
+
+def resolve_task(
+    kind: str,
+    source: Source,
+    label_names: tuple[str, ...] | None = None,
+    *,
+    joined: bool = False,
+    told: bool = True,
+) -> Task:
     """The task that `kind` ("auto", "classification" or "causal-lm") is on this source, every row checked.
 
-    "auto" is classification where train has a column `label`. Numbers as labels are class indices from 0 to the largest
-    in train or test, named by the source or by their number; names as labels are classes in sorted order.
-    label_names: the classes in their order, where they are settled whatever the rows hold. told: whether a message may
-    say of a row that it has none of these.
+    "auto" is classification where train has a column `label`. Whole numbers as labels are indices of the names that the
+    source has, or else the classes that there are, in their order and named by their numbers; names as labels are
+    classes in sorted order. label_names: the classes in their order, where they are settled whatever the rows hold.
+    joined: whether labels that are equal but for case, white space or Unicode form are one class. told: whether a
+    message may say which labels rows have.
     Raises InputError for an unknown kind, missing columns, rows without text and rows without a valid label.
     """
     if kind not in ("auto", *COLUMNS):
@@ -74,11 +83,12 @@ def resolve_task(kind: str, source: Source, label_names: tuple[str, ...] | None 
             raise InputError("--label-names: a language model has no labels; leave it out, or give --label-column")
         return Task("causal-lm", _text_columns("causal-lm", (), source), ())
     columns = _text_columns("classification", ("label",), source)
-    if label_names is not None:
-        task = Task("classification", columns, label_names, source.label_names is None and _are_numbers(label_names))
-        _check_labels(source, task, told=told)
-        return task
-    return Task("classification", columns, _label_names(source))
+    if label_names is None:
+        return _with_labels(source, columns, joined=joined, told=told)
+    by_name = source.label_names is None and are_numbers(label_names)
+    task = Task("classification", columns, label_names, by_name, joined)
+    _check_labels(source, task, told=told)
+    return task
 
 
 def _splits(source: Source) -> list[tuple[str, datasets.Dataset]]:
@@ -103,14 +113,10 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
             problems.append(f"{where}: no column {' or '.join(missing)}, unlike train; choose another --eval-split")
         for column in (column for column in usable[0] if column not in missing):
             bad = {row: text for row, text in enumerate(rows[column][:]) if not isinstance(text, str)}
-            problems += _row_problems(where, column, bad, "text")
+            problems += row_problems(where, column, bad, "text")
     if problems:
         raise InputError(problems)
     return usable[0]
-
-
-def _are_numbers(names: tuple[str, ...]) -> bool:
-    return all(name.isdecimal() for name in names)
 
 
 def _check_labels(source: Source, task: Task, *, told: bool) -> None:
@@ -122,7 +128,7 @@ def _check_labels(source: Source, task: Task, *, told: bool) -> None:
         )
     problems: list[str] = []
     for where, rows in _splits(source):
-        found = _class_indices(where, rows["label"][:], names, by_name=task.by_name)[1]
+        found = task.indices(where, rows)[1]
         if found and not told:
             found = [f"{where}: some label is none of the {len(names)} that --label-names gives (which, is private)"]
         problems += found
@@ -130,51 +136,28 @@ def _check_labels(source: Source, task: Task, *, told: bool) -> None:
         raise InputError(problems)
 
 
-def _label_names(source: Source) -> tuple[str, ...]:
-    """The classes, once every row of both splits has one."""
-    splits = [(where, rows["label"][:]) for where, rows in _splits(source)]
-    values = {value for _, column in splits for value in column if value is not None}
-    names = tuple(sorted((value for value in values if isinstance(value, str)), key=_in_order))
-    numbers = [int(value) for value in values if not isinstance(value, str) and value % 1 == 0]
-    if names and numbers:
-        raise InputError(f"--data {source.name}: labels are names in one split and numbers in the other")
-    classes = max(numbers) + 1 if numbers else len(names)
-    if classes > MAX_CLASSES:
-        raise InputError(f"--data {source.name}: 'label' implies {classes} classes; expected {MAX_CLASSES} or fewer")
-    if numbers:
-        names = source.label_names or tuple(str(index) for index in range(classes))
-    problems = [problem for where, column in splits for problem in _class_indices(where, column, names)[1]]
+def _with_labels(source: Source, columns: tuple[str, ...], *, joined: bool, told: bool) -> Task:
+    """The task with the classes that labels say there are, once every row of both splits has one."""
+    where = f"--data {source.name}"
+    splits = [(of, rows["label"][:]) for of, rows in _splits(source)]
+    names, by_name = class_names(where, splits, source.label_names, joined=joined, told=told)
+    task = Task("classification", columns, names, by_name, joined)
+    problems = [problem for of, rows in _splits(source) for problem in task.indices(of, rows)[1]]
     if len(names) == 1 and not problems:
-        problems = [f"--data {source.name}: every label is {names[0]}; --task classification needs two classes or more"]
+        of = names[0] if told else "the same"
+        problems = [f"{where}: every label is {of}; --task classification needs two classes or more"]
     if problems:
         raise InputError(problems)
-    return names
+    return task
 
 
-def _in_order(name: str) -> tuple[bool, int, str]:
-    """Names in alphabetical order, after those that are numbers in theirs."""
-    return (False, int(name), name) if name.isdecimal() and len(name) < 19 else (True, 0, name)
-
-
-def _class_indices(
-    where: str, values: list[Any], names: tuple[str, ...], *, by_name: bool = False
-) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """(values,) class indices, and what is wrong with the values that are no class."""
-    classes: dict[str | float | None, int] = {name: index for index, name in enumerate(names)}
-    classes |= {int(name) if by_name else index: index for index, name in enumerate(names)}
-    bad = {row: value for row, value in enumerate(values) if value not in classes}
-    expected = f"one of the classes {names[0]} to {names[-1]}" if names else "a class index from 0, or a name"
-    indices = np.array([classes.get(value, -1) for value in values], np.int64)
-    return indices, _row_problems(where, "label", bad, expected)
-
-
-def _row_problems(where: str, column: str, bad: dict[int, Any], expected: str) -> list[str]:
-    """A line for each of the first bad rows, counted from 1, and one for the rest."""
-    problems = [
-        f"{where}, row {row + 1}: '{column}' is {repr(value)[:50]}; expected {expected}"
-        for row, value in list(bad.items())[:ROWS_SHOWN]
-    ]
-    return problems + ([f"{where}: {len(bad) - ROWS_SHOWN} more rows like these"] if len(bad) > ROWS_SHOWN else [])
+def unshared_classes(source: Source, task: Task, *, told: bool = True) -> list[str]:
+    """Lines that name the classes that a split has no row of. told: whether they may tell of the rows of train."""
+    if task.kind == "causal-lm":
+        return []
+    train, test = (set(task.labels(rows).tolist()) for rows in (source.train, source.test))
+    name = f"--data {source.name}"
+    return unshared(name, source.test_split, task.label_names, train, test, told=told)
 
 
 def encode(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:

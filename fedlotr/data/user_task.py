@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlotr.config.own import own_name
+from fedlotr.data.labels import MAX_CLASSES, ROWS_SHOWN
 from fedlotr.data.sources import Source, source_of
-from fedlotr.data.tasks import MAX_CLASSES, ROWS_SHOWN, Task
+from fedlotr.data.tasks import Task
 from fedlotr.errors import FedlotrError, InputError, nearest
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ from fedlotr.run.contents import Content
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.resumption import BY_CONTENT, MAY_CHANGE, ROWS, as_kept, by_content, compare_contents, contents_in
 from fedlotr.run.simulation import check_all, run_simulation
+from fedlotr.said import keeping
 
 LEFT_BEFORE_A_START = {"log.txt", ".work"}
 """What a run that was killed before it had its configuration may have left; nothing of it is worth keeping."""
@@ -112,9 +113,10 @@ def check_runs(grid: Grid, out: Path) -> None:
             continue
         looked_at |= {row, deal}
         try:
-            if key not in sources:
-                sources[key] = read_source(config)
-            checked, _ = check_all(config, source=sources[key])
+            with keeping():  # each run says it by itself
+                if key not in sources:
+                    sources[key] = read_source(config)
+                checked, _ = check_all(config, source=sources[key])
             contents[run.row.name] = checked.contents
         except InputError as error:
             mistakes += [(run.row.name, problem) for problem in error.problems]

@@ -29,6 +29,7 @@ from fedlotr.data import (
     partition,
     resolve_task,
     task_name,
+    unshared_classes,
     withhold_public,
 )
 from fedlotr.errors import InputError
@@ -52,6 +53,7 @@ from fedlotr.run.contents import Content, code_content, model_content
 from fedlotr.run.public_rows import check_public, check_scored
 from fedlotr.run.skeleton import build_skeleton
 from fedlotr.run.warm_start import WarmStart, warm_start
+from fedlotr.said import say
 from fedlotr.streams import generator
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.packing import Rows
@@ -243,8 +245,8 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
     own_task = found.attempt(lambda: check_task(brought.task)) if brought.task is not None else None
     if own_task is not None:
         found.name("task", task_name(own_task))
-        options = ("text_column", "label_column", "label_names")
-        if unread := [option for option in options if getattr(config, option) is not None]:
+        options = ("text_column", "label_column", "label_names", "join_labels")
+        if unread := [option for option in options if getattr(config, option) not in (None, False)]:
             found.problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
         if METHODS[config.method].personal and own_task.metric_name is not None:
             found.problems.append(
@@ -260,7 +262,10 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
     if brought.task is not None:
         return source, None, None
     told = config.privacy == "none"
-    task = found.attempt(lambda: resolve_task(config.task, raw, config.labels, told=told), "task", "label_names")
+    task = found.attempt(
+        lambda: resolve_task(config.task, raw, config.labels, joined=config.join_labels, told=told),
+        *("task", "label_names", "join_labels"),
+    )
     return source, task, None
 
 
@@ -276,6 +281,8 @@ def _clients(
             "--method head: a language model has no classification head; choose a method that adapts layers"
         )
     labels = found.attempt(lambda: task.labels(source.train))
+    for line in unshared_classes(source, task, told=config.privacy == "none") if labels is not None else ():
+        say(line)
     found.attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
     if labels is None:
         return None, None
@@ -424,7 +431,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
         missing = [column for column in task.columns if column not in source.train.column_names]
         if missing or (task.kind == "classification" and "label" not in source.train.column_names):
             raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
-        resolve_task(task.kind, source, task.label_names or None)
+        resolve_task(task.kind, source, task.label_names or None, joined=config.join_labels)
         task.labels(source.train)
     except InputError as error:
         raise InputError([problem.replace("--data", name.split()[0], 1) for problem in error.problems]) from error

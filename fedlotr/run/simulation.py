@@ -52,7 +52,7 @@ from fedlotr.run.rounds import Rounds
 from fedlotr.run.summary import facts
 from fedlotr.run.unmet import feedback, unmet, unmet_links
 from fedlotr.run.world import leaving_no_trace
-from fedlotr.said import hearing, say
+from fedlotr.said import hearing, keeping, say
 from fedlotr.training.cohort import cut_cohorts
 
 if TYPE_CHECKING:
@@ -141,23 +141,25 @@ def run_simulation(
         problems = problems_at_the_door(config, brings_engine=engine is not None, brought=own.fields)
         if problems:
             raise InputError(problems)
-        checked, strategy = check_all(resolve(config), brought=own)
+        with keeping() as said:
+            checked, strategy = check_all(resolve(config), brought=own)
         name = f"{config.method}-{checked.source.name}-{config.seed}".replace(PREFIX, "own-")
         directory = RunDirectory.create(checked.config.out, name, start)
         make = engine or partial(_engine, head_start=head_start)
-        return _run_in(directory, checked, strategy, make, audience, display, started)
+        return _run_in(directory, checked, said, strategy, make, audience, display, started)
 
 
 def _run_in(
     directory: RunDirectory,
     checked: Checked,
+    said: Sequence[str],
     strategy: FlowerStrategy,
     make: EngineMaker,
     audience: Audience,
     display: Console,
     started: float,
 ) -> SimulationResult:
-    """A run whose configuration is checked, in its directory."""
+    """A run whose configuration is checked, in its directory. said: what the user must know of what was checked."""
     config = checked.config
     with ExitStack() as stack:
         stack.enter_context(directory.explaining())
@@ -172,6 +174,8 @@ def _run_in(
             dump_yaml(config, directory.path / "config.yaml")
         finished = 0 if checkpoint is None else checkpoint.round
         display.begin(directory.path, finished)
+        for line in said:
+            say(line)
         mark = None if checkpoint is None else checkpoint.extra.get("privacy")
         guard = guard_of(checked, directory.path, mark, display.stage)
         stack.enter_context(limited_threads(config.threads))
