@@ -105,8 +105,10 @@ class Fields(BaseModel):
         default="auto",
         description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",
     )
-    partition: Annotated[str, AfterValidator(check_partition)] = Field(
-        default="dirichlet:0.5", description="how the examples are dealt to the clients; a smaller ALPHA is more uneven"
+    partition: Annotated[str, AfterValidator(check_partition)] | None = Field(
+        default=None,
+        description="how the examples are dealt to the clients; a smaller ALPHA is more uneven (default: "
+        "dirichlet:0.5; without labels natural where there is a column client, else iid)",
     )
     max_length: int = Field(default=128, ge=2, le=LARGEST, description="tokens of an example; longer ones are cut")
     public_examples: int = Field(

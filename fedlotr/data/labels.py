@@ -21,6 +21,9 @@ ROWS_SHOWN = 3
 NAMES_SHOWN = 10
 """Classes named one by one."""
 
+LABEL_COLUMNS = ("label", "labels")
+"""What the column of the labels is called where nothing is said of it, also with capitals; the first that there is."""
+
 Split = tuple[str, Sequence[Any]]
 """How messages name a split, and the labels of its rows."""
 
@@ -35,6 +38,13 @@ def key_of(name: str) -> str:
     """What is equal for names that differ in case, white space or Unicode form alone."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     return "".join(c for c in plain if not c.isspace() and not _shows_nothing(c)) or name
+
+
+def label_among(columns: Iterable[str]) -> str | None:
+    """Which of the columns has the labels, by its name: as written here rather than with capitals."""
+    there = list(columns)
+    written = [name for name in LABEL_COLUMNS if name in there]
+    return next(iter([*written, *(name for name in there if name.lower() in LABEL_COLUMNS)]), None)
 
 
 def are_numbers(names: Iterable[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,11 @@ PARTITIONS = {
 
 EXAMPLES = {"iid": "iid", "dirichlet": "dirichlet:0.3", "shards": "shards:2", "natural": "natural:client"}
 
+DEFAULT = "dirichlet:0.5"
+"""Of rows with labels: uneven, as clients are."""
+CLIENT = "client"
+"""The column that names the clients, where no other is given."""
+
 MAX_ALPHA = 1e6
 """Already indistinguishable from equal shares; far larger ones overflow the sampler."""
 
@@ -48,6 +53,13 @@ class Holding:
     labels: dict[str, int]
 
 
+def default_partition(columns: Collection[str], *, labelled: bool) -> str:
+    """How rows with these columns are dealt where nothing is said: unevenly by label, or as they come to be held."""
+    if labelled:
+        return DEFAULT
+    return "natural" if CLIENT in columns else "iid"
+
+
 def parse_partition(rule: str) -> tuple[str, float | int | str | None]:
     """("iid", None), ("dirichlet", alpha), ("shards", shards a client) or ("natural", column).
 
@@ -64,7 +76,7 @@ def parse_partition(rule: str) -> tuple[str, float | int | str | None]:
     if name == "natural":
         if colon and not argument:
             raise InputError(wrong.format("the name of a column"))
-        return name, argument or "client"
+        return name, argument or CLIENT
     try:
         value = float(argument) if name == "dirichlet" else int(argument)
     except ValueError:

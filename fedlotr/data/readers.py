@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedlotr.data.labels import label_among
 from fedlotr.errors import InputError
 
 PROBLEMS_SHOWN = 3
@@ -46,10 +47,10 @@ class Table(NamedTuple):
     label_names: tuple[str, ...] | None = None
 
 
-def read_files(paths: Iterable[Path], given: str, label: str = "label") -> Table:
+def read_files(paths: Iterable[Path], given: str, label: str | None = None) -> Table:
     """The rows of one split's files, one after the other.
 
-    given: the option and its value, for messages. label: the column whose class names are wanted.
+    given: the option and its value, for messages. label: the column whose class names are wanted (None: the labels').
 
     Raises InputError with what is wrong in each file.
     """
@@ -83,7 +84,7 @@ def suffix_of(path: Path) -> str:
     return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
 
 
-def _read_json(path: Path, label: str) -> Table:
+def _read_json(path: Path, label: str | None) -> Table:
     """JSON lines; those of lists or objects, which no task reads, are left out."""
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
@@ -103,7 +104,7 @@ def _read_json(path: Path, label: str) -> Table:
     return Table(_checked(path, found, numbers, problems))
 
 
-def _read_csv(path: Path, label: str) -> Table:
+def _read_csv(path: Path, label: str | None) -> Table:
     """Comma-separated values with a header line (or semicolons or tabs, where it has no comma), all of it text.
 
     Nothing is guessed from what a value looks like: "007" stays what it is. Columns without a name, such as a data
@@ -163,7 +164,7 @@ def _twice(names: list[str]) -> str:
     return f", '{names[0]}' is there twice" if names else ""
 
 
-def _read_parquet(path: Path, label: str) -> Table:
+def _read_parquet(path: Path, label: str | None) -> Table:
     """Parquet, by pyarrow; class names as the `datasets` library keeps them in a file's schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -196,17 +197,18 @@ def _read_parquet(path: Path, label: str) -> Table:
     return Table(_checked(path, found, range(1, count + 1), problems, unit="row"), names)
 
 
-def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
+def _class_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...] | None:
     """The names that a schema has for the classes of a column; None where it has none, or not one for each."""
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        names = features[label or label_among(features)]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     different = isinstance(names, list) and names and len(set(map(str, names))) == len(names)
     return tuple(map(str, names)) if different else None
 
 
-READERS: dict[str, Callable[[Path, str], Table]] = {
+READERS: dict[str, Callable[[Path, str | None], Table]] = {
     ".jsonl": _read_json,
     ".jsonl.gz": _read_json,
     ".csv": _read_csv,

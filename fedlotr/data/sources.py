@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
 from fedlotr.data.hub import fetch_data
+from fedlotr.data.labels import label_among
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.readers import READERS, Columns, Table, checked_columns, read_files
 from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_files, split_tenth
@@ -24,7 +25,8 @@ PYDOC_SPLIT_SEED = 0
 """Fixed, so that runs of different seeds are tested on the same paragraphs."""
 
 OwnData = Mapping[str, Any]
-"""Split -> `datasets.Dataset` or rows (mappings of column to value); a `datasets.DatasetDict` is one."""
+"""Split -> `datasets.Dataset`, `IterableDataset` (read to its end) or rows (mappings of column to value); a
+`datasets.DatasetDict` is one."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,6 @@ class Names:
     label: str | None = None
     causal: bool = False
 
-    @property
-    def label_column(self) -> str:
-        """What the label is called in the data."""
-        return self.label or "label"
-
     def apply(self, columns: Columns, where: str) -> Columns:
         """The columns under the names that tasks know. Raises InputError for one that is not there."""
         problems = [
@@ -74,10 +71,11 @@ class Names:
         ]
         if problems:
             raise InputError(problems)
-        pair = ("prompt", "answer") if self.causal or self.label_column not in columns else ("text_a", "text_b")
+        label = self.label or label_among(columns)
+        pair = ("prompt", "answer") if self.causal or label is None else ("text_a", "text_b")
         renamed = dict(zip(self.text, ("text",) if len(self.text) == 1 else pair, strict=False))
-        if self.label:
-            renamed[self.label] = "label"
+        if label is not None and label not in renamed:
+            renamed[label] = "label"
         kept = {name: values for name, values in columns.items() if name in renamed or name not in renamed.values()}
         if self.text:  # those that were meant, and no others that a task would prefer
             kept = {name: values for name, values in kept.items() if name in renamed or name not in _TEXTS}
@@ -118,7 +116,7 @@ def load_source(
     return _assemble(
         name,
         list(files),
-        lambda split: read_files(files[split], given, names.label_column),
+        lambda split: read_files(files[split], given, names.label),
         seed,
         eval_split,
         names,
@@ -170,7 +168,7 @@ def _evaluated_on(
             path = fetch_data(eval_data, READERS, given)
         files = split_files(path, given, train=False)
         chosen = [split for split in files if eval_split in (None, split)] or list(files)
-        there = {split: read_files(files[split], given, names.label_column) for split in chosen}
+        there = {split: read_files(files[split], given, names.label) for split in chosen}
     read = {split: _named(names, table.columns, f"{given}, {split}") for split, table in there.items()}
     test, words = choose_only(list(read), read.__getitem__, train, eval_split, given)
     own = next((there[split].label_names for split in there if words.startswith(split)), None)
@@ -197,6 +195,8 @@ def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str 
 
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, eval_data: str | None) -> Source:
+    import datasets
+
     splits = dict(data) if isinstance(data, Mapping) else {"train": data}
     for split, given in splits.items():
         if isinstance(given, str) or not (hasattr(given, "column_names") or isinstance(given, Iterable)):
@@ -209,17 +209,19 @@ def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, ev
 
     def read(split: str) -> Table:
         given = splits[split]
-        if hasattr(given, "column_names"):
+        features = getattr(given, "features", None) or {}
+        feature = features.get(names.label or label_among(features))
+        classes = tuple(getattr(feature, "names", ())) or None
+        if isinstance(given, datasets.Dataset):
             columns = {name: list(given[name][:]) for name in given.column_names}
-            feature = given.features.get(names.label_column)
-            return Table(checked_columns(f"data['{split}']", columns), tuple(getattr(feature, "names", ())) or None)
-        rows = list(given)
+            return Table(checked_columns(f"data['{split}']", columns), classes)
+        rows = list(given.with_format(None) if isinstance(given, datasets.IterableDataset) else given)
         if not all(isinstance(row, Mapping) for row in rows):
             raise InputError(
                 f"data['{split}']: expected a datasets.Dataset, or rows that are mappings of column to value"
             )
         found = {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
-        return Table(checked_columns(f"data['{split}']", found))
+        return Table(checked_columns(f"data['{split}']", found), classes)
 
     source = _assemble("", list(splits), read, seed, eval_split, names, "data", eval_data)
     return replace(source, name=own_name(source.sha256))

@@ -24,6 +24,7 @@ from fedlotr.data import (
     Task,
     apply_task,
     check_task,
+    default_partition,
     encode,
     load_source,
     partition,
@@ -286,8 +287,10 @@ def _clients(
     found.attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
     if labels is None:
         return None, None
+    chosen = config.partition or default_partition(source.train.column_names, labelled=bool(task.label_names))
+    found.config = config.model_copy(update={"partition": chosen})
     fields = ("partition", "clients", "max_examples", "public_examples")
-    return labels, found.attempt(lambda: _deal(config, source, labels), *fields)
+    return labels, found.attempt(lambda: _deal(config, chosen, source, labels), *fields)
 
 
 def _public(found: _Findings, source: Source | None, task: Task | None, own_task: OwnTask | None) -> Source | None:
@@ -438,18 +441,24 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
     return source
 
 
-def _deal(config: SimulationConfig, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
+def _deal(config: SimulationConfig, rule: str, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
     # Rows withheld from private data are as private as the rest: they would be no public examples.
     withheld = config.public_examples if config.privacy == "none" and config.public_data is None else 0
     public, private = withhold_public(withheld, len(source.train), config.seed)
-    parts = partition(
-        config.partition,
-        source.train.select(private),
-        labels[private],
-        clients=config.clients,
-        seed=config.seed,
-        max_examples=config.max_examples,
-    )
+    try:
+        parts = partition(
+            rule,
+            source.train.select(private),
+            labels[private],
+            clients=config.clients,
+            seed=config.seed,
+            max_examples=config.max_examples,
+        )
+    except InputError as error:
+        if config.partition is not None or rule != "natural":
+            raise
+        unasked = "; natural is the default where there is a column client, or give --partition iid"
+        raise InputError([f"{problem}{unasked}" for problem in error.problems]) from error
     return public, [private[part] for part in parts]
 
 

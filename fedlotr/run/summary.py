@@ -110,7 +110,7 @@ def _partition(checked: Checked) -> list[Held]:
     """What each client holds; of examples that are hidden their number alone."""
     config, clients = checked.config, None
     if config.baseline != "central":  # whose only part is of all clients
-        clients = client_names(config.partition, checked.source.train, checked.parts)
+        clients = client_names(str(config.partition), checked.source.train, checked.parts)
     found: list[Held] = []
     for one in describe(checked.parts, checked.labels, checked.task.label_names):
         found.append({"client": clients[one.client] if clients else one.client, "examples": one.examples})

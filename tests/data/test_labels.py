@@ -12,7 +12,7 @@ import pytest
 
 from fedlotr import SimulationConfig
 from fedlotr.commands import doctor
-from fedlotr.data import Source, load_source, resolve_task, unshared_classes
+from fedlotr.data import Names, Source, default_partition, load_source, resolve_task, unshared_classes
 from fedlotr.errors import InputError
 from fedlotr.simulate import main
 from tests.support import read_run
@@ -174,3 +174,64 @@ def test_a_run_and_doctor_say_which_classes_a_split_lacks(
     assert doctor.main([*words.replace(str(tmp_path / "run"), str(tmp_path / "other")).split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["findings"]
     assert any(finding["text"] == said and finding["status"] == "warning" for finding in found)
+
+
+@pytest.mark.parametrize("called", ["labels", "Label", "LABELS"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "Python", "stream"])
+def test_a_column_labels_has_the_labels_and_their_names(called: str, form: str, tmp_path: Path) -> None:
+    classes = datasets.Features({"text": datasets.Value("string"), called: datasets.ClassLabel(names=["no", "yes"])})
+    rows = [{"text": f"t{n}", called: n % 2} for n in range(6)]
+    held = datasets.Dataset.from_list(rows, features=classes)
+    if form == "csv":
+        held.to_csv(tmp_path / "train.csv")
+    elif form == "jsonl":
+        held.to_json(tmp_path / "train.jsonl")
+    elif form == "parquet":
+        held.to_parquet(tmp_path / "train.parquet")
+    data: Any = {"Python": {"train": held}, "stream": {"train": held.to_iterable_dataset()}}.get(form, str(tmp_path))
+    found = load_source(data)
+    task = resolve_task("auto", found)
+    assert task.label_names == (("0", "1") if form in ("csv", "jsonl") else ("no", "yes"))
+    assert set(task.labels(found.train).tolist()) == {0, 1}
+    assert resolve_task("causal-lm", found).kind == "causal-lm"
+
+
+def test_a_column_label_comes_before_one_that_is_called_alike() -> None:
+    rows = [{"text": "a", "labels": "x", "label": "k"}, {"text": "b", "labels": "y", "label": "l"}]
+    assert resolve_task("auto", load_source({"train": rows, "test": rows})).label_names == ("k", "l")
+    named = load_source({"train": rows, "test": rows}, names=Names(label="labels"))
+    assert resolve_task("auto", named).label_names == ("x", "y")
+
+
+def test_a_stream_of_rows_is_read_to_its_end_whatever_form_its_values_are_given_in() -> None:
+    def stream() -> Any:
+        yield from ({"text": f"t{n}", "label": "ab"[n % 2]} for n in range(20))
+
+    found = load_source({"train": datasets.IterableDataset.from_generator(stream).with_format("numpy")})
+    assert len(found.train) == 18 and resolve_task("auto", found).label_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("columns", "labelled", "rule"),
+    [(["text", "client"], False, "natural"), (["text"], False, "iid"), (["text", "client"], True, "dirichlet:0.5")],
+)
+def test_the_default_partition_fits_the_task(columns: list[str], labelled: bool, rule: str) -> None:
+    assert default_partition(columns, labelled=labelled) == rule
+
+
+def test_a_language_model_runs_without_a_word_on_the_partition(
+    tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"a line of text {n}", "client": f"shop {n % 3}"} for n in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    common = ["--model", str(tiny_gpt2), "--data", str(tmp_path), "--engine", "local", "--public-examples", "0"]
+    common += ["--method", "lora", "--rank", "2", "--rounds", "1", "--threads", "1", "--dtype", "float32"]
+    assert main([*common, "--clients", "3", "--out", str(tmp_path / "run")]) == 0
+    assert "natural" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text(encoding="utf-8"))
+    assert {held["client"] for held in facts["partition"]} == {"shop 0", "shop 1", "shop 2"}
+    assert "partition: natural\n" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    again = [str(tmp_path / "run" / "config.yaml"), "--resume", "--out", str(tmp_path / "run"), "--rounds", "2"]
+    assert main([*again, "--quiet"]) == 0
+    assert main([*common, "--clients", "4", "--out", str(tmp_path / "more")]) == 2
+    assert "natural is the default where there is a column client, or give --partition iid" in capsys.readouterr().err

@@ -93,7 +93,8 @@ def shown(stream: io.StringIO, clients: int = 3, quiet: bool = False) -> str:
     with Console(quiet=quiet, stream=stream) as console:
         console.stage("reading pydoc")
         console.begin(Path("runs/brave-otter"))
-        start(console, SimulationConfig(rounds=2), {**FACTS, "partition": partition(clients)})
+        config = SimulationConfig(rounds=2, partition="dirichlet:0.5")
+        start(console, config, {**FACTS, "partition": partition(clients)})
         show_round(console, ROUND)
         show_round(console, {**ROUND, "round": 2, "failed": 1, "loss": None, "accuracy": None})
         finish(console, SUMMARY)
