@@ -70,7 +70,7 @@ INSIDE = {
         "comparison",
     ),
     "run": (
-        *("baselines brought contents directory export log processes public_rows skeleton unmet world",),
+        *("base_head baselines brought contents directory export log processes public_rows skeleton unmet world",),
         *(
             "callbacks devices resumption warm_start",
             "checking",

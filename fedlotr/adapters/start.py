@@ -22,6 +22,8 @@ from fedlotr.adapters.layer import low_rank
 from fedlotr.errors import InputError
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+LABELS = "labels.json"
+"""The names of the head's labels, where a run of ours wrote the adapter."""
 PLAIN_STARTS = (True, False, None, "gaussian", "eva")
 """Values of `init_lora_weights` that leave the base weights as they are; PiSSA and its kin subtract from them."""
 MORE_THAN_LORA = (
@@ -44,12 +46,13 @@ class Lora:
 
     layers: by the name of the layer within the base, V (k, d_in) as A and U (d_out, k) as B, float32, the scale folded
     into U. others: all further tensors by name. head: those of a mean-pooled adapter's head.safetensors.
-    sha256: of all its files.
+    labels: the names of its head's rows, where they are known. sha256: of all its files but these.
     """
 
     layers: dict[str, Factors]
     others: dict[str, torch.Tensor]
     head: dict[str, torch.Tensor]
+    labels: tuple[str, ...]
     sha256: str
 
 
@@ -83,7 +86,15 @@ def read_lora(path: Path) -> Lora:
     for file in (CONFIG, WEIGHTS, HEAD):
         if (folder / file).is_file():
             digest.update(hashlib.sha256((folder / file).read_bytes()).digest())
-    return Lora(layers, tensors, head, digest.hexdigest())
+    return Lora(layers, tensors, head, _labels(folder), digest.hexdigest())
+
+
+def _labels(folder: Path) -> tuple[str, ...]:
+    try:
+        names = json.loads((folder / LABELS).read_text(encoding="utf-8"))["id2label"]
+        return tuple(str(names[str(row)]) for row in range(len(names)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ()
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

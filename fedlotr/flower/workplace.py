@@ -96,7 +96,7 @@ class Workplace:
         """As written."""
         found = json.loads((self.folder / "recipe.json").read_text(encoding="utf-8"))
         return Recipe(
-            model=ModelSpec(**found["model"]),
+            model=ModelSpec(**{**found["model"], "head_rows": tuple(found["model"]["head_rows"])}),
             core=found["core"],
             training=LocalTraining(**found["training"]),
             weights=found["weights"],

@@ -50,6 +50,7 @@ class ModelSpec:
     checkpointed: whether its blocks run again in backward instead of keeping what is inside them.
     quantize: 8bit or 4bit, the form that the weights of the linear layers are kept in; none: in `dtype`.
     device: cpu, or cuda: the first GPU that a process sees.
+    head_rows, head_labels: where the head of the files is gone on with, its row for each label, and its labels.
     """
 
     path: str
@@ -63,6 +64,8 @@ class ModelSpec:
     checkpointed: bool = False
     quantize: str = "none"
     device: str = "cpu"
+    head_rows: tuple[int, ...] = ()
+    head_labels: int = 0
 
 
 class MeanPooledClassifier(nn.Module):
@@ -92,7 +95,9 @@ class MeanPooledClassifier(nn.Module):
 
 
 def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.Module:
-    """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors; its logits are zero.
+    """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors.
+
+    Its logits are zero, but where `spec.head_rows` says which rows of the head in its files make them.
 
     The layers of the classification head are `CopiesLinear`: `classifier` or `score`, and the linear layers before it
     that the files lack, as nearly every checkpoint on the hub lacks RoBERTa's `classifier.dense`, DistilBERT's
@@ -116,8 +121,10 @@ def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.
     dtype = getattr(torch, spec.dtype)
     if spec.quantize != "none" and not meta:
         quantise_layers(model, spec.quantize, dtype, heads, spec.device)
+    if spec.head_rows:
+        model.set_submodule(heads[-1], _of_rows(cast(nn.Linear, model.get_submodule(heads[-1])), spec.head_rows))
     module = with_head(model, heads)
-    for layer in list(head_layers(module).values())[-1:]:
+    for layer in list(head_layers(module).values())[-1:] if not spec.head_rows else ():
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
@@ -127,6 +134,16 @@ def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.
         run_again(module)
     module.eval().requires_grad_(False)
     return module if meta else module.to(spec.device)
+
+
+def _of_rows(layer: nn.Linear, rows: tuple[int, ...]) -> nn.Linear:
+    """A layer of these rows of another, in their order."""
+    weight, bias = layer.weight.detach(), layer.bias
+    chosen = nn.Linear(layer.in_features, len(rows), bias is not None, device=weight.device, dtype=weight.dtype)
+    chosen.weight = nn.Parameter(weight[list(rows)].clone())
+    if bias is not None:
+        chosen.bias = nn.Parameter(bias.detach()[list(rows)].clone())
+    return chosen
 
 
 def _mean_pooled(spec: ModelSpec) -> bool:
@@ -152,7 +169,7 @@ def _loader(spec: ModelSpec, *, meta: bool) -> tuple[Any, dict[str, Any]]:
     options: dict[str, Any] = {"device_map": "meta"} if meta else {}
     loader = _class_of(spec)
     if spec.kind == "classification" and not _mean_pooled(spec):
-        options |= {"num_labels": spec.labels, "pad_token_id": spec.pad_id}
+        options |= {"num_labels": spec.head_labels or spec.labels, "pad_token_id": spec.pad_id}
     saved_form = form_of_weights(Path(spec.path))
     if saved_form != "none" and not meta:
         options["device_map"] = {"": spec.device}  # else they would go to a GPU wherever there is one

@@ -48,6 +48,7 @@ from fedlotr.models.source import (
 )
 from fedlotr.models.supported import is_sentence_encoder
 from fedlotr.models.user_model import OwnModel, keep_model, move_model
+from fedlotr.run.base_head import with_saved_head
 from fedlotr.run.baselines import pooled
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
 from fedlotr.run.contents import Content, code_content, model_content
@@ -174,8 +175,11 @@ def check(
             found.config = found.config.model_copy(update={"dtype": dtype})
     spec = core = start = None
     if folder is not None and tokenizer is not None and found.config.dtype != "saved":
-        spec = _spec(found.config, folder, tokenizer, task, own)
-        core, start = _adapter(found, spec, sure=task is not None)
+        names = task.label_names if task else ()
+        spec, told = with_saved_head(_spec(found.config, folder, tokenizer, task, own), names)
+        core, start = _adapter(found, spec, names, sure=task is not None)
+        if told is not None and (start is None or not start.head):
+            say(f"--model {found.config.model}: {told}")
     if found.problems or wrong:
         raise InputError(found.problems)
     assert source is not None and task is not None and tokenizer is not None and spec is not None
@@ -353,8 +357,13 @@ def _spec(
     )
 
 
-def _adapter(found: _Findings, spec: ModelSpec, *, sure: bool) -> tuple[CoreConfig | None, WarmStart | None]:
-    """What is put on the base, and what that starts from. sure: the data tell what the model is for."""
+def _adapter(
+    found: _Findings, spec: ModelSpec, names: Sequence[str], *, sure: bool
+) -> tuple[CoreConfig | None, WarmStart | None]:
+    """What is put on the base, and what that starts from.
+
+    names: of the classes. sure: the data tell what the model is for.
+    """
     config = found.config
     skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
     if skeleton is None:
@@ -373,7 +382,9 @@ def _adapter(found: _Findings, spec: ModelSpec, *, sure: bool) -> tuple[CoreConf
     if config.init_adapter is None or not sure:
         return core, None
     given = config.init_adapter
-    return core, found.attempt(lambda: warm_start(given, skeleton, targets, config.method), "init_adapter", "method")
+    return core, found.attempt(
+        lambda: warm_start(given, skeleton, targets, config.method, names), "init_adapter", "method"
+    )
 
 
 def _training(config: SimulationConfig) -> LocalTraining:

@@ -1,5 +1,6 @@
 """The `adapter/` folder of a run: a plain PEFT LoRA, and a README whose lines use it without anything of ours."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.export import export_lora
 from fedlotr.adapters.layer import widths
+from fedlotr.adapters.start import LABELS
 from fedlotr.adapters.tuner import factored_layers
 from fedlotr.files import write_atomically
 from fedlotr.models.loading import HEADS, adaptable_layers
@@ -96,6 +98,10 @@ def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -
         modules_to_save=() if mean_pooled else sorted(saved),
         placeholder=placeholder,
     )
+    if labels:
+        named = {str(row): name for row, name in enumerate(labels)}
+        both = {"id2label": named, "label2id": {name: row for row, name in enumerate(labels)}}
+        write_atomically(folder / LABELS, json.dumps(both, indent=1, ensure_ascii=False))
     if mean_pooled:
         tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
         save_file(tensors, folder / "head.safetensors")

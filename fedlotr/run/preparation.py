@@ -74,13 +74,15 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     with carrying(base, carry):
         if checked.start is not None and checked.start.head:
             bare.assign(checked.start.head)
+        elif checked.spec.head_rows:
+            log.info("the head is that of the model's files, by the names of its labels")
         else:
             fit_head(bare, shown, public)
         if core is not None and core.basis_kind.made_of == "gradient":
             core = _with_bases(core, bare, shown, public)
     model = TrainableModel(base, checked.spec, core, carry)
     if checked.start is not None:
-        log.info(checked.start.in_words(has_head=bool(bare.heads)))
+        (log.info if checked.start.other_labels is None else say)(checked.start.in_words(has_head=bool(bare.heads)))
     # A client makes the others again by itself.
     bases = bases_of(model.module) if core is not None and not core.basis_kind.derivable else {}
     recipe = Recipe(

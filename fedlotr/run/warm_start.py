@@ -34,22 +34,25 @@ class WarmStart:
         """For the log."""
         head = "the head is the adapter's"
         if self.other_labels is not None:
-            head = f"its head for {self.other_labels} labels is left, the head is fitted on the public examples"
+            head = f"its head for {self.other_labels} other labels is left, the head is fitted on the public examples"
         elif not self.head:
             head = "it has no head, which is fitted on the public examples"
         words = f"starts from an adapter of {len(self.layers)} layers (SHA-256 {self.sha256[:12]}…)"
         return f"{words}; {head}" if has_head else words
 
 
-def warm_start(given: str, skeleton: nn.Module, targets: Collection[str], method: str) -> WarmStart:
+def warm_start(
+    given: str, skeleton: nn.Module, targets: Collection[str], method: str, names: Sequence[str] = ()
+) -> WarmStart:
     """Read an adapter for a model on the meta device. Raises InputError with everything about it that does not fit.
 
-    targets: the layers that the run adapts; none with the method `head`.
+    targets: the layers that the run adapts; none with the method `head`. names: of the run's classes: where the adapter
+    knows its own, its head's rows are brought into their order.
     """
     try:
         lora = read_lora(Path(given).expanduser())
         layers = _layers(lora, skeleton, targets, method)
-        head, other = _head(lora, skeleton)
+        head, other = _head(lora, skeleton, names)
     except InputError as error:
         raise InputError([f"--init-adapter {given}: {problem}" for problem in error.problems]) from error
     return WarmStart(layers, head, other, lora.sha256)
@@ -87,7 +90,7 @@ def _layers(lora: Lora, skeleton: nn.Module, targets: Collection[str], method: s
     return found
 
 
-def _head(lora: Lora, skeleton: nn.Module) -> tuple[dict[str, torch.Tensor], int | None]:
+def _head(lora: Lora, skeleton: nn.Module, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], int | None]:
     """The head's tensors as the model names them; none, and for how many labels, where it is for other ones."""
     shapes = {
         f"{name}.{part}": tuple(tensor.shape)
@@ -107,12 +110,15 @@ def _head(lora: Lora, skeleton: nn.Module) -> tuple[dict[str, torch.Tensor], int
         raise InputError(f"its head lacks {_some(missing)}; take one with the whole head (modules_to_save), or without")
     last, layer = list(head_layers(skeleton).items())[-1]
     theirs = int(given[f"{last}.weight"].shape[0])
-    if theirs != layer.out_features:
+    if theirs != layer.out_features or (lora.labels and sorted(lora.labels) != sorted(names)):
         return {}, theirs
     differing = [name for name, tensor in given.items() if tuple(tensor.shape) != shapes[name]]
     if differing:
         raise InputError(f"its {_some(differing)} has another shape than the model's")
-    return {f"{PREFIX}{name}": tensor.float() for name, tensor in given.items()}, None
+    if lora.labels:
+        rows = [lora.labels.index(name) for name in names]
+        given |= {name: given[name][rows] for name in given if name.rpartition(".")[0] == last}
+    return {f"{PREFIX}{name}": tensor.float().contiguous() for name, tensor in given.items()}, None
 
 
 def _some(names: Sequence[str]) -> str:
