@@ -70,7 +70,10 @@ INSIDE = {
         "comparison",
     ),
     "run": (
-        *("base_head baselines brought contents directory export log processes public_rows skeleton unmet world",),
+        *(
+            "base_head baselines brought contents directory export fitting_texts log processes public_rows skeleton"
+            " unmet world",
+        ),
         *(
             "callbacks devices resumption warm_start",
             "checking",

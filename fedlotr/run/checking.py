@@ -34,6 +34,7 @@ from fedlotr.data import (
     withhold_public,
 )
 from fedlotr.errors import InputError
+from fedlotr.models.limits import most_positions
 from fedlotr.models.loading import ModelSpec
 from fedlotr.models.meta import chosen_layers
 from fedlotr.models.source import (
@@ -45,6 +46,7 @@ from fedlotr.models.source import (
     pad_id,
     read_architecture,
     supported_folder,
+    vocabulary,
 )
 from fedlotr.models.supported import is_sentence_encoder
 from fedlotr.models.user_model import OwnModel, keep_model, move_model
@@ -52,6 +54,7 @@ from fedlotr.run.base_head import with_saved_head
 from fedlotr.run.baselines import pooled
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
 from fedlotr.run.contents import Content, code_content, model_content
+from fedlotr.run.fitting_texts import check_tokens
 from fedlotr.run.public_rows import check_public, check_scored
 from fedlotr.run.skeleton import build_skeleton
 from fedlotr.run.warm_start import WarmStart, warm_start
@@ -177,7 +180,11 @@ def check(
     if folder is not None and tokenizer is not None and found.config.dtype != "saved":
         names = task.label_names if task else ()
         spec, told = with_saved_head(_spec(found.config, folder, tokenizer, task, own), names)
-        core, start = _adapter(found, spec, names, sure=task is not None)
+        skeleton = _skeleton(found, spec, sure=task is not None)
+        core, start = (None, None) if skeleton is None else _adapter(found, skeleton, names, sure=task is not None)
+        if skeleton is not None and source is not None and task is not None:
+            texts, learnt, words, built = source, task, tokenizer, skeleton
+            found.attempt(lambda: check_tokens(found.config, texts, learnt, words, built), "data", "model")
         if told is not None and (start is None or not start.head):
             say(f"--model {found.config.model}: {told}")
     if found.problems or wrong:
@@ -347,7 +354,7 @@ def _spec(
         kind=task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
         labels=len(task.label_names) if task else 2,
         mean_pooled=is_sentence_encoder(folder),
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(tokenizer, vocabulary(own.architecture if own else read_architecture(folder, config.model))),
         dtype="float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
         code=own.code if own else None,
         code_folder=own.code_folder if own else "",
@@ -357,17 +364,25 @@ def _spec(
     )
 
 
+def _skeleton(found: _Findings, spec: ModelSpec, *, sure: bool) -> nn.Module | None:
+    """The model on the meta device, whose table of positions has room for --max-length."""
+    config = found.config
+    skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
+    table = None if skeleton is None else most_positions(skeleton)
+    if skeleton is not None and not any("--max-length" in problem for problem in found.problems):
+        architecture, model, length = skeleton.config, config.model, config.max_length
+        found.attempt(lambda: check_length(architecture, model, length, table), "max_length")
+    return skeleton
+
+
 def _adapter(
-    found: _Findings, spec: ModelSpec, names: Sequence[str], *, sure: bool
+    found: _Findings, skeleton: nn.Module, names: Sequence[str], *, sure: bool
 ) -> tuple[CoreConfig | None, WarmStart | None]:
     """What is put on the base, and what that starts from.
 
-    names: of the classes. sure: the data tell what the model is for.
+    skeleton: the model on the meta device. names: of the classes. sure: the data tell what the model is for.
     """
     config = found.config
-    skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
-    if skeleton is None:
-        return None, None
     core: CoreConfig | None = None
     adapts = METHODS[config.method].adapts
     targets = found.attempt(lambda: chosen_layers(skeleton, config.targets), "targets") if adapts else []

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import TaskType
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters.export import export_lora
@@ -40,6 +41,7 @@ def write_adapter(
     max_length: int,
     labels: tuple[str, ...],
     pair: bool,
+    tokenizer: PreTrainedTokenizerBase,
     own: OwnBase | None = None,
     quantize: str = "none",
     client: int | None = None,
@@ -47,12 +49,16 @@ def write_adapter(
     """Write the adapter with the model's trained tensors as they are assigned now.
 
     base: what the base model is called: a hub id or a folder. source: the folder it was loaded from here.
-    pair: whether the texts are pairs. own: of a base that the caller brought.
+    pair: whether the texts are pairs. tokenizer: as the run used it. own: of a base that the caller brought.
     quantize: the form that the base's linear layers had in the run. client: whose adapter it is, where each has one.
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
     _export(folder, model, base, mean_pooled)
+    if labels:
+        named = {str(row): name for row, name in enumerate(labels)}
+        both = {"id2label": named, "label2id": {name: row for row, name in enumerate(labels)}}
+        write_atomically(folder / LABELS, json.dumps(both, indent=1, ensure_ascii=False))
     readme = _readme(
         spec=spec,
         mean_pooled=mean_pooled,
@@ -60,6 +66,8 @@ def write_adapter(
         source=str(source) if own is None else "base",
         own=own,
         pair=pair,
+        inputs=_inputs(tokenizer),
+        padded_otherwise=tokenizer.pad_token_id is not None and spec.pad_id != tokenizer.pad_token_id,
         max_length=max_length,
         labels=labels,
         method=method,
@@ -98,13 +106,16 @@ def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -
         modules_to_save=() if mean_pooled else sorted(saved),
         placeholder=placeholder,
     )
-    if labels:
-        named = {str(row): name for row, name in enumerate(labels)}
-        both = {"id2label": named, "label2id": {name: row for row, name in enumerate(labels)}}
-        write_atomically(folder / LABELS, json.dumps(both, indent=1, ensure_ascii=False))
     if mean_pooled:
         tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
         save_file(tensors, folder / "head.safetensors")
+
+
+def _inputs(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a tokenizer has to be told to give, where by itself it gives more than the model takes; else nothing."""
+    names = list(tokenizer.model_input_names)
+    by_itself = tokenizer.init_kwargs.get("model_input_names") or type(tokenizer).model_input_names
+    return names if set(by_itself) - set(names) else []
 
 
 def _readme(**facts: Any) -> str:

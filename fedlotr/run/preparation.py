@@ -20,7 +20,7 @@ from fedlotr.flower.workplace import Recipe, Workplace
 from fedlotr.models.loading import load_base, unbatched_layers
 from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.run.checking import Checked
-from fedlotr.run.skeleton import try_out
+from fedlotr.run.skeleton import try_longest, try_out
 from fedlotr.said import say
 from fedlotr.training.examples import Examples
 from fedlotr.training.head import fit_head
@@ -70,6 +70,8 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     bare = TrainableModel(base, checked.spec, None)
     if checked.spec.code is not None:
         try_out(bare, train)
+    for examples in filter(len, (train, test)):
+        try_longest(bare, examples, config.model, config.max_length)
     carry = {} if checked.start is None else checked.start.layers
     with carrying(base, carry):
         if checked.start is not None and checked.start.head:

@@ -214,6 +214,7 @@ class Rounds:
             max_length=config.max_length,
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
+            tokenizer=self.prepared.checked.tokenizer,
             own=self._own_base(),
             quantize=config.quantize,
         )

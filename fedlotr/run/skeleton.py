@@ -45,6 +45,24 @@ def _check_own(skeleton: nn.Module, spec: ModelSpec) -> None:
         raise InputError(f"model: {error}") from error
 
 
+def try_longest(model: TrainableModel, examples: Examples, name: str, max_length: int) -> None:
+    """Raises InputError where a model cannot take the longest of the texts: an index that is beyond one of its tables.
+
+    name: what the configuration calls the model.
+    """
+    rows = np.argsort(examples.lengths, kind="stable")[-1:]
+    try:
+        with torch.inference_mode():
+            model.logits(examples.batch(rows, model.spec.pad_id).to(model.device))
+    except IndexError as error:
+        longest = int(examples.lengths[rows[0]])
+        raise InputError(
+            f"--model {name}: cannot take a text of {longest} tokens ({first_line(error)}): it has no room for so many "
+            f"positions, or none for one of the tokens; give less than --max-length {max_length}, or the tokenizer "
+            "that belongs to the model"
+        ) from error
+
+
 def try_out(model: TrainableModel, examples: Examples) -> None:
     """Raises InputError where a class of the caller's own does not give the logits that a loss can be made of."""
     rows = np.argsort(examples.lengths, kind="stable")[[0, -1]]

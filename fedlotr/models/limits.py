@@ -1,0 +1,53 @@
+"""What a model can take: how many positions it has, and which token ids; told by looking at its tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedlotr.models.loading import MeanPooledClassifier
+
+POSITIONS = ("position_embeddings", "embed_positions", "position_embedding", "positions_embed", "wpe")
+"""What modules with a vector for each position are called."""
+NOT_TEXT = ("vision", "visual", "image", "audio", "entity")
+"""In the name of a module whose positions are not a text's."""
+COUNTED = "create_position_ids_from_input_ids"
+"""The function of RoBERTa and its kin that counts positions from behind the padding id on."""
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """The longest text, in tokens, that the tables of positions have room for; None where there is no table."""
+    return min(_rooms(model), default=None)
+
+
+def _rooms(model: nn.Module) -> Iterator[int]:
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        table = getattr(module, "weight", None)
+        if leaf not in POSITIONS or table is None or table.dim() != 2 or any(part in name for part in NOT_TEXT):
+            continue
+        first = int(getattr(module, "offset", 0) or 0)  # OPT and its kin
+        padding = getattr(module, "padding_idx", None)
+        above = model.get_submodule(parent)
+        if padding is None and (hasattr(above, COUNTED) or hasattr(sys.modules[type(above).__module__], COUNTED)):
+            padding = getattr(above, "padding_idx", None)
+        yield table.shape[0] - first - (0 if padding is None or first else int(padding) + 1)
+
+
+def known_tokens(model: nn.Module) -> int | None:
+    """The number of token ids that a model has an embedding for; None where it does not tell."""
+    try:
+        inner: Any = model.encoder if isinstance(model, MeanPooledClassifier) else model
+        table = inner.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return int(table.shape[0])
+
+
+def tokens_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[int, str]:
+    """The tokens of a tokenizer whose ids are none of the first `rows`."""
+    return {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
