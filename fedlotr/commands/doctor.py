@@ -64,11 +64,14 @@ def _report(words: Sequence[str]) -> int:
     problems += [problem for problem in more if problem not in problems]
     needs = None
     if checked is not None and not problems:
-        from fedlotr.commands.forecast import forecast
+        from fedlotr.commands.forecast import forecast, texts
+        from fedlotr.run.fitting_texts import seen_in_words, unseen
 
         needs = forecast(checked, machine.resident_bytes())
         findings += _needs(checked, needs)
-        findings += [Finding("the run", "warning", line) for line in said]
+        seen = texts(checked)
+        findings.append(Finding("texts", "ok", seen_in_words(seen)))
+        findings += [Finding("the run", "warning", line) for line in (*said, *unseen(seen))]
     failing = [finding for finding in findings if finding.status == "problem"]
     problems += ["; ".join(filter(None, [f"{f.name}: {f.text}", f.advice])) for f in failing]
     if config.json_output:

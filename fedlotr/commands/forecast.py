@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import CoreConfig, bases_of
 from fedlotr.cost.formulas import WIRE_BYTES
-from fedlotr.data import encode
+from fedlotr.data import encode, encode_seen
 from fedlotr.errors import shorten
 from fedlotr.flower.round import draw_clients
 from fedlotr.models.checkpointing import blocks
@@ -19,7 +21,9 @@ from fedlotr.models.loading import count_parameters, linear_layers, load_base
 from fedlotr.models.source import DEMO_MODEL, DEMO_SHA256
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.documents import TextsSeen
 from fedlotr.run.checking import Checked
+from fedlotr.run.fitting_texts import what_is_seen
 from fedlotr.run.summary import owed
 from fedlotr.training.cohort import cut_cohorts
 from fedlotr.training.frozen_prefix import KEPT_BYTES
@@ -166,6 +170,20 @@ def _mean_lengths(checked: Checked, clients: Sequence[int]) -> dict[int, float]:
         means[client] = float(lengths[at : at + len(part)].mean())
         at += len(part)
     return means
+
+
+def texts(checked: Checked) -> TextsSeen:
+    """How much of the texts the model sees, as a run reckons it; of each client's first rows where they are many."""
+    most = max(1, MOST_ROWS // len(checked.parts))
+    rows = [checked.parts[client][:most] for client in range(len(checked.parts))]
+    chosen = np.concatenate(rows)
+    cuts = np.cumsum([0, *map(len, rows)])
+    limit = checked.config.max_length
+    train = encode_seen(checked.task, checked.source.train.select(chosen), checked.tokenizer, limit)[1]
+    held_out = checked.source.test.select(checked.test_rows[:MOST_ROWS])
+    test = encode_seen(checked.task, held_out, checked.tokenizer, limit)[1]
+    parts = [np.arange(start, end) for start, end in pairwise(cuts)]
+    return what_is_seen(checked.config, train, parts, test)
 
 
 def _activations(model: TrainableModel, width: int) -> int:

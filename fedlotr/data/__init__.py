@@ -11,8 +11,9 @@ from fedlotr.data.partition import (
     withhold_public,
 )
 from fedlotr.data.pydoc import build_pydoc
+from fedlotr.data.seen import Seen, Shares
 from fedlotr.data.sources import Names, OwnData, Source, load_source
-from fedlotr.data.tasks import Task, encode, resolve_task, unshared_classes
+from fedlotr.data.tasks import Task, encode, encode_seen, resolve_task, unshared_classes
 from fedlotr.data.user_task import OwnTask, apply_task, check_task, measure, task_name
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Names",
     "OwnData",
     "OwnTask",
+    "Seen",
+    "Shares",
     "Source",
     "Task",
     "apply_task",
@@ -30,6 +33,7 @@ __all__ = [
     "default_partition",
     "describe",
     "encode",
+    "encode_seen",
     "load_source",
     "measure",
     "parse_partition",

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlotr.data.labels import are_numbers, class_indices, class_names, row_problems, unshared
+from fedlotr.data.seen import Seen, look
 from fedlotr.data.sources import Source
 from fedlotr.errors import InputError, nearest
 
@@ -174,6 +175,13 @@ def encode(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBas
 
     Raises InputError for a `max_length` without room for text, and for invalid labels.
     """
+    return encode_seen(task, rows, tokenizer, max_length)[0]
+
+
+def encode_seen(
+    task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Examples, Seen]:
+    """As `encode`, and how much of each text that is."""
     from fedlotr.training.examples import Examples
 
     # The shortest example of a language model is a token and its target; of a classifier, a token a sentence.
@@ -185,43 +193,57 @@ def encode(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBas
     texts = [rows[column][:] for column in task.columns]
     labels = task.labels(rows)
     segments: list[list[int]] | None = None
+    cut, empty = [0] * len(rows), [False] * len(rows)
     if not len(rows):  # tokenizers fail on an empty batch
         tokens: list[list[int]] = []
     elif task.kind == "classification":
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        empty = [not ids for ids in encoded["input_ids"]]
         tokens = [ids or [_filler(tokenizer)] for ids in encoded["input_ids"]]
         if len(texts) == 2:
             segments = encoded.get("token_type_ids")
+        full = [row for row, ids in enumerate(tokens) if len(ids) == max_length]
+        if full:
+            whole = tokenizer(*([column[row] for row in full] for column in texts), verbose=False)["input_ids"]
+            cut = np.bincount(full, [len(ids) - max_length for ids in whole], len(rows)).astype(int).tolist()
     elif len(texts) == 2:
-        tokens, labels = _prompted(texts[0], texts[1], tokenizer, max_length)
+        tokens, labels, cut, empty = _prompted(texts[0], texts[1], tokenizer, max_length)
     else:
         begin = _token(tokenizer.bos_token_id)
-        tokens = [(begin + ids)[:max_length] for ids in _plain(texts[0], tokenizer)]
+        plain = _plain(texts[0], tokenizer)
+        empty = [not ids for ids in plain]
+        whole = [begin + ids for ids in plain]
+        cut = [max(0, len(ids) - max_length) for ids in whole]
+        tokens = [ids[:max_length] for ids in whole]
         tokens = [ids + [_filler(tokenizer)] * (2 - len(ids)) for ids in tokens]
         labels = np.ones(len(tokens), np.int64)
-    return Examples(
+    examples = Examples(
         tokens=np.fromiter(chain.from_iterable(tokens), np.int32),
         offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
         labels=labels,
         segments=None if segments is None else np.fromiter(chain.from_iterable(segments), np.int8),
         causal=task.kind == "causal-lm",
     )
+    return examples, look(tokens, cut, empty, texts, tokenizer)
 
 
 def _prompted(
     prompts: list[str], answers: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
-    """Prompt and answer as one sequence, and where the answer begins in it."""
+) -> tuple[list[list[int]], npt.NDArray[np.int64], list[int], list[bool]]:
+    """Prompt and answer as one sequence, where the answer begins, how many tokens are cut, and whether it had none."""
     begin, end = _token(tokenizer.bos_token_id), _token(tokenizer.eos_token_id)
     lines = [prompt if not prompt or prompt[-1].isspace() else f"{prompt}\n" for prompt in prompts]
-    tokens, starts = [], []
+    tokens, starts, cut, empty = [], [], [], []
     for prompt, answer in zip(_plain(lines, tokenizer), _plain(answers, tokenizer), strict=True):
+        empty.append(not prompt and not answer)
+        whole = len(begin) + len(prompt) + len(answer) + len(end)
         answer = ((answer + end) or [_filler(tokenizer)])[: max_length - 1]
         room = max_length - len(answer) - len(begin)
         context = begin + prompt[max(len(prompt) - room, 0) :] or [_filler(tokenizer)]
         tokens.append(context + answer)
         starts.append(len(context))
-    return tokens, np.array(starts, np.int64)
+        cut.append(max(0, whole - len(context) - len(answer)))
+    return tokens, np.array(starts, np.int64), cut, empty
 
 
 def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -11,6 +11,37 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 
+class TextShares(TypedDict):
+    """Of texts, what a model does not see."""
+
+    unknown: float
+    """Of the tokens that are taken, those that the tokenizer does not know."""
+    rows_cut: float
+    tokens_cut: float
+    """Of all rows and of all tokens, those beyond `--max-length`."""
+
+
+class SharesOfClient(TextShares):
+    """Of one client's rows."""
+
+    client: int
+
+
+class TextsSeen(TypedDict):
+    """How much of the texts the model sees; where data are hidden, of the test split alone."""
+
+    max_length: int
+    test: TextShares
+    train: NotRequired[TextShares]
+    worst_client: NotRequired[SharesOfClient]
+
+
+class Texts(TextsSeen):
+    """And that in words."""
+
+    words: str
+
+
 class ClientEvaluation(TypedDict):
     """Every client's own model on rows that it holds back; each client counts the same."""
 
@@ -169,6 +200,7 @@ class Facts(Fingerprint, FactsOfSome):
     """Of two values of it."""
     losses: dict[str, str]
     """What `loss` and `train_loss` of a row are, in words."""
+    texts: Texts
     clients_per_round: int
     shapes: AdaptedShapes
     partition: list[Held]
@@ -309,6 +341,7 @@ class Summary(Fingerprint):
     over_clients: Mapping[str, float | None] | None
     losses: dict[str, str]
     """What `loss` and `train_loss` of a row are, in words."""
+    texts: Texts
     final: dict[str, Any]
     """Metric -> value after the last round; loss among them, in nats."""
     client_evaluation: ClientEvaluation | None

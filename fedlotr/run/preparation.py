@@ -12,14 +12,14 @@ from torch import nn
 from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256
-from fedlotr.data import (
-    encode,
-)
+from fedlotr.data import Seen, encode, encode_seen
 from fedlotr.errors import InputError
 from fedlotr.flower.workplace import Recipe, Workplace
 from fedlotr.models.loading import load_base, unbatched_layers
 from fedlotr.privacy.dp_sgd import ExampleNoise
+from fedlotr.reporting.documents import TextsSeen
 from fedlotr.run.checking import Checked
+from fedlotr.run.fitting_texts import unseen, what_is_seen
 from fedlotr.run.skeleton import try_longest, try_out
 from fedlotr.said import say
 from fedlotr.training.examples import Examples
@@ -32,12 +32,13 @@ log = logging.getLogger("fedlotr")
 
 @dataclass(frozen=True)
 class Prepared:
-    """The server's side of a run, ready for round one."""
+    """The server's side of a run, ready for round one. seen: of the texts, as `what_is_seen` has it."""
 
     checked: Checked
     model: TrainableModel
     workplace: Workplace
     bases_sha256: str
+    seen: TextsSeen
 
 
 def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -> Prepared:
@@ -46,11 +47,12 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     noise: where clients hide their single examples.
     """
     config, task = checked.config, checked.task
-    train, parts, held_back, public = _encode_train(checked)
-    test = encode(task, checked.source.test.select(checked.test_rows), checked.tokenizer, config.max_length)
-    if full := int((train.lengths == config.max_length).sum() + (test.lengths == config.max_length).sum()):
-        said = "%d of %d examples fill --max-length %d; what is longer is cut"
-        log.info(said, full, len(train) + len(test), config.max_length)
+    train, parts, held_back, public, seen_train = _encode_train(checked)
+    held_out = checked.source.test.select(checked.test_rows)
+    test, seen_test = encode_seen(task, held_out, checked.tokenizer, config.max_length)
+    seen = what_is_seen(config, seen_train, parts, seen_test)
+    for line in unseen(seen):
+        say(line)
     try:
         base = load_base(checked.spec)
     except ValueError as error:
@@ -102,7 +104,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     workplace.record_load()
     if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
         _warn_of_small_steps(workplace.step_tokens(range(len(parts))), config.rank)
-    return Prepared(checked, model, workplace, bases_sha256(model.module))
+    return Prepared(checked, model, workplace, bases_sha256(model.module), seen)
 
 
 def _with_bases(core: CoreConfig, bare: TrainableModel, shown: Examples, public: Rows) -> CoreConfig:
@@ -128,10 +130,14 @@ def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:
         )
 
 
-def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows]:
-    """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them."""
+def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows, Seen]:
+    """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them.
+
+    The last is how much is seen of them.
+    """
     public = checked.public if checked.public_source is None else checked.public[:0]
     used = np.unique(np.concatenate([*checked.parts, *checked.held_back, public]))
-    train = encode(checked.task, checked.source.train.select(used), checked.tokenizer, checked.config.max_length)
+    rows = checked.source.train.select(used)
+    train, seen = encode_seen(checked.task, rows, checked.tokenizer, checked.config.max_length)
     parts, held_back = ([np.searchsorted(used, rows) for rows in them] for them in (checked.parts, checked.held_back))
-    return train, parts, held_back, np.searchsorted(used, public)
+    return train, parts, held_back, np.searchsorted(used, public), seen

@@ -42,11 +42,13 @@ from fedlotr.reporting.documents import (
     Privacy,
     Simulated,
     Summary,
+    Texts,
     Timing,
     under,
 )
 from fedlotr.run.checking import Checked
 from fedlotr.run.federation import federation, ranks_of
+from fedlotr.run.fitting_texts import seen_in_words
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.public_rows import scored_on
 from fedlotr.training.model import TrainableModel
@@ -81,6 +83,7 @@ def facts(prepared: Prepared, promise: str | None = None) -> Facts:
         "metric": metric,
         "higher_is_better": better is max,
         "losses": losses_in_words(prepared),
+        "texts": texts_in_words(prepared),
         "clients_per_round": config.clients_per_round,
         "shapes": {"layers": list(shapes.layers), "heads": shapes.heads},  # what bills are made of
         "partition": [] if hides_clients else _partition(checked),
@@ -196,6 +199,7 @@ def summarise(
         "metric": metric,
         "over_clients": last.get("over_clients"),
         "losses": losses_in_words(prepared),
+        "texts": texts_in_words(prepared),
         "final": {**{name: under(last, name) for name in metrics}, "loss": last["loss"]},
         "client_evaluation": last.get("client_evaluation"),
         "best": {"round": best["round"], metric: under(best, metric), "loss": best["loss"]},
@@ -255,6 +259,11 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}
+
+
+def texts_in_words(prepared: Prepared) -> Texts:
+    """How much of the texts the model sees: the shares, and all in words."""
+    return {**prepared.seen, "words": seen_in_words(prepared.seen)}
 
 
 def losses_in_words(prepared: Prepared) -> dict[str, str]:

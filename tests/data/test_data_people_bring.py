@@ -72,7 +72,7 @@ def test_data_people_have_trains_resumes_and_exports(
     assert found[list(bring).index("banking77")].shape == (2, 77)
     assert "0 = Business, 1 = Sci/Tech" in (tmp_path / "csv" / "adapter" / "README.md").read_text(encoding="utf-8")
     log = (tmp_path / "giant" / "log.txt").read_text(encoding="utf-8")
-    assert "fill --max-length 48; what is longer is cut" in log
+    assert "--max-length 48 cuts" in log
 
 
 def saved(run: Path) -> dict[str, Any]:
