@@ -164,7 +164,7 @@ def _number(name: str) -> int | float:
 
 def _check_whole(where: str, texts: set[str], numbers: set[Any], *, told: bool) -> None:
     """Raise InputError for numbers with a decimal point: a scale, or classes that passed for numbers on their way."""
-    found = {value for value in numbers if isinstance(value, float)}
+    found: set[Any] = {value for value in numbers if isinstance(value, float)}
     if texts and are_numbers(texts):
         found |= {text for text in texts if not re.fullmatch(r"[+-]?\d+", text)}
     if not found:
