@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", choices=("auto", "classification", "causal-lm"), default="auto", help="what the model is for "
         "(default: what its configuration says)")  # fmt: skip
     add("--labels", type=int, default=2, help="classes of a classifier (default: 2)")
-    add("--targets", default="all-linear", metavar="all-linear|REGEX", help="layers to adapt (default: all-linear)")
+    add(
+        "--targets",
+        default="all-linear",
+        metavar="all-linear|NAME,NAME|REGEX",
+        help="layers to adapt (default: all-linear)",
+    )
     add("--methods", metavar="NAME,NAME", help="only these methods (default: all)")
     add("--rank", type=int, default=16, help="of cores (default: 16)")
     add("--lora-rank", type=int, help="of methods that train A or B (default: that of --rank)")

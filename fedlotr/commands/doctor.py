@@ -70,6 +70,7 @@ def _report(words: Sequence[str]) -> int:
         needs = forecast(checked, machine.resident_bytes())
         findings += _needs(checked, needs)
         seen = texts(checked)
+        findings.append(Finding("layers", "ok", checked.adapted.in_words()))
         findings.append(Finding("texts", "ok", seen_in_words(seen)))
         findings += [Finding("the run", "warning", line) for line in (*said, *unseen(seen))]
     failing = [finding for finding in findings if finding.status == "problem"]

@@ -27,7 +27,7 @@ _PLACEHOLDERS = {
     "method": "|".join(METHODS),
     "basis": "|".join(BASES),
     "tie": "|".join(TIES),
-    "targets": "all-linear|REGEX",
+    "targets": "all-linear|NAME,NAME|REGEX",
     "init_adapter": "PATH",
     "strategy": "NAME|module:Class|file.py:Class",
     "strategy_arg": "KEY=VALUE",

@@ -27,6 +27,7 @@ from fedlotr.config.values import (
     read_cohort,
     read_label_names,
     read_sample,
+    read_targets,
 )
 
 REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
@@ -143,8 +144,9 @@ class Fields(BaseModel):
     core: Annotated[str, one_of("core", CORES)] | None = Field(
         default=None, description="what C between B and A is (default: the method's)"
     )
-    targets: Annotated[str, AfterValidator(check_targets)] = Field(
-        default="all-linear", description="layers to adapt: all, or those whose name matches in full"
+    targets: Annotated[str, BeforeValidator(read_targets), AfterValidator(check_targets)] = Field(
+        default="all-linear",
+        description="layers to adapt: all, those whose names end so (q_proj,v_proj), or match in full",
     )
     init_adapter: str | None = Field(
         default=None,

@@ -176,8 +176,15 @@ def _names_of(text: str) -> list[Any]:
     return [line for line in lines if line.strip()]
 
 
+def read_targets(given: object) -> object:
+    """Names of layers in a list, as PEFT takes them, as one text with commas."""
+    if isinstance(given, list | tuple | set) and given and all(isinstance(name, str) for name in given):
+        return ",".join(sorted(given) if isinstance(given, set) else given)
+    return given
+
+
 def check_targets(given: str) -> str:
-    """A regular expression, or all-linear."""
+    """Names of layers with commas, a regular expression, or all-linear."""
     try:
         re.compile(given)
     except re.error as error:

@@ -9,12 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedlotr.models.loading import MeanPooledClassifier
+from fedlotr.models.loading import MeanPooledClassifier, reads_no_text
 
 POSITIONS = ("position_embeddings", "embed_positions", "position_embedding", "positions_embed", "wpe")
 """What modules with a vector for each position are called."""
-NOT_TEXT = ("vision", "visual", "image", "audio", "entity")
-"""In the name of a module whose positions are not a text's."""
 COUNTED = "create_position_ids_from_input_ids"
 """The function of RoBERTa and its kin that counts positions from behind the padding id on."""
 
@@ -28,7 +26,7 @@ def _rooms(model: nn.Module) -> Iterator[int]:
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         table = getattr(module, "weight", None)
-        if leaf not in POSITIONS or table is None or table.dim() != 2 or any(part in name for part in NOT_TEXT):
+        if leaf not in POSITIONS or table is None or table.dim() != 2 or reads_no_text(name):
             continue
         first = int(getattr(module, "offset", 0) or 0)  # OPT and its kin
         padding = getattr(module, "padding_idx", None)

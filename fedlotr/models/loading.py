@@ -18,10 +18,14 @@ from fedlotr.adapters.layer import CopiesLinear, widths
 from fedlotr.adapters.quantised import is_quantised, multiply_plainly, quantise
 from fedlotr.models.checkpointing import run_again
 from fedlotr.models.supported import form_of_weights
+from fedlotr.models.targets import matches, meant, nearest_types
 from fedlotr.models.user_class import import_class
 from fedlotr.streams import stream_key
 
 Kind = Literal["classification", "causal-lm"]
+
+NOT_TEXT = re.compile(r"(?<![a-z])(vision|visual|image|audio|speech|multi_modal|mm_projector|entity)(?![a-z])")
+"""In the name of a part of a model that reads something else than texts."""
 
 HEADS = ("classifier", "score")
 """What transformers calls the module that turns features into class logits."""
@@ -288,18 +292,15 @@ def head_layers(model: nn.Module) -> dict[str, CopiesLinear]:
 
 
 def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
-    """Names of the linear layers to adapt: `all-linear`, or those whose name a regular expression fully matches.
+    """Names of the linear layers to adapt: `all-linear`, or those that `targets.matches`.
 
-    Never adapted: the head, the output embedding, under mean pooling the pooler, which is not used, and `UNBATCHED`.
-    Raises ValueError where nothing matches, with some names that would.
+    Never adapted: the head, the output embedding, under mean pooling the pooler, which is not used, layers that no text
+    goes through, and `UNBATCHED`. Raises ValueError where nothing matches, or one of several alternatives does not,
+    with some names that would.
     """
     unbatched = unbatched_layers(model, targets)
-    linear = [
-        name
-        for name in linear_layers(model)
-        if name not in unbatched and not (isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."))
-    ]
-    chosen = linear if targets == "all-linear" else [name for name in linear if re.fullmatch(targets, name)]
+    linear = [name for name in linear_layers(model) if name not in unbatched and why_left(model, name) is None]
+    chosen = meant(targets, linear, unbatched)
     if not chosen and unbatched:
         raise ValueError(
             f"it matches {', '.join(unbatched[:3])} alone, which cannot be adapted: they also meet an input without a "
@@ -307,9 +308,22 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
         )
     if not chosen:
         raise ValueError(
-            f"no linear layer's name is matched by {targets!r}; names are like {', '.join(linear[:3]) or '(none)'}"
+            f"no linear layer's name is matched by {targets!r}; names are like {', '.join(linear[:3]) or '(none)'}; "
+            f"{nearest_types(targets, linear)}"
         )
     return chosen
+
+
+def why_left(model: nn.Module, name: str) -> str | None:
+    """Why a linear layer beside the head is never adapted, whatever is asked for; None where it can be."""
+    if isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."):
+        return "not used where tokens are averaged"
+    return "no text goes through them" if reads_no_text(name) else None
+
+
+def reads_no_text(name: str) -> bool:
+    """Whether a module is part of what reads something else than texts, by its name."""
+    return NOT_TEXT.search(name) is not None
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -328,7 +342,5 @@ def unbatched_layers(model: nn.Module, targets: str) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.split(".")[-1] in parts
-        and (targets == "all-linear" or re.fullmatch(targets, name))
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in parts and matches(targets, name)
     ]

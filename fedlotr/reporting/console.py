@@ -344,6 +344,8 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
         rows.append(("baseline", f"central: one model on the examples of all clients, {pace}"))
     elif config.baseline == "local":
         rows.append(("baseline", "local: each client alone; results are means over the clients"))
+    if facts.get("adapted"):
+        rows.append(("layers", facts["adapted"]["words"]))
     if facts.get("texts"):
         rows.append(("texts", facts["texts"]["words"]))
     if facts.get("privacy"):

@@ -42,6 +42,17 @@ class Texts(TextsSeen):
     words: str
 
 
+class AdaptedLayers(TypedDict):
+    """Which layers are adapted."""
+
+    words: str
+    layers: int
+    types: Mapping[str, int]
+    """A layer's name without what stands before the number of its block -> how many there are."""
+    left_out: Mapping[str, Mapping[str, int]]
+    """Why layers are not adapted -> the same of these."""
+
+
 class ClientEvaluation(TypedDict):
     """Every client's own model on rows that it holds back; each client counts the same."""
 
@@ -201,6 +212,7 @@ class Facts(Fingerprint, FactsOfSome):
     losses: dict[str, str]
     """What `loss` and `train_loss` of a row are, in words."""
     texts: Texts
+    adapted: AdaptedLayers
     clients_per_round: int
     shapes: AdaptedShapes
     partition: list[Held]
@@ -342,6 +354,7 @@ class Summary(Fingerprint):
     losses: dict[str, str]
     """What `loss` and `train_loss` of a row are, in words."""
     texts: Texts
+    adapted: AdaptedLayers
     final: dict[str, Any]
     """Metric -> value after the last round; loss among them, in nats."""
     client_evaluation: ClientEvaluation | None

@@ -34,6 +34,7 @@ from fedlotr.data import (
     withhold_public,
 )
 from fedlotr.errors import InputError
+from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import most_positions
 from fedlotr.models.loading import ModelSpec
 from fedlotr.models.meta import chosen_layers
@@ -92,6 +93,7 @@ class Checked:
     own_task: OwnTask | None = None
     held_back: list[Rows] = field(default_factory=list)
     public_source: Source | None = None
+    adapted: Adapted = field(default_factory=Adapted)
 
     @cached_property
     def contents(self) -> dict[str, Content]:
@@ -177,11 +179,13 @@ def check(
         if (dtype := found.attempt(lambda: dtype_on_disk(saved_in, model), "dtype", "model")) is not None:
             found.config = found.config.model_copy(update={"dtype": dtype})
     spec = core = start = None
+    adapted = Adapted()
     if folder is not None and tokenizer is not None and found.config.dtype != "saved":
         names = task.label_names if task else ()
         spec, told = with_saved_head(_spec(found.config, folder, tokenizer, task, own), names)
         skeleton = _skeleton(found, spec, sure=task is not None)
-        core, start = (None, None) if skeleton is None else _adapter(found, skeleton, names, sure=task is not None)
+        if skeleton is not None:
+            core, start, adapted = _adapter(found, skeleton, names, sure=task is not None)
         if skeleton is not None and source is not None and task is not None:
             texts, learnt, words, built = source, task, tokenizer, skeleton
             found.attempt(lambda: check_tokens(found.config, texts, learnt, words, built), "data", "model")
@@ -216,6 +220,7 @@ def check(
         own_task=own_task,
         held_back=held_back,
         public_source=public_source,
+        adapted=adapted,
     )
 
 
@@ -377,8 +382,8 @@ def _skeleton(found: _Findings, spec: ModelSpec, *, sure: bool) -> nn.Module | N
 
 def _adapter(
     found: _Findings, skeleton: nn.Module, names: Sequence[str], *, sure: bool
-) -> tuple[CoreConfig | None, WarmStart | None]:
-    """What is put on the base, and what that starts from.
+) -> tuple[CoreConfig | None, WarmStart | None, Adapted]:
+    """What is put on the base, what that starts from, and which layers these are.
 
     skeleton: the model on the meta device. names: of the classes. sure: the data tell what the model is for.
     """
@@ -387,7 +392,8 @@ def _adapter(
     adapts = METHODS[config.method].adapts
     targets = found.attempt(lambda: chosen_layers(skeleton, config.targets), "targets") if adapts else []
     if targets is None:
-        return None, None
+        return None, None, Adapted()
+    adapted = what_is_adapted(skeleton, targets, config.targets) if adapts else Adapted()
     if adapts:
         if METHODS[config.method].factored:
             found.attempt(lambda: _check_rank(config, skeleton, targets), "rank")
@@ -395,11 +401,10 @@ def _adapter(
         if core is not None and core.tie == "all":
             found.attempt(lambda: _check_one_shape(skeleton, targets), "tie")
     if config.init_adapter is None or not sure:
-        return core, None
+        return core, None, adapted
     given = config.init_adapter
-    return core, found.attempt(
-        lambda: warm_start(given, skeleton, targets, config.method, names), "init_adapter", "method"
-    )
+    start = found.attempt(lambda: warm_start(given, skeleton, targets, config.method, names), "init_adapter", "method")
+    return core, start, adapted
 
 
 def _training(config: SimulationConfig) -> LocalTraining:

@@ -30,6 +30,7 @@ from fedlotr.flower.traits import traits_of
 from fedlotr.models.loading import adaptable_layers, count_parameters
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.documents import (
+    AdaptedLayers,
     Codec,
     Communication,
     Evaluation,
@@ -84,6 +85,7 @@ def facts(prepared: Prepared, promise: str | None = None) -> Facts:
         "higher_is_better": better is max,
         "losses": losses_in_words(prepared),
         "texts": texts_in_words(prepared),
+        "adapted": adapted_in_words(checked),
         "clients_per_round": config.clients_per_round,
         "shapes": {"layers": list(shapes.layers), "heads": shapes.heads},  # what bills are made of
         "partition": [] if hides_clients else _partition(checked),
@@ -200,6 +202,7 @@ def summarise(
         "over_clients": last.get("over_clients"),
         "losses": losses_in_words(prepared),
         "texts": texts_in_words(prepared),
+        "adapted": adapted_in_words(checked),
         "final": {**{name: under(last, name) for name in metrics}, "loss": last["loss"]},
         "client_evaluation": last.get("client_evaluation"),
         "best": {"round": best["round"], metric: under(best, metric), "loss": best["loss"]},
@@ -264,6 +267,12 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
 def texts_in_words(prepared: Prepared) -> Texts:
     """How much of the texts the model sees: the shares, and all in words."""
     return {**prepared.seen, "words": seen_in_words(prepared.seen)}
+
+
+def adapted_in_words(checked: Checked) -> AdaptedLayers:
+    """Which layers are adapted, which are not and why: their types, and all in words."""
+    adapted = checked.adapted
+    return {"words": adapted.in_words(), "layers": adapted.layers, "types": adapted.types, "left_out": adapted.left_out}
 
 
 def losses_in_words(prepared: Prepared) -> dict[str, str]:

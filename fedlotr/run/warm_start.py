@@ -34,7 +34,7 @@ class WarmStart:
         """For the log."""
         head = "the head is the adapter's"
         if self.other_labels is not None:
-            head = f"its head for {self.other_labels} other labels is left, the head is fitted on the public examples"
+            head = f"its head for {self.other_labels} labels is left, the head is fitted on the public examples"
         elif not self.head:
             head = "it has no head, which is fitted on the public examples"
         words = f"starts from an adapter of {len(self.layers)} layers (SHA-256 {self.sha256[:12]}…)"
