@@ -266,7 +266,7 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
         "data",
         "ok",
         f"{checked.source.name}, {checked.task.kind}: {sum(map(len, checked.parts)):,} examples to train, "
-        f"{len(checked.test_rows):,} to test",
+        f"{len(checked.test_rows):,} to test; {checked.source.splits}",
     )
     yield Finding(
         "trained",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ NAMES_SHOWN = 10
 LABEL_COLUMNS = ("label", "labels")
 """What the column of the labels is called where nothing is said of it, also with capitals; the first that there is."""
 
+Place = Callable[[int], str]
+"""From a row's index to the words for where it stands."""
 Split = tuple[str, Sequence[Any]]
 """How messages name a split, and the labels of its rows."""
 
@@ -92,11 +94,18 @@ def class_names(
 
 
 def class_indices(
-    where: str, values: Sequence[Any], names: Sequence[str], *, by_name: bool = False, joined: bool = False
+    where: str,
+    values: Sequence[Any],
+    names: Sequence[str],
+    *,
+    by_name: bool = False,
+    joined: bool = False,
+    place: Place | None = None,
 ) -> tuple[npt.NDArray[np.int64], list[str]]:
     """(values,) class indices, and what is wrong with the values that are no class.
 
-    by_name, joined: as for `class_names`. Without by_name a number is an index, also one that is text.
+    by_name, joined: as for `class_names`. place: where a row stands, for messages. Without by_name a number is an
+    index, also one that is text.
     """
     classes: dict[Any, int] = {_number(name) if by_name else index: index for index, name in enumerate(names)}
     keys = {key_of(name): index for index, name in enumerate(names)}
@@ -125,13 +134,13 @@ def class_indices(
     elif near := next((n for v in bad.values() if isinstance(v, str) and (n := keys.get(key_of(v))) is not None), None):
         expected += f"; {shorten(names[near])} is equal but for case, space or Unicode form: --join-labels takes both"
     indices = np.array([-1 if (index := known[value]) is None else index for value in values], np.int64)
-    return indices, row_problems(where, "label", bad, expected)
+    return indices, row_problems(where, "label", bad, expected, place)
 
 
-def row_problems(where: str, column: str, bad: dict[int, Any], expected: str) -> list[str]:
-    """A line for each of the first bad rows, counted from 1, and one for the rest."""
+def row_problems(where: str, column: str, bad: dict[int, Any], expected: str, place: Place | None = None) -> list[str]:
+    """A line for each of the first bad rows, named by where it stands or counted from 1, and one for the rest."""
     problems = [
-        f"{where}, row {row + 1}: '{column}' is {repr(value)[:50]}; expected {expected}"
+        f"{place(row) if place else f'{where}, row {row + 1}'}: '{column}' is {repr(value)[:50]}; expected {expected}"
         for row, value in list(bad.items())[:ROWS_SHOWN]
     ]
     return problems + ([f"{where}: {len(bad) - ROWS_SHOWN} more rows like these"] if len(bad) > ROWS_SHOWN else [])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedlotr.data.clients import name_of
+from fedlotr.data.columns import Rows
 from fedlotr.errors import InputError, nearest
 from fedlotr.streams import generator, stream_key
 
@@ -41,7 +42,8 @@ MAX_ALPHA = 1e6
 DIRICHLET_DRAWS = 2000
 """A small ALPHA leaves some client without a row in most draws: 50 clients with 0.1 over four labels in 99 of 100."""
 
-Rows = npt.NDArray[np.int64]
+NAMED_GROUPS = 3
+"""Groups without a row that a message names."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,14 @@ def partition(
     clients: int,
     seed: int,
     max_examples: int | None,
+    withheld: Mapping[str, int] | None = None,
+    groups: Sequence[Any] = (),
 ) -> list[Rows]:
     """The rows of each client: sorted indices into `rows`, at least one a client, none twice.
 
     labels: (rows,) class indices. max_examples: a seeded choice of so many is kept where a client has more.
+    withheld: for messages, which rows of the data are not among these, in words, and how many. groups: the column of
+    `natural` in all rows of the data, with those.
     `shards` leaves out the fewer than clients * K rows that fill no shard; `natural` those of smaller groups and those
     whose column is None. Its clients are in the order of size, then of name.
     Raises InputError where the rule has no such partition of these rows, and says what to change.
@@ -108,23 +114,26 @@ def partition(
     if max_examples is not None and max_examples < 1:
         raise InputError(f"--max-examples {max_examples}: expected 1 or more")
     if not 1 <= clients <= len(rows):
-        raise InputError(f"--clients {clients}: expected 1 to {len(rows)}, the number of rows there are to divide")
+        raise InputError(
+            f"--clients {clients}: expected 1 to {len(rows)}, the number of rows there are to divide"
+            f"{less(len(rows), withheld)}"
+        )
     if name in ("dirichlet", "shards") and len(np.unique(labels)) < 2:
         raise InputError(
             f"--partition {rule}: divides by label and all rows have the same (a causal language model has no labels); "
             "choose iid or natural"
         )
     if name == "natural":
-        parts = _natural(rows, str(value), clients)
+        parts = _natural(rows, str(value), clients, withheld, groups)
     else:
         # Shuffled first: iid cuts where rows stand, and the others keep the order of equal labels.
         order = generator(seed, "partition").permutation(len(rows))
         if name == "iid":
             parts = _iid(order, clients)
         elif name == "dirichlet":
-            parts = _dirichlet(order, labels[order], float(value or 0), clients, seed)
+            parts = _dirichlet(order, labels[order], float(value or 0), clients, seed, less(len(rows), withheld))
         else:
-            parts = _shards(order, labels[order], int(value or 0), clients, seed)
+            parts = _shards(order, labels[order], int(value or 0), clients, seed, less(len(rows), withheld))
     if max_examples is not None:
         parts = [_cap(part, max_examples, generator(seed, "max-examples", client)) for client, part in enumerate(parts)]
     return parts
@@ -135,7 +144,7 @@ def client_names(rule: str, rows: datasets.Dataset, parts: Sequence[Rows]) -> li
     name, column = parse_partition(rule)
     if name != "natural":
         return None
-    return [str(value) for value in rows.select([int(part[0]) for part in parts])[str(column)][:]]
+    return [name_of(value) for value in rows.select([int(part[0]) for part in parts])[str(column)][:]]
 
 
 def describe(parts: Sequence[Rows], labels: Rows, label_names: Sequence[str]) -> list[Holding]:
@@ -148,13 +157,28 @@ def describe(parts: Sequence[Rows], labels: Rows, label_names: Sequence[str]) ->
     return holdings
 
 
-def withhold_public(count: int, rows: int, seed: int) -> tuple[Rows, Rows]:
+def less(rows: int, withheld: Mapping[str, int] | None) -> str:
+    """In words, of which of the data's rows so many are the rest; nothing where they are all there are."""
+    taken = {why: count for why, count in (withheld or {}).items() if count}
+    if not taken:
+        return ""
+    return f" (of {rows + sum(taken.values())} in the data, {_and([f'{n} {why}' for why, n in taken.items()])})"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def withhold_public(count: int, rows: int, seed: int, withheld: Mapping[str, int] | None = None) -> tuple[Rows, Rows]:
     """`count` of `rows` row indices drawn for public use, and the private rest; both sorted.
 
-    Raises InputError where nothing private would be left.
+    withheld: as for `partition`. Raises InputError where nothing private would be left.
     """
     if not 0 <= count < rows:
-        raise InputError(f"--public-examples {count}: expected 0 to {rows - 1}, fewer than the {rows} rows of train")
+        raise InputError(
+            f"--public-examples {count}: expected 0 to {rows - 1}, fewer than the {rows} rows of train"
+            f"{less(rows, withheld)}"
+        )
     order = generator(seed, "public-examples").permutation(rows)
     return np.sort(order[:count]), np.sort(order[count:])
 
@@ -178,7 +202,7 @@ def _iid(rows: Rows, clients: int) -> list[Rows]:
     return _deal(IidPartitioner(num_partitions=clients), rows, rows, clients)
 
 
-def _dirichlet(rows: Rows, labels: Rows, alpha: float, clients: int, seed: int) -> list[Rows]:
+def _dirichlet(rows: Rows, labels: Rows, alpha: float, clients: int, seed: int, less: str) -> list[Rows]:
     from fedlotr.data.partitioners import DirichletPartitioner
 
     for draw in range(DIRICHLET_DRAWS):
@@ -190,7 +214,7 @@ def _dirichlet(rows: Rows, labels: Rows, alpha: float, clients: int, seed: int) 
             return _deal(partitioner, rows, labels, clients)
     raise InputError(
         f"--partition dirichlet:{alpha:g}: each of {DIRICHLET_DRAWS} draws left some of {clients} clients without a "
-        f"row ({len(rows)} rows, {len(np.unique(labels))} labels); raise ALPHA or lower --clients"
+        f"row ({len(rows)} rows{less}, {len(np.unique(labels))} labels); raise ALPHA or lower --clients"
     )
 
 
@@ -206,13 +230,13 @@ def _nobody_empty(key: int, labels: Rows, alpha: float, clients: int) -> bool:
     return bool(np.diff(cuts, axis=1, prepend=0).sum(axis=0).min() >= 1)
 
 
-def _shards(rows: Rows, labels: Rows, shards: int, clients: int, seed: int) -> list[Rows]:
+def _shards(rows: Rows, labels: Rows, shards: int, clients: int, seed: int, less: str) -> list[Rows]:
     from fedlotr.data.partitioners import ShardPartitioner
 
     if clients * shards > len(rows):
         raise InputError(
             f"--partition shards:{shards}: {clients} clients need {clients * shards} rows, a row a shard; there are "
-            f"{len(rows)}; lower K or --clients"
+            f"{len(rows)}{less}; lower K or --clients"
         )
     partitioner = ShardPartitioner(
         num_partitions=clients,
@@ -223,7 +247,9 @@ def _shards(rows: Rows, labels: Rows, shards: int, clients: int, seed: int) -> l
     return _deal(partitioner, rows, labels, clients)
 
 
-def _natural(rows: datasets.Dataset, column: str, clients: int) -> list[Rows]:
+def _natural(
+    rows: datasets.Dataset, column: str, clients: int, withheld: Mapping[str, int] | None, groups: Sequence[Any]
+) -> list[Rows]:
     from fedlotr.data.partitioners import GroupedNaturalIdPartitioner
 
     if column not in rows.column_names:
@@ -233,9 +259,14 @@ def _natural(rows: datasets.Dataset, column: str, clients: int) -> list[Rows]:
     values: list[Any] = rows[column][:]
     sizes = Counter(value for value in values if value is not None)
     if len(sizes) < clients:
+        gone = [name_of(value) for value in dict.fromkeys(groups) if value is not None and value not in sizes]
+        has = f"'{column}' has {len(sizes) + len(gone)} groups"
+        if gone:
+            named = ", ".join(gone[:NAMED_GROUPS]) + (", …" if len(gone) > NAMED_GROUPS else "")
+            has += f", of which {len(gone)} ({named}) {'has' if len(gone) == 1 else 'have'} no row left to train on"
         raise InputError(
-            f"--partition natural:{column}: {clients} clients wanted, but '{column}' has {len(sizes)} groups; "
-            f"lower --clients to {len(sizes)} or less"
+            f"--partition natural:{column}: {clients} clients wanted, but {has}{less(len(rows), withheld)}; "
+            f"lower --clients to {len(sizes)} or less{', or --public-examples' if gone else ''}"
         )
     largest = sorted(sizes, key=lambda value: (-sizes[value], value))[:clients]
     ranks = {value: rank for rank, value in enumerate(largest)}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
+from fedlotr.data.clients import one_client_each
+from fedlotr.data.columns import Columns, Places, Table, checked_columns
 from fedlotr.data.hub import fetch_data
 from fedlotr.data.labels import label_among
+from fedlotr.data.layouts import Layout, layout_of, train_splits
 from fedlotr.data.pydoc import build_pydoc
-from fedlotr.data.readers import READERS, Columns, Table, checked_columns, read_files
-from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_files, split_tenth
+from fedlotr.data.readers import READERS, read_files
+from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_tenth, take
 from fedlotr.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 PYDOC_SPLIT_SEED = 0
 """Fixed, so that runs of different seeds are tested on the same paragraphs."""
+
+SHOWN = 5
+"""Files and columns that a line names."""
 
 OwnData = Mapping[str, Any]
 """Split -> `datasets.Dataset`, `IterableDataset` (read to its end) or rows (mappings of column to value); a
@@ -37,6 +43,8 @@ class Source:
     split to evaluate on, with those of its columns that train has too. test_split: where test came from, in words.
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     drawn: whether test is a part of what is otherwise trained on, and no split of its own.
+    trained: the split or file that train is, in words. unread: files and splits that are neither. notes: what the user
+    must be told of the files. train_places, test_places: where the rows stand, of these None where they stand nowhere.
     """
 
     name: str
@@ -46,18 +54,47 @@ class Source:
     label_names: tuple[str, ...] | None
     sha256: str
     drawn: bool = False
+    trained: str = "train"
+    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    train_places: Places | None = None
+    test_places: Places | None = None
+
+    @property
+    def splits(self) -> str:
+        """What is trained on, what is scored, and what was left unread, in words."""
+        unread = f"; left unread: {', '.join(self.unread[:SHOWN])}" if self.unread else ""
+        more = f" and {len(self.unread) - SHOWN} more" if len(self.unread) > SHOWN else ""
+        return f"trained on {self.trained}, scored on {self.test_split}{unread}{more}"
+
+    def place(self, split: str, row: int) -> str:
+        """Where a row of "train" or "test" stands, as a message begins: its file and line, if it has any."""
+        places = self.train_places if split == "train" else self.test_places
+        if places is not None:
+            return places[row]
+        return f"--data {self.name}, {'train' if split == 'train' else self.test_split}, row {row + 1}"
 
 
 @dataclass(frozen=True)
 class Names:
-    """Which columns are the texts and the label, where they are not called as the tasks call them.
+    """Which columns are the texts, the label and the clients', where they are not called as the tasks call them.
 
     text: one name or two; label: one. causal: whether two texts are a prompt and its answer though there are labels.
+    client: the column that names the clients, where one does; client_if_unlabelled: it does so in data without labels
+    alone. told: whether numbers of rows may be said.
     """
 
     text: tuple[str, ...] = ()
     label: str | None = None
     causal: bool = False
+    client: str | None = None
+    client_if_unlabelled: bool = False
+    told: bool = True
+
+    def client_of(self, columns: Columns) -> str | None:
+        """Which of the columns names the clients, if any does."""
+        labelled = not self.causal and (self.label or label_among(columns)) is not None
+        return None if self.client not in columns or (self.client_if_unlabelled and labelled) else self.client
 
     def apply(self, columns: Columns, where: str) -> Columns:
         """The columns under the names that tasks know. Raises InputError for one that is not there."""
@@ -99,9 +136,10 @@ def load_source(
     """Load "pydoc", a folder with a split train, a single file, a data set on the hub, or splits of one's own.
 
     The test split is `eval_split`, or the first with labels (where train has some) of `test`, `eval*`, `dev`, `val` and
-    `validation`, or a tenth of train drawn with `seed`. eval_data: what else, named like `data`, has that split; its
-    only one serves whatever its name, and none is drawn of train. A column that a row lacks is None. Nothing is
-    written beside the data. Raises InputError for what is missing, and for what cannot be read.
+    `validation` (or of other names with these words), or a tenth of train drawn with `seed`. eval_data: what else,
+    named like `data`, has that split; its only one serves whatever its name, and none is drawn of train. A column that
+    a row lacks is None; rows without any value are skipped. Nothing is written beside the data. Raises InputError for
+    what is missing, and for what cannot be read.
     """
     names = names or Names()
     if not isinstance(data, str):
@@ -112,11 +150,11 @@ def load_source(
     name = path.resolve().name.split(".")[0] if path.is_file() else path.resolve().name
     if not path.exists() and is_data_id(data):
         path, name = fetch_data(data, READERS), data
-    files = split_files(path, given)
+    layout = layout_of(path, given)
     return _assemble(
         name,
-        list(files),
-        lambda split: read_files(files[split], given, names.label),
+        layout,
+        lambda split: read_files(layout.files[split], given, names.label),
         seed,
         eval_split,
         names,
@@ -127,8 +165,8 @@ def load_source(
 
 def _assemble(
     name: str,
-    splits: Sequence[str],
-    read: Any,
+    layout: Layout,
+    read: Callable[[str], Table],
     seed: int,
     eval_split: str | None,
     names: Names,
@@ -136,16 +174,61 @@ def _assemble(
     eval_data: str | None,
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
-    table: Table = read("train")
-    train, label_names = names.apply(table.columns, "train"), table.label_names
+    table = _asked_for(read("train"), names, "train")
+    if (client := names.client_of(table.columns)) is not None:
+        clients, notes = one_client_each(client, table.columns[client], told=names.told)
+        table = table._replace(columns={**table.columns, client: clients}, notes=(*table.notes, *notes))
+    table = table._replace(columns=names.apply(table.columns, "train"))
     if eval_data is not None:
-        return _evaluated_on(eval_data, eval_split, names, name, train, label_names)
-    others = [split for split in splits if split != "train"]
-    test, words = choose_test(others, lambda split: _named(names, read(split).columns, split), train, eval_split)
-    drawn = test is None
+        source = _evaluated_on(eval_data, eval_split, names, name, table)
+        unread = [split for split in layout.files if split != "train"]
+        return replace(source, trained=layout.trained, unread=(*unread, *layout.others))
+    others = [split for split in layout.files if split != "train"]
+    tables: dict[str, Table] = {}
+
+    def columns_of(split: str) -> Columns:
+        tables[split] = _asked_for(read(split), names, split)
+        return _named(names, tables[split].columns, split)
+
+    test, words = choose_test(others, columns_of, table.columns, eval_split)
     if test is None:
-        train, test = split_tenth(train, seed, given)
-    return source_of(name, train, test, words, label_names, drawn)
+        source = _of_a_tenth(table, seed, given, name, words)
+    else:
+        scored = list(tables)[-1]
+        others.remove(scored)
+        scored_table = tables[scored]
+        source = source_of(name, table.columns, test, words, table.label_names)
+        notes = list(dict.fromkeys((*table.notes, *scored_table.notes)))
+        source = replace(source, notes=tuple(notes), train_places=table.places, test_places=scored_table.places)
+    unread = (*others, *layout.others)
+    notes = list(source.notes)
+    if test is None and others and eval_split is None and not tables:
+        notes.append(
+            f"{given}: no split there is called as one to test on is, so {words} is scored; left unread: "
+            f"{', '.join(others[:SHOWN])} (--eval-split names one)"
+        )
+    return replace(source, trained=layout.trained, unread=unread, notes=tuple(notes))
+
+
+def _asked_for(table: Table, names: Names, split: str) -> Table:
+    """Without the columns that no task learns from, where they are not asked for; that is said."""
+    wanted = {*names.text, names.label, names.client_of(table.columns)}
+    left_out = {name: kind for name, kind in table.odd.items() if name not in wanted}
+    if not left_out:
+        return table
+    kept = {name: values for name, values in table.columns.items() if name not in left_out}
+    said = ", ".join(f"'{name}' ({kind})" for name, kind in list(left_out.items())[:SHOWN])
+    more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+    note = f"{split}: {said}{more}: passed over, as no task reads such a column; --partition natural:COLUMN can"
+    return table._replace(columns=kept, notes=(*table.notes, note))
+
+
+def _of_a_tenth(table: Table, seed: int, given: str, name: str, words: str) -> Source:
+    """A source whose test split is a seeded tenth of its rows."""
+    train, test = split_tenth(len(next(iter(table.columns.values()), [])), seed, given)
+    source = source_of(name, take(table.columns, train), take(table.columns, test), words, table.label_names, True)
+    places = (table.places.take(train), table.places.take(test)) if len(table.places) else (None, None)
+    return replace(source, notes=table.notes, train_places=places[0], test_places=places[1])
 
 
 def _named(names: Names, columns: Columns, split: str) -> Columns:
@@ -154,11 +237,9 @@ def _named(names: Names, columns: Columns, split: str) -> Columns:
     return names.apply(columns, split)
 
 
-def _evaluated_on(
-    eval_data: str, eval_split: str | None, names: Names, name: str, train: Columns, labels: tuple[str, ...] | None
-) -> Source:
-    """A source whose test split comes from elsewhere. labels: the names of the classes, where train's form has them."""
-    given = f"--eval-data {eval_data}"
+def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: str, table: Table) -> Source:
+    """A source whose test split comes from elsewhere. table: train, under the tasks' names."""
+    given, train, labels = f"--eval-data {eval_data}", table.columns, table.label_names
     if eval_data == "pydoc":
         public = _load_pydoc(None, 0, Names(), None)
         there = {"test": Table(public.test.to_dict(), public.label_names)}
@@ -166,17 +247,28 @@ def _evaluated_on(
         path = Path(eval_data).expanduser()
         if not path.exists() and is_data_id(eval_data):
             path = fetch_data(eval_data, READERS, given)
-        files = split_files(path, given, train=False)
+        files = layout_of(path, given, train=False).files
         chosen = [split for split in files if eval_split in (None, split)] or list(files)
-        there = {split: read_files(files[split], given, names.label) for split in chosen}
-    read = {split: _named(names, table.columns, f"{given}, {split}") for split, table in there.items()}
+        there = {
+            split: _asked_for(read_files(files[split], given, names.label), names, f"{given}, {split}")
+            for split in chosen
+        }
+    read = {split: _named(names, found.columns, f"{given}, {split}") for split, found in there.items()}
     test, words = choose_only(list(read), read.__getitem__, train, eval_split, given)
-    own = next((there[split].label_names for split in there if words.startswith(split)), None)
+    scored = next((split for split in there if words.partition(" ")[0] == split), words)
+    own = there[scored].label_names if scored in there else None
     if labels is not None and own is not None and labels != own:
         raise InputError(
             f"{given}: its classes are {', '.join(own[:5])}…, and those of --data {', '.join(labels[:5])}…"
         )
-    return source_of(name, train, test, f"{words} of {given}", labels)
+    source = source_of(name, train, test, f"{words} of {given}", labels)
+    of_test = there.get(scored, Table({}))
+    return replace(
+        source,
+        notes=tuple(dict.fromkeys((*table.notes, *of_test.notes))),
+        train_places=table.places if len(table.places) else None,
+        test_places=of_test.places if len(of_test.places) else None,
+    )
 
 
 def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str | None) -> Source:
@@ -184,46 +276,52 @@ def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str 
         raise InputError(f"--eval-split {eval_split}: pydoc has no such split{nearest(eval_split, ['test', HELD_OUT])}")
     rows, label_names = build_pydoc()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    train, test = split_tenth(columns, PYDOC_SPLIT_SEED, "--data pydoc")
+    train, test = (take(columns, part) for part in split_tenth(len(rows), PYDOC_SPLIT_SEED, "--data pydoc"))
     if eval_data is not None:
-        return _evaluated_on(eval_data, eval_split, names, "pydoc", train, label_names)
+        return _evaluated_on(eval_data, eval_split, names, "pydoc", Table(train, label_names))
     words = "a fixed tenth of the paragraphs"
     if eval_split == HELD_OUT:
-        train, test = split_tenth(train, seed, "--data pydoc")
+        count = len(next(iter(train.values())))
+        train, test = (take(train, part) for part in split_tenth(count, seed, "--data pydoc"))
         words = "a seeded tenth of the other paragraphs, held out"
-    return source_of("pydoc", train, test, words, label_names, eval_split == HELD_OUT)
+    source = source_of("pydoc", train, test, words, label_names, eval_split == HELD_OUT)
+    return replace(source, trained="the other paragraphs" if eval_split is None else "the rest")
 
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, eval_data: str | None) -> Source:
     import datasets
 
-    splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    splits = {str(name): rows for name, rows in data.items()} if isinstance(data, Mapping) else {"train": data}
     for split, given in splits.items():
         if isinstance(given, str) or not (hasattr(given, "column_names") or isinstance(given, Iterable)):
             raise InputError(
                 f"data['{split}'] is a {type(given).__name__}; expected a datasets.Dataset, or rows that are mappings "
                 "of column to value"
             )
-    if "train" not in splits:
-        raise InputError(f"data: no split 'train' among {', '.join(map(str, splits)) or 'none'}")
+    trained = train_splits(splits)
+    if len(trained) != 1:
+        found = "several splits to train on" if trained else "no split 'train'"
+        raise InputError(f"data: {found} among {', '.join(splits) or 'none'}")
 
     def read(split: str) -> Table:
+        split = trained[0] if split == "train" else split
         given = splits[split]
         features = getattr(given, "features", None) or {}
         feature = features.get(names.label or label_among(features))
         classes = tuple(getattr(feature, "names", ())) or None
         if isinstance(given, datasets.Dataset):
             columns = {name: list(given[name][:]) for name in given.column_names}
-            return Table(checked_columns(f"data['{split}']", columns), classes)
+            return checked_columns(f"data['{split}']", columns)._replace(label_names=classes)
         rows = list(given.with_format(None) if isinstance(given, datasets.IterableDataset) else given)
         if not all(isinstance(row, Mapping) for row in rows):
             raise InputError(
                 f"data['{split}']: expected a datasets.Dataset, or rows that are mappings of column to value"
             )
         found = {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
-        return Table(checked_columns(f"data['{split}']", found), classes)
+        return checked_columns(f"data['{split}']", found)._replace(label_names=classes)
 
-    source = _assemble("", list(splits), read, seed, eval_split, names, "data", eval_data)
+    layout = Layout({"train": [], **{split: [] for split in splits if split != trained[0]}}, trained[0])
+    source = _assemble("", layout, read, seed, eval_split, names, "data", eval_data)
     return replace(source, name=own_name(source.sha256))
 
 

@@ -1,87 +1,18 @@
-"""Which files of a folder, or splits of a mapping, are trained and tested on."""
+"""Which split is tested on, and what is tested on where there is none."""
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from fedlotr.data.readers import READERS, Columns, suffix_of
+import numpy as np
+
+from fedlotr.data.columns import Columns, Rows
+from fedlotr.data.layouts import test_rank
 from fedlotr.errors import InputError, nearest
 from fedlotr.streams import generator
 
-TEST_NAMES = ("test", "eval*", "dev", "val", "validation")
-"""Splits to test on, best first."""
 HELD_OUT = "held-out"
 """As the split to evaluate on: a seeded tenth of train, which no client and no public example is taken from."""
-
-SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
-"""What ends the name of a part of a split, as the `datasets` library writes them."""
-
-FORMS = ", ".join(READERS)
-
-
-def split_files(folder: Path, given: str, *, train: bool = True) -> dict[str, list[Path]]:
-    """Split name -> its files, in the order of the names.
-
-    A single file is a split called train. Of a folder without such files the one folder in it that has some is taken
-    (`data/` in a repository on the hub). given: the option and its value, for messages. train: whether there must be
-    a split to train on.
-    Raises InputError for what is missing, and for two forms of one split.
-    """
-    if folder.is_file():
-        if not suffix_of(folder):
-            raise InputError(f"{given}: not a form that is read; expected a folder, or a file that ends in {FORMS}")
-        return {"train": [folder]}
-    if not folder.is_dir():
-        raise InputError(f"{given}: no such folder or file{_nearest_path(folder)}")
-    files = _files(folder, given)
-    if not files:
-        inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and _files(path, given)]
-        if len(inner) > 1:
-            raise InputError(
-                f"{given}: data in several folders ({', '.join(path.name for path in inner[:10])}); name one of "
-                f"them, as {inner[0]}, or {inner[0].name} after a colon for a data set on the hub"
-            )
-        files = _files(inner[0], given) if inner else {}
-    if not files or (train and "train" not in files):
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "an empty folder"
-        wanted = "no split to train on; expected train" if train else "no split to evaluate on; expected test"
-        raise InputError(f"{given}: {wanted} with one of the endings {FORMS}, found {found}")
-    return files
-
-
-def _files(folder: Path, given: str) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = suffix_of(path)
-        if not suffix or not path.is_file():
-            continue
-        stem = path.name[: -len(suffix)]
-        split = SHARD.sub("", stem)
-        others = files.setdefault(split, [])
-        if others and (stem == split or not SHARD.search(others[0].name[: -len(suffix_of(others[0]))])):
-            raise InputError(f"{given}: both {others[0].name} and {path.name}; keep one of them")
-        others.append(path)
-    for split, paths in files.items():
-        part = SHARD.search(paths[0].name[: -len(suffix_of(paths[0]))])
-        if part and len(paths) != int(part[1]):
-            raise InputError(
-                f"{given}: {len(paths)} of the {int(part[1])} parts of {split} are there; fetch the others"
-            )
-    return files
-
-
-def _nearest_path(path: Path) -> str:
-    parent = path.parent
-    if not parent.is_dir():
-        return f", nor is there {parent}; give a folder, a file or 'pydoc'"
-    there = [entry for entry in parent.iterdir() if entry.is_dir() or suffix_of(entry)]
-    choices = {entry.name: str(entry) for entry in there} | {"pydoc": "pydoc"}
-    close = difflib.get_close_matches(path.name, choices, n=1)
-    return f", did you mean '{choices[close[0]]}'?" if close else "; give a folder, a file or 'pydoc'"
 
 
 def choose_test(
@@ -95,6 +26,7 @@ def choose_test(
     if eval_split == HELD_OUT and HELD_OUT not in splits:
         return None, "a seeded tenth of train, held out"
     if eval_split is not None:
+        eval_split = next((name for name in splits if name.casefold() == eval_split.casefold()), eval_split)
         if eval_split not in splits:
             hint = nearest(eval_split, splits) if splits else f"; there is train only, or {HELD_OUT}, a tenth of it"
             raise InputError(f"--eval-split {eval_split}: no such split{hint}")
@@ -103,12 +35,12 @@ def choose_test(
             raise InputError(f"--eval-split {eval_split}: it has no labels; train has")
         return test, eval_split
     passed_over: list[str] = []
-    for pattern in TEST_NAMES:
-        for name in fnmatch.filter(splits, pattern):
-            test = read(name)
-            if labelled(test) or not labelled(train):
-                return test, " ".join([name, *_reasons(passed_over)])
-            passed_over.append(name)
+    ranked = sorted((rank, at, name) for at, name in enumerate(splits) if (rank := test_rank(name)) is not None)
+    for *_, name in ranked:
+        test = read(name)
+        if labelled(test) or not labelled(train):
+            return test, " ".join([name, *_reasons(passed_over)])
+        passed_over.append(name)
     return None, " ".join(["a seeded tenth of train", *_reasons(passed_over)])
 
 
@@ -144,12 +76,15 @@ def labelled(columns: Mapping[str, Sequence[object]]) -> bool:
     return any(value not in (None, -1, "", "-1") for value in columns.get("label", []))
 
 
-def split_tenth(columns: Columns, seed: int, given: str) -> tuple[Columns, Columns]:
-    """Train without a seeded tenth of its rows, and the tenth. Raises InputError for less than two rows."""
-    count = len(next(iter(columns.values())))
+def split_tenth(count: int, seed: int, given: str) -> tuple[Rows, Rows]:
+    """Of so many rows those of train without a seeded tenth, and the tenth. Raises InputError for less than two."""
     if count < 2:
         raise InputError(f"{given}: one row cannot be split in train and test; add rows, or a file for test")
-    chosen = set(generator(seed, "test-split").permutation(count)[: max(1, count // 10)].tolist())
-    train = {name: [value for row, value in enumerate(column) if row not in chosen] for name, column in columns.items()}
-    test = {name: [value for row, value in enumerate(column) if row in chosen] for name, column in columns.items()}
-    return train, test
+    chosen = np.sort(generator(seed, "test-split").permutation(count)[: max(1, count // 10)])
+    return np.setdiff1d(np.arange(count), chosen), chosen
+
+
+def take(columns: Columns, rows: Rows) -> Columns:
+    """Some rows of all columns."""
+    kept = rows.tolist()
+    return {name: [values[row] for row in kept] for name, values in columns.items()}

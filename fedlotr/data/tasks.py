@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlotr.data.labels import are_numbers, class_indices, class_names, row_problems, unshared
+from fedlotr.data.labels import Place, are_numbers, class_indices, class_names, row_problems, unshared
 from fedlotr.data.seen import Seen, look
 from fedlotr.data.sources import Source
 from fedlotr.errors import InputError, nearest
@@ -43,21 +44,28 @@ class Task:
     by_name: bool = False
     joined: bool = False
 
-    def labels(self, rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+    def labels(self, rows: datasets.Dataset, place: Place | None = None) -> npt.NDArray[np.int64]:
         """(rows,) class indices; zeros for a causal language model.
 
-        Raises InputError that names the rows whose label is missing or no class of this task.
+        place: where a row stands, for messages (default: its number). Raises InputError that names the rows whose label
+        is missing or no class of this task.
         """
         if self.kind == "causal-lm":
             return np.zeros(len(rows), np.int64)
-        indices, problems = self.indices("--data", rows)
+        indices, problems = self.indices("--data", rows, place)
         if problems:
             raise InputError(problems)
         return indices
 
-    def indices(self, where: str, rows: datasets.Dataset) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """(rows,) class indices, and what is wrong with labels that are no class. where: the rows, for messages."""
-        return class_indices(where, rows["label"][:], self.label_names, by_name=self.by_name, joined=self.joined)
+    def indices(
+        self, where: str, rows: datasets.Dataset, place: Place | None = None
+    ) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """(rows,) class indices, and what is wrong with labels that are no class.
+
+        where, place: the rows, and where each stands, for messages.
+        """
+        forms = {"by_name": self.by_name, "joined": self.joined}
+        return class_indices(where, rows["label"][:], self.label_names, **forms, place=place)
 
 
 def resolve_task(
@@ -92,9 +100,13 @@ def resolve_task(
     return task
 
 
-def _splits(source: Source) -> list[tuple[str, datasets.Dataset]]:
-    """How messages name each split, and its rows."""
-    return [(f"--data {source.name}, train", source.train), (f"--data {source.name}, {source.test_split}", source.test)]
+def _splits(source: Source) -> list[tuple[str, datasets.Dataset, Place]]:
+    """How messages name each split, its rows, and where each of these stands."""
+    name = f"--data {source.name}"
+    return [
+        (f"{name}, train", source.train, partial(source.place, "train")),
+        (f"{name}, {source.test_split}", source.test, partial(source.place, "test")),
+    ]
 
 
 def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[str, ...]:
@@ -108,13 +120,13 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
             "say which are which by --text-column and --label-column"
         )
     problems: list[str] = []
-    for where, rows in _splits(source):
+    for where, rows, place in _splits(source):
         missing = [column for column in (*usable[0], *others) if column not in rows.column_names]
         if missing:
             problems.append(f"{where}: no column {' or '.join(missing)}, unlike train; choose another --eval-split")
         for column in (column for column in usable[0] if column not in missing):
             bad = {row: text for row, text in enumerate(rows[column][:]) if not isinstance(text, str)}
-            problems += row_problems(where, column, bad, "text")
+            problems += row_problems(where, column, bad, "text", place)
     if problems:
         raise InputError(problems)
     return usable[0]
@@ -128,8 +140,8 @@ def _check_labels(source: Source, task: Task, *, told: bool) -> None:
             f"--label-names: --data {source.name} names its classes {', '.join(own[:10])}; give just these"
         )
     problems: list[str] = []
-    for where, rows in _splits(source):
-        found = task.indices(where, rows)[1]
+    for where, rows, place in _splits(source):
+        found = task.indices(where, rows, place)[1]
         if found and not told:
             found = [f"{where}: some label is none of the {len(names)} that --label-names gives (which, is private)"]
         problems += found
@@ -140,10 +152,10 @@ def _check_labels(source: Source, task: Task, *, told: bool) -> None:
 def _with_labels(source: Source, columns: tuple[str, ...], *, joined: bool, told: bool) -> Task:
     """The task with the classes that labels say there are, once every row of both splits has one."""
     where = f"--data {source.name}"
-    splits = [(of, rows["label"][:]) for of, rows in _splits(source)]
+    splits = [(of, rows["label"][:]) for of, rows, _ in _splits(source)]
     names, by_name = class_names(where, splits, source.label_names, joined=joined, told=told)
     task = Task("classification", columns, names, by_name, joined)
-    problems = [problem for of, rows in _splits(source) for problem in task.indices(of, rows)[1]]
+    problems = [problem for of, rows, place in _splits(source) for problem in task.indices(of, rows, place)[1]]
     if len(names) == 1 and not problems:
         of = names[0] if told else "the same"
         problems = [f"{where}: every label is {of}; --task classification needs two classes or more"]

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlotr.config.own import own_name
@@ -114,7 +115,9 @@ def apply_task(task: OwnTask, source: Source) -> tuple[Source, Task]:
 
     Raises InputError for rows that `encode` fails on or makes no example of.
     """
-    made = {split: _encoded(task, split, rows) for split, rows in (("train", source.train), ("test", source.test))}
+    made = {
+        split: _encoded(task, source, split, rows) for split, rows in (("train", source.train), ("test", source.test))
+    }
     forms = {tuple(columns) for columns in made.values()}
     if len(forms) > 1:
         raise InputError(f"task {type(task).__name__}: encode makes single texts of one split and pairs of the other")
@@ -133,14 +136,15 @@ def apply_task(task: OwnTask, source: Source) -> tuple[Source, Task]:
     )
     texts = tuple(column for column in columns if column != "label")
     kind = "classification" if task.labels else "causal-lm"
-    return encoded, Task(kind, texts, tuple(task.labels))  # type: ignore[arg-type]
+    known = {name: getattr(source, name) for name in ("trained", "unread", "notes", "train_places", "test_places")}
+    return replace(encoded, **known), Task(kind, texts, tuple(task.labels))  # type: ignore[arg-type]
 
 
-def _encoded(task: OwnTask, split: str, rows: datasets.Dataset) -> dict[str, list[Any]]:
+def _encoded(task: OwnTask, source: Source, split: str, rows: datasets.Dataset) -> dict[str, list[Any]]:
     """The rows of a split as columns."""
     made: list[dict[str, Any]] = []
     problems: list[str] = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows):
         try:
             example = _example(task, task.encode(row))
             if made and example.keys() != made[0].keys():
@@ -148,7 +152,7 @@ def _encoded(task: OwnTask, split: str, rows: datasets.Dataset) -> dict[str, lis
             made.append(example)
         except Exception as error:
             said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            problems.append(f"task {type(task).__name__}: encode, row {number} of {split}: {said}")
+            problems.append(f"task {type(task).__name__}: encode, {source.place(split, number)}: {said}")
     if problems:
         more = [f"task {type(task).__name__}: {len(problems) - ROWS_SHOWN} more rows of {split} like these"]
         raise InputError(problems[:ROWS_SHOWN] + (more if len(problems) > ROWS_SHOWN else []))

@@ -25,7 +25,7 @@ from fedlotr.grid.file import Grid, Run, together
 from fedlotr.privacy.ledger import known_again
 from fedlotr.reporting.callbacks import Callbacks, RoundEvent
 from fedlotr.reporting.documents import Summary
-from fedlotr.run.checking import read_source
+from fedlotr.run.checking import columns_of, read_source
 from fedlotr.run.contents import Content
 from fedlotr.run.directory import RunDirectory
 from fedlotr.run.resumption import BY_CONTENT, MAY_CHANGE, ROWS, as_kept, by_content, compare_contents, contents_in
@@ -138,7 +138,7 @@ def _data_of(run: Run) -> tuple[Any, ...]:
     """What the rows of train and test depend on."""
     config = run.config
     tested_on = config.eval_data, config.eval_split
-    return config.data, *tested_on, config.text_column, config.label_column, config.task, config.seed
+    return config.data, *tested_on, columns_of(config), config.seed
 
 
 def differences(runs: Sequence[Run], out: Path) -> list[str]:

@@ -325,6 +325,7 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
                 known("largest class {:.1%}", "largest_class"),
             ),
         ),
+        ("splits", facts.get("splits", "")),
         (
             "method",
             _joined(

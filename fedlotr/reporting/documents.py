@@ -200,6 +200,7 @@ class Facts(Fingerprint, FactsOfSome):
     """Of all clients; None where whole clients are hidden."""
     test_examples: int
     task: str
+    splits: str
     steps: int | None
     """Optimizer steps of the first client in a round; None where whole clients are hidden."""
     batch_size: int
@@ -341,6 +342,7 @@ class Summary(Fingerprint):
     model: str
     data: str
     test_split: str
+    splits: str
     clients: int
     rounds: int
     """That are finished: fewer than configured where the privacy budget was spent."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,12 +27,14 @@ from fedlotr.data import (
     default_partition,
     encode,
     load_source,
+    parse_partition,
     partition,
     resolve_task,
     task_name,
     unshared_classes,
     withhold_public,
 )
+from fedlotr.data.partition import CLIENT
 from fedlotr.errors import InputError
 from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import most_positions
@@ -136,7 +138,15 @@ class Checked:
 def columns_of(config: SimulationConfig) -> Names:
     """What the configuration says of the data's columns."""
     text = tuple(config.text_column.split(",")) if config.text_column else ()
-    return Names(text, config.label_column, config.task == "causal-lm")
+    rule, column = parse_partition(config.partition or f"natural:{CLIENT}")
+    return Names(
+        text,
+        config.label_column,
+        config.task == "causal-lm",
+        client=str(column) if rule == "natural" else None,
+        client_if_unlabelled=config.partition is None,
+        told=config.privacy != "client",
+    )
 
 
 def read_source(config: SimulationConfig, data: OwnData | None = None) -> Source:
@@ -255,6 +265,8 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
     config, brought = found.config, found.brought
     fields = ("data", "eval_data", "eval_split", "text_column", "label_column")
     source = source or found.attempt(lambda: read_source(config, brought.data), *fields)
+    for note in source.notes if source is not None else ():
+        say(note)
     if source is not None and brought.data is not None:
         if config.privacy != "none":
             source = replace(source, name=HIDDEN)
@@ -297,7 +309,7 @@ def _clients(
         found.problems.append(
             "--method head: a language model has no classification head; choose a method that adapts layers"
         )
-    labels = found.attempt(lambda: task.labels(source.train))
+    labels = found.attempt(lambda: task.labels(source.train, partial(source.place, "train")))
     for line in unshared_classes(source, task, told=config.privacy == "none") if labels is not None else ():
         say(line)
     found.attempt(lambda: check_scored(config, source, task), "privacy", "eval_split", "eval_data", "public_eval")
@@ -315,6 +327,8 @@ def _public(found: _Findings, source: Source | None, task: Task | None, own_task
     if config.public_data is None or task is None:
         return None
     public = found.attempt(lambda: _public_source(config, task, own_task), "public_data", "data")
+    for note in public.notes if public is not None else ():
+        say(f"--public-data: {note}")
     if public is not None and source is not None:
         found.attempt(lambda: check_public(config, public, source, task), "privacy")
     return public
@@ -459,14 +473,15 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
     """What --public-data names, fit for the task. Raises InputError where it is not."""
     name = f"--public-data {config.public_data}"
     try:
-        source = load_source(str(config.public_data), seed=config.seed, names=columns_of(config))
+        names = replace(columns_of(config), client=None)
+        source = load_source(str(config.public_data), seed=config.seed, names=names)
         if own_task is not None:
             source, _ = apply_task(own_task, source)
         missing = [column for column in task.columns if column not in source.train.column_names]
         if missing or (task.kind == "classification" and "label" not in source.train.column_names):
             raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
         resolve_task(task.kind, source, task.label_names or None, joined=config.join_labels)
-        task.labels(source.train)
+        task.labels(source.train, partial(source.place, "train"))
     except InputError as error:
         raise InputError([problem.replace("--data", name.split()[0], 1) for problem in error.problems]) from error
     return source
@@ -475,7 +490,11 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
 def _deal(config: SimulationConfig, rule: str, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
     # Rows withheld from private data are as private as the rest: they would be no public examples.
     withheld = config.public_examples if config.privacy == "none" and config.public_data is None else 0
-    public, private = withhold_public(withheld, len(source.train), config.seed)
+    tested = {"held out to test": len(source.test) if source.drawn else 0}
+    public, private = withhold_public(withheld, len(source.train), config.seed, tested)
+    kind, column = parse_partition(rule)
+    whole = [source.train, *([source.test] if source.drawn else [])]
+    named = kind == "natural" and all(str(column) in rows.column_names for rows in whole)
     try:
         parts = partition(
             rule,
@@ -484,6 +503,8 @@ def _deal(config: SimulationConfig, rule: str, source: Source, labels: Rows) -> 
             clients=config.clients,
             seed=config.seed,
             max_examples=config.max_examples,
+            withheld=tested | {"public examples": withheld},
+            groups=[value for rows in whole for value in rows[str(column)][:]] if named else (),
         )
     except InputError as error:
         if config.partition is not None or rule != "natural":

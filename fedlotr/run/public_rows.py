@@ -1,13 +1,12 @@
 """What counts as public where a run hides its data: which rows may be scored or fitted on in the clear."""
 
 from collections.abc import Iterable
-from fnmatch import fnmatch
 
 import datasets
 
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.data import Source, Task
-from fedlotr.data.splits import TEST_NAMES
+from fedlotr.data.layouts import test_rank
 from fedlotr.errors import InputError
 
 MOST_SHARED = 0.1
@@ -28,7 +27,7 @@ def check_scored(config: SimulationConfig, source: Source, task: Task) -> None:
             f"{given} with {of}: the run would be evaluated on {source.test_split}, whose rows are as private as the "
             f"others, and no noise covers their scores; {INSTEAD}{tuned}"
         )
-    own = config.eval_split is not None and not any(fnmatch(config.eval_split, pattern) for pattern in TEST_NAMES)
+    own = config.eval_split is not None and test_rank(config.eval_split) is None
     if own and config.eval_data is None and not config.public_eval:
         raise InputError(
             f"--eval-split {config.eval_split} with {of}: its rows are scored without noise; where they are nobody's "

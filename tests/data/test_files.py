@@ -69,7 +69,7 @@ def test_a_csv_split_without_labels_is_passed_over(tmp_path: Path) -> None:
     assert load_source(str(tmp_path)).test_split == "a seeded tenth of train (test has no labels)"
     (tmp_path / "train.csv").write_text("text,label\na,x\nb,\nc,y\n", encoding="utf-8")
     (tmp_path / "test.csv").unlink()
-    with pytest.raises(InputError, match=r"row \d: 'label' is None; expected one of the classes"):
+    with pytest.raises(InputError, match=r"line \d: 'label' is None; expected one of the classes"):
         resolve_task("auto", load_source(str(tmp_path)))
 
 

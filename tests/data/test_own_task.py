@@ -172,10 +172,13 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
         task(text_only, metric=lambda self, results: 1.0, metric_name="loss"),
         ["metric_name 'loss' is taken"],
     ),
-    "no label": (task(text_only), ["encode, row 1 of train: it gave", "expected (text, label)"]),
+    "no label": (task(text_only), ["encode, data['train'], row ", ": it gave", "expected (text, label)"]),
     "bad label": (task(lambda row: (row["review"], "godo")), ["the label 'godo' is none", "did you mean 'good'?"]),
     "index": (task(lambda row: (row["review"], 2)), ["it gave 2; expected a label from 0 to 1"]),
-    "raises": (task(lambda row: row["reviw"]), ["row 1 of train: KeyError: 'reviw'", "more rows of train like"]),
+    "raises": (
+        task(lambda row: row["reviw"]),
+        ["encode, data['train'], row ", ": KeyError: 'reviw'", "more rows of train like"],
+    ),
     "now and then": (
         task(lambda row: (row["review"], 0) if row["stars"] > 3 else ((row["review"], ""), 0)),
         ["it is a pair and others are not"],
