@@ -1,8 +1,26 @@
-"""Writing files so that a crash, or a full disk, leaves the old one or the new one."""
+"""Writing files so that a crash, or a full disk, leaves the old one or the new one; and JSON that all can read."""
 
 import contextlib
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """The value with None for each number in it that is not finite: JSON has no NaN, and most readers take none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def as_json(value: Any, **options: Any) -> str:
+    """Valid JSON, whatever the value holds: `finite` of it. options: of `json.dumps`."""
+    return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:

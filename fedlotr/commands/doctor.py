@@ -1,6 +1,5 @@
 """`fedlotr doctor [CONFIG.yaml] [options]`: would a run start here, and what will it need? Nothing is trained."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from fedlotr.commands.simulate import DONE
 from fedlotr.config.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.config.preflight import standing_folder
 from fedlotr.errors import FedlotrError, InputError, shorten
+from fedlotr.files import as_json
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table
 from fedlotr.said import keeping
@@ -82,7 +82,7 @@ def _report(words: Sequence[str]) -> int:
             "problems": problems,
             "needs": None if needs is None else asdict(needs),
         }
-        print(json.dumps(report))
+        print(as_json(report))
     elif not config.quiet:
         _print(findings, problems)
     return refuse(problems) if problems else DONE

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from fedlotr.reporting.report import write_report
 
     try:
-        path = write_report(given.run, given.out)
+        path = write_report(given.run, given.out, lambda note: print(f"note: {note}", file=sys.stderr))
     except InputError as error:
         return refuse(error.problems)
     except OSError as error:

@@ -1,6 +1,5 @@
 """`fedlotr simulate [CONFIG.yaml] [options]`: from words to a run to an exit code."""
 
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from fedlotr.commands.door import BAD_INPUT, FAILED, NO_MEMORY, lacks_memory, re
 from fedlotr.config.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.engines.endings import exit_code, heeded, in_words, told
 from fedlotr.errors import FedlotrError, InputError
+from fedlotr.files import as_json
 from fedlotr.machine import loading_for_good
 from fedlotr.reporting.console import Console
 from fedlotr.run.processes import CLIENT_APP, threads_of, workers_of
@@ -62,7 +62,7 @@ def _simulate(words: Sequence[str]) -> int:
             _explain(error, console.run_dir)
             return FAILED
     if config.json_output:
-        print(json.dumps(result.summary))
+        print(as_json(result.summary))
     return DONE
 
 

@@ -4,6 +4,7 @@ What JSON has is itself; anything else is an object with one word that says what
 """
 
 import base64
+import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ def pack(value: Any, arrays: Arrays, prefix: str) -> Any:
         return pack(item, arrays, prefix)
 
     kind = type(value)
+    if kind is float and not math.isfinite(value):  # JSON has no such number
+        return {"float": repr(value)}
     if kind in PLAIN:
         return value
     if kind is np.ndarray:
@@ -76,7 +79,7 @@ def pack(value: Any, arrays: Arrays, prefix: str) -> Any:
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
     if kind is complex:
-        return {"complex": [value.real, value.imag]}
+        return {"complex": [inner(value.real), inner(value.imag)]}
     if kind is torch.Tensor:
         return _pack_tensor(value, arrays, prefix)
     if (generator := _generator_state(value)) is not None:
@@ -114,7 +117,9 @@ def unpack(packed: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
         case {"bytes": text}:
             return base64.b64decode(text)
         case {"complex": [real, imaginary]}:
-            return complex(real, imaginary)
+            return complex(inner(real), inner(imaginary))
+        case {"float": text}:
+            return float(text)
         case {"tensor": array, "as": dtype}:
             return torch.from_numpy(inner(array)).view(getattr(torch, dtype))
         case {"generator": state}:

@@ -45,7 +45,13 @@ def choose(grid: Grid, row: Row, finished: Mapping[str, Summary], failed: Mappin
         finals = [finished[run.name]["final"] for run in runs]
         metric = next(name for name in METRICS if name in finals[0])
         sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-        return sign * fmean(final[metric] for final in finals), -fmean(final["loss"] for final in finals)
+        values, losses = ([final[name] for final in finals] for name in (metric, "loss"))
+        # What is not finite is null on disk, and the worst there is.
+        worst = float("-inf")
+        return (
+            worst if None in values else sign * fmean(values),
+            worst if None in losses else -fmean(losses),
+        )
 
     best = max(whole, key=worth)[0]
     said = ", ".join(f"{key} {shorten(value)}" for key, value in best.point.items())

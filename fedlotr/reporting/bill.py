@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
 from fedlotr.communication.wire_form import Coding
 from fedlotr.cost.formulas import CODED, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, of_core, source
+from fedlotr.files import as_json as valid_json
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table, wrapped
 
@@ -112,7 +112,7 @@ def as_json(quote: Quote) -> str:
     formulas: dict[str, Formula] = {str(factor): formula for factor, formula in FACTORS.items()}
     formulas |= {f"core {name}": of_core(kind) for name, kind in CORES.items() if kind.trained} | {"frozen pair": PAIR}
     return (
-        json.dumps(
+        valid_json(
             {
                 "model": {
                     "name": quote.name,

@@ -193,7 +193,8 @@ def _groups(runs: Mapping[str, RunRecord], metric: str | None, keys: Sequence[st
     groups = []
     for inside in members.values():
         names = tuple(name for name, _ in inside)
-        values = [float(under(run.last, metric)) for _, run in inside if run.last is not None and metric is not None]
+        last = [under(run.last, metric) for _, run in inside if run.last is not None and metric is not None]
+        values = [float(value) for value in last if value is not None]
         spent = [value for _, run in inside if (value := _spent(run)) is not None]
         own = dict(flat(inside[0][1].config))
         told = " ".join(f"{key}={own[key]}" for key in keys if own.get(key) is not None)
@@ -218,6 +219,7 @@ def _warnings(runs: Mapping[str, RunRecord], differing: Mapping[str, Sequence[An
     if len(hashes) > 1 or tested:
         by = f" ({', '.join(tested)} differ)" if tested else ""
         found.append(f"The runs are not of the same data{by}: their metrics are of different examples.")
+    found += [note for run in runs.values() for note in run.notes]
     found += spending([run.summary for run in runs.values() if run.summary])
     open_runs = [name for name, run in runs.items() if not run.finished]
     if open_runs:

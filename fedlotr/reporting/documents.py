@@ -201,6 +201,7 @@ class Facts(Fingerprint, FactsOfSome):
     test_examples: int
     task: str
     splits: str
+    """What is trained on, what is scored and what was left unread."""
     steps: int | None
     """Optimizer steps of the first client in a round; None where whole clients are hidden."""
     batch_size: int
@@ -343,6 +344,7 @@ class Summary(Fingerprint):
     data: str
     test_split: str
     splits: str
+    """As in facts.json."""
     clients: int
     rounds: int
     """That are finished: fewer than configured where the privacy budget was spent."""

@@ -1,7 +1,7 @@
 """report.html: what a run did and what it cost, on one page that opens offline. Made from the run directory alone."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedlotr.flower.plugins import built_in
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import under
 from fedlotr.reporting.page import Figure, Section, Table, render
-from fedlotr.reporting.run_record import RunRecord, Traffic, read_run
+from fedlotr.reporting.run_record import RunRecord, Traffic, number, read_run
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
 
 BARS = 60
@@ -28,15 +28,22 @@ CARRYING = ("flora", "fedex-lora")
 
 NOT_LISTED = ("partition", "labels", "versions", "shapes", "losses")
 """Facts that have tables of their own, or are none for the eye."""
+BILL = "The bill under other methods"
 NOT_TOLD = "Not told: it would tell which clients took part, and they are hidden."
 
 Points = list[tuple[float, float]]
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the report of a run directory, into it by default; where it lies. Raises InputError for no run."""
+def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], None] | None = None) -> Path:
+    """Write the report of a run directory, into it by default; where it lies. Raises InputError for no run.
+
+    tell: is told what had to be left out.
+    """
     path = folder / "report.html" if out is None else out
-    write_atomically(path, report_page(read_run(folder)))
+    run = read_run(folder)
+    write_atomically(path, report_page(run))
+    for note in run.notes if tell else ():
+        tell(note)
     return path
 
 
@@ -48,6 +55,7 @@ def report_page(run: RunRecord) -> str:
     warning = ""
     if not run.finished:
         warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
+    warning = " ".join(filter(None, [warning, *run.notes]))
     traffic = run.traffic()
     sections = [
         _outcome(run),
@@ -86,14 +94,14 @@ def _outcome(run: RunRecord) -> Section:
         if row is not None and run.metric is not None:
             rows.append((f"{run.metric}, {title} (round {row['round']})", under(row, run.metric)))
     if run.last is not None:
-        rows.append((f"loss, as tested, last (round {run.last['round']})", run.last["loss"]))
+        rows.append((f"loss, as tested, last (round {run.last['round']})", run.last.get("loss")))
     if not run.hides_clients:
         rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
     if run.summary:
         about = run.summary
-        rows += [(key.replace("_", " "), value) for key, value in about["communication"].items()]
-        rows.append(("largest aggregation error", about["aggregation_error_max"]))
-        rows.append(("seconds in all", about["timing"]["seconds_total"]))
+        rows += [(key.replace("_", " "), value) for key, value in about.get("communication", {}).items()]
+        rows.append(("largest aggregation error", about.get("aggregation_error_max")))
+        rows.append(("seconds in all", about.get("timing", {}).get("seconds_total")))
     if not run.hides_clients:
         rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
     figures = [Figure("outcome", "In numbers", table=Table(["what", "value"], rows), open=True, wide=True)]
@@ -114,7 +122,7 @@ def _learning(run: RunRecord) -> Section:
     every = [[row.get(key) for key in columns] for row in run.rows]
     figures = []
     if metric is not None:
-        start = under(run.summary.get("initial", {}), metric)
+        start = number(under(run.summary.get("initial", {}), metric))
         begun = [] if start is None else [(0.0, float(start))]
         over_bytes = [Series(metric, begun + points(run.rows, metric, across))]
         figures += [
@@ -235,7 +243,10 @@ def _bills(run: RunRecord) -> tuple[list[Row], dict[str, str]]:
 
 def _bill(run: RunRecord) -> list[Section]:
     """What the same run would send under the other methods, by their formulas; this run's own row is marked."""
-    owed, left_out = _bills(run)
+    try:
+        owed, left_out = _bills(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return [Section(BILL, text="It cannot be reckoned: facts.json or config.yaml is not as a run writes it.")]
     if not owed:
         return []
     own = (run.config.get("method"), run.config.get("strategy"))
@@ -266,7 +277,7 @@ def _bill(run: RunRecord) -> list[Section]:
         "fedlotr cost: payload alone, and as if the clients of a round took part in every one."
     )
     figure = Figure("bill", "Total by method", plot, table, note)
-    return [Section("The bill under other methods", [figure], text)]
+    return [Section(BILL, [figure], text)]
 
 
 def _certificate(run: RunRecord) -> Section:
@@ -340,11 +351,11 @@ def _clients(run: RunRecord) -> Section:
         bars.append((str(client["client"]), parts or {"examples": float(client["examples"])}))
     narrow = len(labels) <= LABEL_COLUMNS
     rows: list[list[Any]] = []
-    for number, client in enumerate(held):
+    for at, client in enumerate(held):
         counts = client.get("labels", {})
         most = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:4])
         details = [counts.get(label, 0) for label in labels] if narrow else [len(counts), most]
-        rows.append([number, str(client["client"]), client["examples"], *details])
+        rows.append([at, str(client["client"]), client["examples"], *details])
     columns = ["client", "name", "examples", *(labels if narrow else ["labels", "most frequent"])]
     figures = [
         Figure(
@@ -396,7 +407,7 @@ def _time(run: RunRecord) -> Section:
     table = Table(["round", *keys], [[row["round"], *(row.get(key) for key in keys)] for row in run.rows])
     figures = [Figure("time", "Seconds each round", _lines(series, "seconds"), table)]
     if run.summary:
-        known = Table(["what", "value"], list(flat(run.summary["timing"])))
+        known = Table(["what", "value"], list(flat(run.summary.get("timing", {}))))
         figures.append(Figure("timing", "In all", table=known, open=True))
     return Section("Time", figures)
 

@@ -1,7 +1,10 @@
-"""A run as its directory tells it, finished or not: what reports and comparisons are made from."""
+"""A run as its directory tells it, finished or not: what reports and comparisons are made from.
+
+What makes no sense in its files, whoever wrote them, is left out and noted: a gap in the report, and no traceback.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +16,18 @@ import pyarrow.parquet as pq
 from fedlotr.communication.ledger import part_path
 from fedlotr.config.yaml_file import read_yaml
 from fedlotr.errors import InputError, shorten
+from fedlotr.files import finite
 from fedlotr.reporting.documents import Facts, MetricsRow, Summary, under
 
 METRICS = ("accuracy", "perplexity")
 """The metrics of the tasks that come with fedlotr."""
 AMOUNTS = ("payload_bytes", "wire_bytes")
+LARGEST = 1e150
+"""Of a number that can be drawn: the square of a larger one is none."""
+OBJECTS = ("client_evaluation", "over_clients")
+"""Keys of a row that hold more than a number, beside its failures."""
+NOTES_SHOWN = 5
+"""Of one file; others are counted."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +43,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """config: config.yaml. rows: metrics.jsonl. summary, facts: empty where there is none."""
+    """config: config.yaml. rows: metrics.jsonl. summary, facts: empty where there is none.
+
+    Numbers of rows are finite, or None; of summary and facts, what reports look into is as a run writes it, or is not
+    there. notes: what had to be left out.
+    """
 
     folder: Path
     config: dict[str, Any]
     rows: list[MetricsRow]
     summary: Summary
     facts: Facts
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,7 +91,7 @@ class RunRecord:
     def higher_is_better(self) -> bool:
         """Which of two values of the metric is the better one."""
         if self.facts.get("metric", "") == self.metric:
-            return bool(self.facts["higher_is_better"])
+            return bool(self.facts.get("higher_is_better", self.metric != "perplexity"))
         return self.metric != "perplexity"
 
     @cached_property
@@ -90,8 +105,9 @@ class RunRecord:
 
     @property
     def last(self) -> MetricsRow | None:
-        """The last row with an evaluation."""
-        return next((row for row in reversed(self.rows) if row.get("loss") is not None), None)
+        """The last row with an evaluation, also one whose loss was not finite."""
+        keys = ("loss", "evaluate_seconds")
+        return next((row for row in reversed(self.rows) if any(row.get(key) is not None for key in keys)), None)
 
     @property
     def best(self) -> MetricsRow | None:
@@ -121,12 +137,12 @@ class RunRecord:
             path = part_path(self.folder / "ledger", row["round"])
             try:
                 part = pq.read_table(path, columns=[*keys, *AMOUNTS])
+                sums.append(_summed(part, keys))
             except FileNotFoundError:
                 raise InputError(f"{path} is missing: {self.folder} is not whole; bring it back from a copy") from None
-            except (OSError, pa.ArrowInvalid, KeyError) as error:
-                reason = shorten(str(error).splitlines()[0])
+            except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+                reason = shorten(next(iter(str(error).splitlines()), type(error).__name__))
                 raise InputError(f"{path} cannot be read ({reason}); bring it back from a copy") from None
-            sums.append(part.group_by(keys).aggregate([("client", "count"), *((name, "sum") for name in AMOUNTS)]))
         if not sums or self.hides_clients:
             return Traffic({}, {})
         table = pa.concat_tables(sums).group_by(keys)
@@ -152,16 +168,94 @@ def read_run(folder: Path) -> RunRecord:
     if problems:
         raise InputError(problems)
     summary, facts = (_object(folder / name) for name in ("summary.json", "facts.json"))
-    rows = _rows(folder / "metrics.jsonl")
-    if summary is not None and not isinstance(summary.get("rounds"), int):
+    if summary is not None and type(summary.get("rounds")) is not int:
         raise InputError(f"{folder / 'summary.json'} is not the summary of a run: it has no rounds")
-    return RunRecord(folder, dict(config), rows, cast(Summary, summary or {}), cast(Facts, facts or {}))
+    notes: list[str] = []
+    rows = _rows(folder / "metrics.jsonl", notes)
+    summary = _fitting(summary or {}, SUMMARY, folder / "summary.json", notes)
+    facts = _fitting(facts or {}, FACTS, folder / "facts.json", notes)
+    return RunRecord(folder, dict(config), rows, cast(Summary, summary), cast(Facts, facts), tuple(notes))
+
+
+def number(value: object) -> float | int | None:
+    """The number that this is, where it can be drawn; None for anything else."""
+    fits = type(value) in (int, float) and -LARGEST < value < LARGEST  # type: ignore[operator]
+    return value if fits else None  # type: ignore[return-value]
+
+
+def _summed(part: pa.Table, keys: list[str]) -> pa.Table:
+    """One round's ledger by client, direction and kind. Raises ValueError where it is not of these."""
+    if any(not pa.types.is_integer(part[name].type) for name in ("client", *AMOUNTS)):
+        raise ValueError("its columns are not numbers")
+    return part.group_by(keys).aggregate([("client", "count"), *((name, "sum") for name in AMOUNTS)])
+
+
+def _is_partition(found: object) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(held, dict)
+        and {"client"} <= held.keys()
+        and _is_count(held.get("examples"))
+        and _counts(held.get("labels", {}))
+        for held in found
+    )
+
+
+def _is_count(found: object) -> bool:
+    return type(found) is int and number(found) is not None
+
+
+def _counts(found: object) -> bool:
+    return isinstance(found, dict) and all(map(_is_count, found.values()))
+
+
+def _is_promise(found: object) -> bool:
+    return found is None or (
+        isinstance(found, dict)
+        and isinstance(found.get("unit"), str)
+        and "epsilon" in found
+        and (found["epsilon"] is None or number(found["epsilon"]) is not None)
+        and number(found.get("delta")) is not None
+    )
+
+
+def _of(*kinds: type) -> Callable[[object], bool]:
+    return lambda found: isinstance(found, kinds)
+
+
+NONE = type(None)
+SUMMARY: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("communication", "timing", "initial", "final", "best", "versions"), _of(dict)),
+    "warnings": lambda found: isinstance(found, list) and all(isinstance(line, str) for line in found),
+    "privacy": _is_promise,
+    "codec": _of(dict, NONE),
+    "data_sha256": _of(str, NONE),
+}
+FACTS: dict[str, Callable[[object], bool]] = {
+    "partition": _is_partition,
+    "labels": lambda found: isinstance(found, list) and all(isinstance(label, str) for label in found),
+    "metric": _of(str),
+    "higher_is_better": _of(bool),
+    "clients_per_round": _is_count,
+    **dict.fromkeys(("shapes", "losses", "versions"), _of(dict)),
+    "data_sha256": _of(str, NONE),
+}
+"""Keys that are looked into, and whether what is there is what a run writes there."""
+
+
+def _fitting(
+    found: Mapping[str, Any], known: Mapping[str, Callable[[object], bool]], path: Path, notes: list[str]
+) -> dict[str, Any]:
+    """Without the keys whose values are none that a run writes."""
+    wrong = [key for key, fits in known.items() if key in found and not fits(found[key])]
+    if wrong:
+        notes.append(f"{path}: {', '.join(wrong)} {'makes' if len(wrong) == 1 else 'make'} no sense and is left out")
+    return {key: value for key, value in found.items() if key not in wrong}
 
 
 def _object(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = finite(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -171,23 +265,46 @@ def _object(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _rows(path: Path) -> list[MetricsRow]:
-    """The rounds so far; a last line that a crash cut off is none of them."""
+def _rows(path: Path, notes: list[str]) -> list[MetricsRow]:
+    """The rounds so far; what is no row of one, or no number in one, is left out and noted.
+
+    A last line that a crash cut off is none of them, and not worth a word.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({shorten(error)}); bring it back from a copy") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); bring it back from a copy") from None
     rows: list[MetricsRow] = []
-    for number, line in enumerate(lines, 1):
+    told: list[str] = []
+    for at, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            whole = isinstance(row, Mapping) and {"round", "bytes_up", "bytes_down"} <= row.keys()
-        except ValueError:
-            whole = False
-        if whole:
-            rows.append(row)
-        elif number < len(lines):
-            raise InputError(f"{path}, line {number} is no row of a round; bring the file back from a copy")
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or type(row.get("round")) is not int or number(row["round"]) is None:
+            if at < len(lines) or row is not None:
+                told.append(f"{path}, line {at} is no row of a round: a gap")
+            continue
+        wrong = [key for key, value in row.items() if not _in_a_row(key, value)]
+        missing = [key for key in ("bytes_up", "bytes_down") if key not in row]
+        if wrong or missing:
+            told.append(
+                f"{path}, line {at}: {', '.join([*wrong, *missing][:NOTES_SHOWN])} not as a run writes it: a gap"
+            )
+        rows.append({**dict.fromkeys(("bytes_up", "bytes_down")), **row, **dict.fromkeys(wrong)})
+    notes += told[:NOTES_SHOWN]
+    if len(told) > NOTES_SHOWN:
+        notes.append(f"{path}: {len(told) - NOTES_SHOWN} more lines like these")
     return rows
+
+
+def _in_a_row(key: str, value: object) -> bool:
+    """Whether a row may have this value: a number, none, or what is known to be an object."""
+    if key == "failures":
+        return value is None or (
+            isinstance(value, dict)
+            and all(c.isdecimal() and len(c) < 10 and isinstance(kind, str) for c, kind in value.items())
+        )
+    return value is None or number(value) is not None or (key in OBJECTS and isinstance(value, dict))

@@ -41,7 +41,7 @@ def short(value: float) -> str:
 
 def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
     """Round numbers, or whole ones, that cover low to high, the first and last at or outside them."""
-    if not high > low:
+    if high - low <= 1e-12 * max(abs(low), abs(high)):  # fewer digits apart than a tick can show
         spread = 1.0 if whole else abs(low) * 0.1 or 1.0
         low, high = low - spread, high + spread
     rough = max((high - low) / most, 1.0 if whole else 0.0)

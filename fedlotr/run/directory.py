@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 
 from fedlotr.communication.ledger import part_path
 from fedlotr.errors import FedlotrError, InputError
-from fedlotr.files import write_atomically
+from fedlotr.files import as_json, finite, write_atomically
 from fedlotr.flower.workplace import work_folder
 from fedlotr.reporting.documents import Facts, MetricsRow, Summary
 from fedlotr.said import say
@@ -164,7 +164,7 @@ class RunDirectory:
     def append_metrics(self, row: MetricsRow) -> None:
         """One more line of metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(as_json(row) + "\n")
 
     def write_checkpoint(
         self,
@@ -182,7 +182,7 @@ class RunDirectory:
         stem = self.checkpoints / f"round-{server_round:05d}"
         content = save(dict(arrays))
         write_atomically(stem.with_suffix(".safetensors"), content)
-        record = {
+        record: dict[str, Any] = {
             "format": FORMAT,
             "round": server_round,
             "arrays_sha256": _sha256(content),
@@ -190,7 +190,8 @@ class RunDirectory:
             "ledger": list(ledger),
             "metrics": list(metrics),
         }
-        write_atomically(stem.with_suffix(".json"), json.dumps({"sha256": _digest(record), **record}) + "\n")
+        record = finite(record)
+        write_atomically(stem.with_suffix(".json"), as_json({"sha256": _digest(record), **record}) + "\n")
         self.saved = server_round
         for old in self.checkpoints.glob("round-*.json"):
             number = _round_of(old)
@@ -290,7 +291,7 @@ class RunDirectory:
     def go_back_to(self, checkpoint: Checkpoint | None) -> None:
         """Drop what a later, unfinished round has left; metrics.jsonl is again as the checkpoint has it."""
         self.saved = 0 if checkpoint is None else checkpoint.round
-        lines = "".join(json.dumps(row) + "\n" for row in (checkpoint.metrics if checkpoint else [])).encode()
+        lines = "".join(as_json(row) + "\n" for row in (checkpoint.metrics if checkpoint else [])).encode()
         if not self.metrics.exists() or self.metrics.read_bytes() != lines:
             write_atomically(self.metrics, lines)
         for folder in (self.checkpoints, self.ledger):  # a checkpoint without its ledger would count as damaged
@@ -300,11 +301,11 @@ class RunDirectory:
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json."""
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomically(self.path / "summary.json", as_json(summary, indent=1) + "\n")
 
     def write_facts(self, facts: Facts) -> None:
         """facts.json."""
-        write_atomically(self.path / "facts.json", json.dumps(facts) + "\n")
+        write_atomically(self.path / "facts.json", as_json(facts) + "\n")
 
     def remove_work(self) -> None:
         """Remove the workers' files: tokenised data has no business outliving the run."""

@@ -16,6 +16,7 @@ from fedlotr.communication.links import read_links, round_time
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
+from fedlotr.files import finite
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain
 from fedlotr.flower.links.personal import personal
@@ -161,6 +162,7 @@ class Rounds:
             warnings=self.heard.lines,
             checkpoints=self.directory.rounds(),
         )
+        summary = cast(Summary, finite(summary))
         self.directory.write_summary(summary)
         log.info("done: %s", summary["final"])
         return summary
@@ -198,7 +200,7 @@ class Rounds:
     def _end_early(self, state: State) -> None:
         """Say that the privacy budget is spent. Raises BudgetSpentError where there is nothing to end with."""
         spent = f"the privacy budget allows no round {state.round + 1} of {self.config.rounds}"
-        if not any(row["loss"] is not None for row in self.history):
+        if not any(row["evaluate_seconds"] is not None for row in self.history):
             raise BudgetSpentError(f"{spent}, and none before it was evaluated; start a new run with another --out")
         say(f"{spent}: the run ends here")
 
@@ -254,7 +256,7 @@ class Rounds:
         """Put a finished round on disk: the checkpoint last, since it is what makes it count."""
         self.ledger.append(write_part(self.directory.ledger, state.round, done.entries))
         self.directory.append_metrics(done.metrics)
-        self.history.append(done.metrics)
+        self.history.append(finite(done.metrics))  # as a run that is resumed here has it
         self.entries += done.entries
         with blaming(strategy, state.round, self.config.method, "state"):
             packed, arrays, left_out = save_strategy(strategy)

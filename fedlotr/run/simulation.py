@@ -93,8 +93,9 @@ class SimulationResult:
 
     @property
     def loss(self) -> float:
-        """On the held-out examples after the last round."""
-        return float(self.summary["final"]["loss"])
+        """On the held-out examples after the last round; NaN where it is not finite."""
+        found = self.summary["final"]["loss"]
+        return float("nan") if found is None else float(found)
 
 
 EngineMaker = Callable[[SimulationConfig, Path], AbstractContextManager[Engine | FlowerGrid]]

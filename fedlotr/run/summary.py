@@ -178,7 +178,7 @@ def summarise(
     history: the rows of metrics.jsonl. started: by `time.monotonic`. warnings: what the user was told.
     """
     checked, config = prepared.checked, prepared.checked.config
-    evaluated = [row for row in history if row["loss"] is not None]
+    evaluated = [row for row in history if row["evaluate_seconds"] is not None]
     last = evaluated[-1]
     metrics = metrics_of(prepared)
     metric, better = next(iter(metrics.items()))

@@ -256,7 +256,6 @@ def test_report_makes_it_again_also_of_an_unfinished_run(
         (lambda run: (run / "config.yaml").unlink(), "is not a run: it has no config.yaml"),
         (lambda run: (run / "summary.json").write_text("[1"), "summary.json cannot be read"),
         (lambda run: (run / "facts.json").write_text("[1]"), "facts.json holds no JSON object"),
-        (lambda run: (run / "metrics.jsonl").write_text("{}\n{}\n"), "metrics.jsonl, line 1 is no row of a round"),
         (lambda run: (run / "ledger" / "round-00002.parquet").unlink(), "round-00002.parquet is missing"),
         (lambda run: (run / "ledger" / "round-00002.parquet").write_bytes(b"PAR1"), "round-00002.parquet cannot be"),
     ],
