@@ -21,7 +21,7 @@ from fedlotr.errors import InputError, nearest
 from fedlotr.models.loading import Kind, ModelSpec, head_layers
 from fedlotr.models.meta import check_meta, chosen_layers, meta_model
 from fedlotr.models.source import first_line
-from fedlotr.models.supported import is_sentence_encoder
+from fedlotr.models.supported import check_depth, is_sentence_encoder, read_config
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def _configuration(model: str, kind: Kind | None) -> tuple[Any, Kind, bool, str]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         if folder.is_dir():
+            check_depth(read_config(folder))
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             mean_pooled = is_sentence_encoder(folder)
         elif name is not None:
@@ -88,6 +89,7 @@ def _configuration(model: str, kind: Kind | None) -> tuple[Any, Kind, bool, str]
             kind, mean_pooled, source = kind or row["task"], bool(row.get("mean_pooled")), str(row["source"])
         else:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            check_depth(config.to_dict())
     except Exception as error:  # transformers and the hub fail each in their own way
         reason = first_line(error)
         if not folder.is_dir():

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,24 @@ QUANTISERS = {"bitsandbytes": "bitsandbytes"}
 """Kinds of quantised weights whose linear layers can be adapted, and the package that reads them."""
 PASSED_OVER = {"Transformer", "Pooling", "Normalize"}
 """Modules of sentence-transformers that a classifier on mean-pooled tokens does as well with or without."""
+
+
+MOST_LAYERS = 2_000
+"""Layers of one kind, or experts of one layer, that a configuration may ask for: each becomes modules, on the meta
+device too, and a million of them keep a process for hours. The deepest language models have about a hundred."""
+COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts|depths?)$")
+"""How the keys end that count modules."""
+
+
+def check_depth(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration, or one inside it, asks for more modules than any model has."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_depth(value)
+        elif COUNTS.search(str(key)):
+            most = max((n for n in (value if isinstance(value, list) else [value]) if type(n) is int), default=0)
+            if most > MOST_LAYERS:
+                raise ValueError(f"its configuration asks for {most:,} {key}; expected at most {MOST_LAYERS:,}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -89,6 +109,7 @@ def check_folder(folder: Path, quantize: str = "none") -> None:
     quantize: the form that its layers are to be brought into, if any.
     """
     config = read_config(folder)
+    check_depth(config)
     model_type = str(config.get("model_type", ""))
     if model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
