@@ -1,6 +1,9 @@
 """Files of rows to columns: JSON lines, CSV and TSV, Parquet and Arrow; what cannot be read is named with its place.
 
-JSON lines are read by Python's own module.
+JSON lines are read by Python's own module: pyarrow's reader (26) breaks promises kept here. Text that looks like a time
+becomes one; whole numbers beyond 64 bits become decimal ones, so that two clients are one; two objects in a line are
+two rows; the first mistake ends all, and is named by its row within a block, blank lines not counted. Parquet and Arrow
+are read by pyarrow.
 """
 
 from __future__ import annotations
