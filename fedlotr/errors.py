@@ -57,7 +57,7 @@ def shorten(value: object) -> str:
         return "none" if value is None else str(value).lower()
     most = 3 * SHOWN if isinstance(value, Path) else SHOWN
     text = str(value) if isinstance(value, str | Path | float) else written(value)
-    text = _visible(text[: most + 1])
+    text = visible(text[: most + 1])
     return text if len(text) <= most else f"{text[:most]}…"
 
 
@@ -67,11 +67,12 @@ def harmless(text: str, most: int) -> str:
     Lines stay lines, and all but the first are indented, so that none can pass for a line of ours.
     """
     first, *further = text[:most].splitlines() or [""]
-    lines = [_visible(first), *(f"  {_visible(line)}" for line in further)]
+    lines = [visible(first), *(f"  {visible(line)}" for line in further)]
     return "\n".join(lines) + (f"… ({len(text):,} characters)" if len(text) > most else "")
 
 
-def _visible(line: str) -> str:
+def visible(line: str) -> str:
+    """A line with what cannot be printed, such as a terminal's codes, marks of direction and line breaks, escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 

@@ -64,7 +64,8 @@ INSIDE = {
     "commands": ("door", "compare cost forecast ls report simulate", "doctor grid supervised"),
     "reporting": (
         "documents",
-        "callbacks fitting page run_record svg",
+        "callbacks escaping run_record svg",
+        "fitting page",
         "console loggers",
         "bill grid_table report",
         "comparison",

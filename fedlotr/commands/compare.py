@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlotr.commands.door import refuse
-from fedlotr.errors import InputError
+from fedlotr.errors import InputError, visible
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     except InputError as error:
         return refuse(error.problems)
     for warning in found.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+        print(f"note: {visible(warning)}", file=sys.stderr)
     if given.out is not None:
         try:
             write_atomically(given.out, as_page(found))

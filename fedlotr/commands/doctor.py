@@ -12,7 +12,7 @@ from fedlotr.commands.door import refuse, through
 from fedlotr.commands.simulate import DONE
 from fedlotr.config.configuration import ConfigurationError, SimulationConfig, load, options
 from fedlotr.config.preflight import standing_folder
-from fedlotr.errors import FedlotrError, InputError, shorten
+from fedlotr.errors import FedlotrError, InputError, shorten, visible
 from fedlotr.files import as_json
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table
@@ -361,7 +361,7 @@ def _print(findings: Sequence[Finding], problems: Sequence[str]) -> None:
         # One line a finding, for a file or a pipe.
         for finding in findings:
             line = " -> ".join(filter(None, [finding.text, finding.advice]))
-            print(f"{finding.status:8} {finding.name:14} {line}")
+            print(f"{finding.status:8} {finding.name:14} {visible(line)}")
         print(verdict)
         return
     rows = [[f.status, f.name, "\n-> ".join(filter(None, [f.text, f.advice]))] for f in findings]

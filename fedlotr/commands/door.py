@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from fedlotr.engines.endings import exit_code, heeded, in_words, listening
+from fedlotr.errors import visible
 
 FAILED, BAD_INPUT = 1, 2
 PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)
@@ -106,7 +107,9 @@ def _ended(command: Callable[[], int]) -> int:
 def refuse(problems: Sequence[str], stream: TextIO | None = None) -> int:
     """Say what is wrong on standard error, or there, in a line each, and return BAD_INPUT."""
     for problem in problems:
-        line = " ".join(problem.splitlines())  # a library's words may have several
+        line = visible(
+            " ".join(problem.splitlines())
+        )  # a library's words may have several lines, or a terminal's codes
         print(f"error: {line}", file=stream or sys.stderr, flush=True)
     return BAD_INPUT
 

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedlotr.commands.door import FAILED, refuse, through
 from fedlotr.commands.simulate import DONE
 from fedlotr.engines.endings import exit_code, heeded, in_words
-from fedlotr.errors import FedlotrError, InputError
+from fedlotr.errors import FedlotrError, InputError, visible
 from fedlotr.files import write_atomically
 from fedlotr.reporting.console import METRICS
+from fedlotr.reporting.escaping import lines as lines_of
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import Line, as_csv, as_markdown, cells, failures, spending
 
@@ -64,7 +65,7 @@ def _grid(argv: Sequence[str] | None) -> int:
     except InputError as error:
         return refuse(error.problems)
     except FedlotrError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {lines_of(str(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         number = heeded()
@@ -100,7 +101,7 @@ def _run(file: Path, out: Path, *, in_process: bool, quiet: bool) -> int:
     for note in spending([run for line in lines for run in [*line.finished.values(), *line.trials]]):
         display.say(note)
     for note in failures(lines):
-        print(f"error: {note}", file=sys.stderr)
+        print(f"error: {visible(note)}", file=sys.stderr)
     display.say(f"{out / 'table.md'}, {out / 'table.csv'}")
     return FAILED if failures(lines) else DONE
 
@@ -208,7 +209,7 @@ class _Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self._out.print(text, style="dim")
+        self._out.print(lines_of(text), style="dim")
 
     def begin(self, number: int, run: "Run") -> None:
         """The run that is next; what came before it is done with."""
@@ -222,17 +223,18 @@ class _Display:
 
     def finished(self, summary: "Summary") -> None:
         final = summary["final"]
-        results = [f"{name} {form.format(final[name])}" for name, form in METRICS.items() if name in final]
+        forms = {**METRICS, "loss": "{:.4f}"}
+        results = [f"{name} {form.format(final[name])}" for name, form in forms.items() if final.get(name) is not None]
         told = summary["timing"]["seconds_total"] is not None  # it would tell how many hidden clients came
         seconds = [f"{time.monotonic() - self._began:.1f} s"] if told else []
-        self._line([*results, f"loss {final['loss']:.4f}", *seconds])
+        self._line([*results, *seconds])
 
     def failed(self, reason: str) -> None:
         self._line([f"FAILED: {reason}"])
 
     def _line(self, parts: Sequence[str]) -> None:
         width = len(str(self._runs))
-        self._out.print("  ".join([f"run {self._number:{width}}/{self._runs}", self._name, *parts]))
+        self._out.print("  ".join([f"run {self._number:{width}}/{self._runs}", self._name, *map(visible, parts)]))
 
 
 if __name__ == "__main__":

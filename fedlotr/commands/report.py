@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlotr.commands.door import refuse
-from fedlotr.errors import InputError
+from fedlotr.errors import InputError, visible
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from fedlotr.reporting.report import write_report
 
     try:
-        path = write_report(given.run, given.out, lambda note: print(f"note: {note}", file=sys.stderr))
+        path = write_report(given.run, given.out, lambda note: print(f"note: {visible(note)}", file=sys.stderr))
     except InputError as error:
         return refuse(error.problems)
     except OSError as error:

@@ -14,6 +14,7 @@ from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import as_json
 from fedlotr.machine import loading_for_good
 from fedlotr.reporting.console import Console
+from fedlotr.reporting.escaping import lines
 from fedlotr.run.processes import CLIENT_APP, threads_of, workers_of
 from fedlotr.said import keeping
 
@@ -106,7 +107,7 @@ def _finished(finished: int, run_dir: Path | None) -> str:
 def _explain(error: Exception, run_dir: Path | None) -> None:
     """One clear line; the traceback goes to the run's log, or after the line where there is no run yet."""
     known = isinstance(error, FedlotrError)
-    said = str(error) if known else f"{type(error).__name__}: {error}"
+    said = lines(str(error) if known else f"{type(error).__name__}: {error}")
     if not known and lacks_memory(error):
         known, said = True, NO_MEMORY
     story = "".join(traceback.format_exception(error))

@@ -16,6 +16,7 @@ from fedlotr.communication.wire_form import Coding
 from fedlotr.cost.formulas import CODED, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, of_core, source
 from fedlotr.files import as_json as valid_json
 from fedlotr.reporting.console import readable_bytes
+from fedlotr.reporting.escaping import cells
 from fedlotr.reporting.fitting import show_table, wrapped
 
 WIDTH = 150
@@ -147,7 +148,7 @@ def as_csv(quote: Quote) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(found[0]) if found else ["method"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "strategies": " ".join(row["strategies"])} for row in found)
+    writer.writerows(cells({**row, "strategies": " ".join(row["strategies"])} for row in found))
     return text.getvalue()
 
 

@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from fedlotr.errors import InputError, shorten
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import under
+from fedlotr.reporting.escaping import cell, cells, markdown
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import spending
 from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
@@ -230,9 +230,9 @@ def _warnings(runs: Mapping[str, RunRecord], differing: Mapping[str, Sequence[An
 def as_csv(found: Comparison) -> str:
     """One line a run, numbers with all their digits."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(found.rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(map(cell, found.rows[0])), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found.rows)
+    writer.writerows(cells(found.rows))
     return out.getvalue()
 
 
@@ -280,7 +280,7 @@ def as_markdown(found: Comparison) -> str:
     """The tables, for a README or an issue."""
 
     def written(value: Any) -> str:
-        return escape(_in_words(value), quote=False).replace("|", "\\|")
+        return markdown(_in_words(value))
 
     parts = [f"> {written(warning)}" for warning in found.warnings]
     for title, table in tables(found).items():

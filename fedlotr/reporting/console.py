@@ -20,8 +20,10 @@ from typing_extensions import override
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
+from fedlotr.errors import visible
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
 from fedlotr.reporting.documents import Facts, Held, Summary, under
+from fedlotr.reporting.escaping import lines as plain_lines
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 
 SHOWN_CLIENTS = 8
@@ -98,7 +100,7 @@ class Console(Callbacks):
             header.append(("run", str(self.run_dir)))
         room = max(len(title) for title, _ in header)
         for title, text in header:
-            lines = Text(wrapped(text, self._out.width, first=f"{title:{room}}  ", indent=" " * (room + 2)))
+            lines = Text(wrapped(visible(text), self._out.width, first=f"{title:{room}}  ", indent=" " * (room + 2)))
             lines.stylize("bold", 0, len(title))
             self._out.print(lines, soft_wrap=True)
         if facts.get("partition"):
@@ -204,12 +206,14 @@ class Console(Callbacks):
             self._cell.show_under(capture.get().rstrip())
 
     def _print(self, text: str, style: str | None = None) -> None:
+        text = plain_lines(text)
         shown = wrapped(text, self._out.width, indent="    ") if self._live else text
         self._out.print(shown, style=style, soft_wrap=True)
 
     def _show_partition(self, partition: Sequence[Held], labels: Sequence[str]) -> None:
         """Examples a client, and of each label where these have room."""
         labels = labels if all("labels" in client for client in partition) else ()  # else they are not told
+        labels = [visible(label) for label in labels]
         for names in (list(labels), []):
             if len(names) <= SHOWN_LABELS:
                 head, rows, summed = _partition_rows(partition, labels, names)
@@ -417,7 +421,7 @@ def _partition_rows(
     head = ["client", "examples", *(names or (["labels"] if labels else []))]
     rows = []
     for client in partition:
-        counts = client.get("labels", {})
+        counts = {visible(label): count for label, count in client.get("labels", {}).items()}
         details = [counts.get(name, 0) for name in names] if names else [len(counts)] if labels else []
         rows.append((_cut(str(client["client"])), [int(client["examples"]), *details]))
     summed = len(rows) > SHOWN_CLIENTS + 4
@@ -432,7 +436,7 @@ def _partition_rows(
 
 def _cut(name: str) -> str:
     """A client's name, which may be long; it is often the end that tells one from another."""
-    half = LONGEST_CLIENT // 2
+    half, name = LONGEST_CLIENT // 2, visible(name)
     return name if len(name) <= LONGEST_CLIENT else f"{name[: half - 1]}…{name[-half:]}"
 
 

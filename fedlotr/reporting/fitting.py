@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedlotr.reporting.escaping import lines
+
 Cells = Sequence[str]
 SHORT = 24
 """Cells of a value and its name that stay together: '49.2 kB' is no two things."""
@@ -65,9 +67,11 @@ def show_table(
 ) -> None:
     """Print a table; where its words have no room side by side, a paragraph a row, which begins with its first cell.
 
+    What a terminal would obey in any of them is escaped.
     head: names of the columns; none: a table without a head. right: columns that are set to the right; bold: those in
     bold. sections: rows that a line follows. styles: of the rows.
     """
+    title, head, rows = lines(title), list(map(lines, head)), [list(map(lines, row)) for row in rows]
     every, width = [*([head] if head else []), *rows], console.width
     if not fits(every, width):
         _show_paragraphs(console, head, rows, title)

@@ -10,6 +10,8 @@ from typing import Any
 from fedlotr.errors import shorten
 from fedlotr.reporting.console import METRICS, readable_bytes
 from fedlotr.reporting.documents import Privacy, Summary, under
+from fedlotr.reporting.escaping import cell, markdown
+from fedlotr.reporting.escaping import cells as escaped
 
 LOSS = "{:.4f}"
 
@@ -51,20 +53,20 @@ def as_csv(lines: Sequence[Line]) -> str:
     options = list(dict.fromkeys(key for line in lines for key in line.options))
     columns = list(dict.fromkeys(["row", *options, *(column for record in records for column in record)]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(map(cell, columns)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows(escaped(records))
     return text.getvalue()
 
 
 def as_markdown(lines: Sequence[Line]) -> str:
     """For a person; what failed is named below."""
     head, *body = cells(lines)
-    rows = [head, ["---", *("---:" for _ in head[1:])], *([_escape(cell) for cell in row] for row in body)]
+    rows = [head, ["---", *("---:" for _ in head[1:])], *([markdown(text) for text in row] for row in body)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     said = [note for line in lines for note in line.notes]
     spent = spending([run for line in lines for run in [*line.finished.values(), *line.trials]])
-    notes = "".join(f"- {note}\n" for note in [*_spreads(lines), *said, *spent, *failures(lines)])
+    notes = "".join(f"- {markdown(note)}\n" for note in [*_spreads(lines), *said, *spent, *failures(lines)])
     return f"{text}\n{notes}" if notes else text
 
 
@@ -128,10 +130,6 @@ def _spreads(lines: Sequence[Line]) -> list[str]:
                     f"{form.format(record[f'{name}_clients_worst_tenth'])}"
                 )
     return notes
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _cells(line: Line, metric: str) -> list[str]:

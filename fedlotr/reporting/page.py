@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedlotr.reporting.escaping import lines
+
 MISSING = "–"
 """Where a value is null."""
 
@@ -56,7 +58,7 @@ def _number(value: Any) -> bool:
 
 def cell(value: Any, kind: str = "") -> Markup:
     """A table's cell; a number that is shown rounded carries all its digits too."""
-    shown: str = str(value)
+    shown: str = lines(str(value))
     if value is None:
         shown = MISSING
     elif isinstance(value, bool):

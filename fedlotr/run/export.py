@@ -15,8 +15,10 @@ from fedlotr.adapters.export import export_lora
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.start import LABELS
 from fedlotr.adapters.tuner import factored_layers
+from fedlotr.errors import visible
 from fedlotr.files import write_atomically
 from fedlotr.models.loading import HEADS, adaptable_layers
+from fedlotr.reporting.escaping import code_span, markdown
 from fedlotr.training.model import TrainableModel
 
 ENCODER = "encoder."
@@ -126,7 +128,7 @@ def _readme(**facts: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["repr"] = repr
+    environment.filters |= {"repr": repr, "code": code_span, "markdown": markdown, "visible": visible}
     return environment.get_template("adapter.md").render(facts)
 
 

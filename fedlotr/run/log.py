@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedlotr.errors import InputError
+from fedlotr.reporting.escaping import lines
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -35,6 +36,13 @@ class _LogFile(logging.FileHandler):
         return True
 
 
+class _Plain(logging.Formatter):
+    """Lines as they are, with what cannot be printed escaped: a log is read at a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return lines(super().format(record))
+
+
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Write the project's log lines of this run to its file. Raises InputError where another run is writing it."""
@@ -42,7 +50,7 @@ def log_to(path: Path) -> Iterator[None]:
     if not handler.claim():
         handler.close()
         raise InputError(f"--out {path.parent}: another process is running there; wait for its end, or end it")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("fedlotr")
     level = logger.level
     logger.setLevel(logging.INFO)
