@@ -162,7 +162,7 @@ def less(rows: int, withheld: Mapping[str, int] | None) -> str:
     taken = {why: count for why, count in (withheld or {}).items() if count}
     if not taken:
         return ""
-    return f" (of {rows + sum(taken.values())} in the data, {_and([f'{n} {why}' for why, n in taken.items()])})"
+    return f" (of {rows + sum(taken.values())} rows in the data, {_and([f'{n} {why}' for why, n in taken.items()])})"
 
 
 def _and(parts: Sequence[str]) -> str:
@@ -264,8 +264,9 @@ def _natural(
         if gone:
             named = ", ".join(gone[:NAMED_GROUPS]) + (", …" if len(gone) > NAMED_GROUPS else "")
             has += f", of which {len(gone)} ({named}) {'has' if len(gone) == 1 else 'have'} no row left to train on"
+            has += less(len(rows), withheld)
         raise InputError(
-            f"--partition natural:{column}: {clients} clients wanted, but {has}{less(len(rows), withheld)}; "
+            f"--partition natural:{column}: {clients} clients wanted, but {has}; "
             f"lower --clients to {len(sizes)} or less{', or --public-examples' if gone else ''}"
         )
     largest = sorted(sizes, key=lambda value: (-sizes[value], value))[:clients]

@@ -167,15 +167,17 @@ def test_messages_count_what_is_in_the_data_before_anything_is_withheld(tmp_path
         _deal(config, read_source(config), np.zeros(20, np.int64))
     assert refused.value.problems == [
         "--partition natural:owner: 4 clients wanted, but 'owner' has 4 groups, of which 1 (rare) has no row left to "
-        "train on (of 22 in the data, 2 held out to test and 8 public examples); lower --clients to 3 or less, or "
+        "train on (of 22 rows in the data, 2 held out to test and 8 public examples); lower --clients to 3 or less, or "
         "--public-examples"
     ]
     many = config.model_copy(update={"clients": 15})
     with pytest.raises(
-        InputError, match=r"expected 1 to 12, .* to divide \(of 22 in the data, 2 held out to test and 8"
+        InputError, match=r"expected 1 to 12, .* to divide \(of 22 rows in the data, 2 held out to test and 8"
     ):
         _deal(many, read_source(many), np.zeros(20, np.int64))
-    with pytest.raises(InputError, match=r"fewer than the 20 rows of train \(of 22 in the data, 2 held out to test\)"):
+    with pytest.raises(
+        InputError, match=r"fewer than the 20 rows of train \(of 22 rows in the data, 2 held out to test\)"
+    ):
         _deal(config.model_copy(update={"public_examples": 20}), read_source(config), np.zeros(20, np.int64))
 
 

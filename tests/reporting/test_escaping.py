@@ -84,5 +84,5 @@ def test_tables_and_code_spans_hold_any_text() -> None:
     show_table(rich.console.Console(file=out, width=60), ["client"], [[ESCAPE]], title=ESCAPE)
     assert "\x1b" not in out.getvalue()
     assert code_span("a`b``c") == "```a`b``c```" and code_span("`") == "`` ` ``" and code_span("x\ny") == "`x\\ny`"
-    assert markdown("snake_case _emphasis_ a\nb") == "snake_case \\_emphasis\\_ a\\nb"
+    assert markdown("snake_case _emphasis_ a\nb") == "snake_case \\_emphasis\\_ a\\\\nb"
     assert json.loads(f'"{markdown("plain name 1.5")}"') == "plain name 1.5"
