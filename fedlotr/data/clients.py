@@ -24,7 +24,8 @@ def one_client_each(column: str, values: Sequence[Any], *, told: bool = True) ->
 
     A cell is empty where it has no value, NaN, white space or what libraries write for these. Two texts are one client
     where they differ in Unicode form, width, white space or invisible characters, or as 1 does from 1.0; it has the
-    spelling that is most frequent, or comes first. told: whether it may be said how many rows have no client.
+    spelling that is most frequent, or comes first.
+    told: whether it may be said which clients those are, and how many rows have none.
     Raises InputError for decimal numbers that are too large to tell clients apart.
     """
     large = next((value for value in values if isinstance(value, float) and EXACT <= abs(value) < float("inf")), None)
@@ -47,8 +48,15 @@ def one_client_each(column: str, values: Sequence[Any], *, told: bool = True) ->
         notes.append(f"--partition natural:{column}: {count} name no client ('{column}' is {forms}) and are left out")
     if several:
         examples = "; ".join(" and ".join(ascii(name) for name in names[:SHOWN]) for names in several[:SHOWN])
-        one = "one client is" if len(several) == 1 else f"{len(several):,} clients are"
-        notes.append(f"--partition natural:{column}: {one} written in several ways and taken as one each: {examples}")
+        one = (
+            "some clients are"
+            if not told
+            else "one client is"
+            if len(several) == 1
+            else f"{len(several):,} clients are"
+        )
+        which = examples if told else "which, is private"
+        notes.append(f"--partition natural:{column}: {one} written in several ways and taken as one each: {which}")
     return [None if _names_nobody(value) else chosen[_key(value)] for value in values], notes
 
 

@@ -88,8 +88,12 @@ def _records(path: Path, text: str, delimiter: str, begin: int, *, quoted: bool 
     limit = csv.field_size_limit(FIELD_LIMIT)
     above = begin
     try:
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, quoting=quoting)
+        reader = csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        )
         for fields in reader:
             line, above = above + 1, begin + reader.line_num
             if not fields:

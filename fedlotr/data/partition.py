@@ -272,7 +272,7 @@ def _natural(
     largest = sorted(sizes, key=lambda value: (-sizes[value], value))[:clients]
     ranks = {value: rank for rank, value in enumerate(largest)}
     chosen = np.array([row for row, value in enumerate(values) if value in ranks], np.int64)
-    groups = np.array([ranks[values[row]] for row in chosen], np.int64)
+    numbers = np.array([ranks[values[row]] for row in chosen], np.int64)
     # Groups of one: what NaturalIdPartitioner does, without its progress bar.
     partitioner = GroupedNaturalIdPartitioner(partition_by="group", group_size=1, sort_unique_ids=True)
-    return _deal(partitioner, chosen, groups, clients)
+    return _deal(partitioner, chosen, numbers, clients)

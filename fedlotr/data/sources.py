@@ -181,8 +181,9 @@ def _assemble(
     table = table._replace(columns=names.apply(table.columns, "train"))
     if eval_data is not None:
         source = _evaluated_on(eval_data, eval_split, names, name, table)
-        unread = [split for split in layout.files if split != "train"]
-        return replace(source, trained=layout.trained, unread=(*unread, *layout.others))
+        return replace(
+            source, trained=layout.trained, unread=(*(s for s in layout.files if s != "train"), *layout.others)
+        )
     others = [split for split in layout.files if split != "train"]
     tables: dict[str, Table] = {}
 
@@ -196,18 +197,24 @@ def _assemble(
     else:
         scored = list(tables)[-1]
         others.remove(scored)
-        scored_table = tables[scored]
-        source = source_of(name, table.columns, test, words, table.label_names)
-        notes = list(dict.fromkeys((*table.notes, *scored_table.notes)))
-        source = replace(source, notes=tuple(notes), train_places=table.places, test_places=scored_table.places)
-    unread = (*others, *layout.others)
-    notes = list(source.notes)
+        source = _located(source_of(name, table.columns, test, words, table.label_names), table, tables[scored])
+    told = source.notes
     if test is None and others and eval_split is None and not tables:
-        notes.append(
+        told += (
             f"{given}: no split there is called as one to test on is, so {words} is scored; left unread: "
-            f"{', '.join(others[:SHOWN])} (--eval-split names one)"
+            f"{', '.join(others[:SHOWN])} (--eval-split names one)",
         )
-    return replace(source, trained=layout.trained, unread=unread, notes=tuple(notes))
+    return replace(source, trained=layout.trained, unread=(*others, *layout.others), notes=told)
+
+
+def _located(source: Source, train: Table, test: Table) -> Source:
+    """With what the tables of its two splits say of their files."""
+    return replace(
+        source,
+        notes=tuple(dict.fromkeys((*train.notes, *test.notes))),
+        train_places=train.places if len(train.places) else None,
+        test_places=test.places if len(test.places) else None,
+    )
 
 
 def _asked_for(table: Table, names: Names, split: str) -> Table:
@@ -227,8 +234,8 @@ def _of_a_tenth(table: Table, seed: int, given: str, name: str, words: str) -> S
     """A source whose test split is a seeded tenth of its rows."""
     train, test = split_tenth(len(next(iter(table.columns.values()), [])), seed, given)
     source = source_of(name, take(table.columns, train), take(table.columns, test), words, table.label_names, True)
-    places = (table.places.take(train), table.places.take(test)) if len(table.places) else (None, None)
-    return replace(source, notes=table.notes, train_places=places[0], test_places=places[1])
+    parts = [table._replace(places=table.places.take(rows)) if len(table.places) else table for rows in (train, test)]
+    return _located(source, *parts)
 
 
 def _named(names: Names, columns: Columns, split: str) -> Columns:
@@ -262,13 +269,7 @@ def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: st
             f"{given}: its classes are {', '.join(own[:5])}…, and those of --data {', '.join(labels[:5])}…"
         )
     source = source_of(name, train, test, f"{words} of {given}", labels)
-    of_test = there.get(scored, Table({}))
-    return replace(
-        source,
-        notes=tuple(dict.fromkeys((*table.notes, *of_test.notes))),
-        train_places=table.places if len(table.places) else None,
-        test_places=of_test.places if len(of_test.places) else None,
-    )
+    return _located(source, table, there.get(scored, Table({})))
 
 
 def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str | None) -> Source:

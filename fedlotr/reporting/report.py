@@ -34,7 +34,7 @@ NOT_TOLD = "Not told: it would tell which clients took part, and they are hidden
 Points = list[tuple[float, float]]
 
 
-def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], None] | None = None) -> Path:
+def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], None] = lambda note: None) -> Path:
     """Write the report of a run directory, into it by default; where it lies. Raises InputError for no run.
 
     tell: is told what had to be left out.
@@ -42,7 +42,7 @@ def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], No
     path = folder / "report.html" if out is None else out
     run = read_run(folder)
     write_atomically(path, report_page(run))
-    for note in run.notes if tell else ():
+    for note in run.notes:
         tell(note)
     return path
 

@@ -293,7 +293,7 @@ def _rows(path: Path, notes: list[str]) -> list[MetricsRow]:
             told.append(
                 f"{path}, line {at}: {', '.join([*wrong, *missing][:NOTES_SHOWN])} not as a run writes it: a gap"
             )
-        rows.append({**dict.fromkeys(("bytes_up", "bytes_down")), **row, **dict.fromkeys(wrong)})
+        rows.append(cast(MetricsRow, dict.fromkeys(("bytes_up", "bytes_down")) | row | dict.fromkeys(wrong)))
     notes += told[:NOTES_SHOWN]
     if len(told) > NOTES_SHOWN:
         notes.append(f"{path}: {len(told) - NOTES_SHOWN} more lines like these")
