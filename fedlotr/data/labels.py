@@ -131,8 +131,8 @@ def class_indices(
     if any(value in (-1, "-1") for value in bad.values()):
         shown = ",".join(["-1", *names]) if len(names) < NAMES_SHOWN else "-1,..."
         expected += f"; -1 often says that there is none: leave such rows out, or give --label-names={shown}"
-    elif near := next((n for v in bad.values() if isinstance(v, str) and (n := keys.get(key_of(v))) is not None), None):
-        expected += f"; {shorten(names[near])} is equal but for case, space or Unicode form: --join-labels takes both"
+    elif near := [names[keys[key_of(v)]] for v in bad.values() if isinstance(v, str) and key_of(v) in keys]:
+        expected += f"; {shorten(near[0])} is equal but for case, space or Unicode form: --join-labels takes both"
     indices = np.array([-1 if (index := known[value]) is None else index for value in values], np.int64)
     return indices, row_problems(where, "label", bad, expected, place)
 
@@ -178,7 +178,8 @@ def _check_whole(where: str, texts: set[str], numbers: set[Any], *, told: bool) 
         found |= {text for text in texts if not re.fullmatch(r"[+-]?\d+", text)}
     if not found:
         return
-    names = sorted({str(value) for value in texts | numbers}, key=float)
+    written = sorted((str(value) for value in texts | numbers), key=len, reverse=True)
+    names = [name for _, name in sorted({float(name): name for name in written}.items())]  # each number the short way
     way = "--label-names with all of them in their order"
     if told and len(names) <= NAMES_SHOWN:
         way = f"--label-names={','.join(names)}"

@@ -136,10 +136,19 @@ def test_labels_that_look_alike_are_named_and_refused_or_joined(pair: tuple[str,
     assert pair[0] not in str(caught.value)
 
 
+def test_numbers_with_and_without_a_point_are_one_class_each(tmp_path: Path) -> None:
+    found = source(["3", "7"], ["3.0", "7.00"], form="csv", at=tmp_path)
+    with pytest.raises(InputError, match="--label-names=3,7; a scale"):
+        resolve_task("auto", found)
+    task = resolve_task("auto", found, ("3", "7"))
+    assert task.labels(found.train).tolist() == task.labels(found.test).tolist() == [0, 1]
+
+
 def test_a_label_that_is_a_given_name_but_for_case_says_so_and_is_joined() -> None:
     found = source(["YES", "no"])
-    with pytest.raises(InputError, match="'label' is 'YES'.*yes is equal but for case.*--join-labels"):
-        resolve_task("auto", found, ("no", "yes"))
+    for names in (("no", "yes"), ("yes", "no")):
+        with pytest.raises(InputError, match="'label' is 'YES'.*yes is equal but for case.*--join-labels"):
+            resolve_task("auto", found, names)
     assert resolve_task("auto", found, ("no", "yes"), joined=True).labels(found.train).tolist() == [1, 0]
 
 
