@@ -67,7 +67,9 @@ def _model_problems(model: str) -> Iterator[str]:
     # "org/name" is an id on the hub, unless there is such a folder to look into here.
     names_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir())
     if path.exists():
-        if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            yield "no model there but an adapter; give its base by --model, and start from it by --init-adapter"
+        elif not (path / "config.json").is_file():
             yield "no config.json there; expected a folder that `save_pretrained` wrote"
     elif names_path:
         yield f"no such folder{sibling(path)}"

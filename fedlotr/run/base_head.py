@@ -51,6 +51,9 @@ def saved_labels(spec: ModelSpec, rows: int) -> tuple[tuple[str, ...], str]:
     kind = str(getattr(config, "problem_type", None) or "single_label_classification")
     named = {str(row): str(label) for row, label in (config.id2label or {}).items()}
     labels = tuple(named.get(str(row), f"LABEL_{row}") for row in range(rows))
+    made = next(iter(config.architectures or ()), "")
+    if made and not made.endswith("ForSequenceClassification"):
+        return labels, f"a head of a {made}"
     if kind != "single_label_classification" or rows < 2:
         return labels, "a head for " + ("a score" if rows < 2 else kind.replace("_", " "))
     return labels, ""

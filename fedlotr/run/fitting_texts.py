@@ -66,7 +66,7 @@ def _all_of(shares: TextShares) -> tuple[float, float, float]:
 
 def seen_in_words(seen: TextsSeen) -> str:
     """One line."""
-    words = f"{_words(seen['train'])} of train" if "train" in seen else f"{_words(seen['test'])} of test"
+    words = f"train: {_words(seen['train'])}" if "train" in seen else f"test: {_words(seen['test'])}"
     if "worst_client" in seen:
         words += f"; worst client {seen['worst_client']['client']}: {_words(seen['worst_client'])}"
     return words
@@ -98,7 +98,7 @@ def unseen(seen: TextsSeen) -> list[str]:
 
 def _words(shares: TextShares) -> str:
     unknown, rows, tokens = _all_of(shares)
-    return f"{unknown:.1%} of the tokens unknown, {rows:.1%} of the rows and {tokens:.1%} cut"
+    return f"{unknown:.1%} of the tokens unknown, {tokens:.1%} cut ({rows:.1%} of the rows)"
 
 
 def _all(shares: dict[str, float]) -> str:

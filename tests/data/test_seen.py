@@ -79,7 +79,7 @@ def test_a_tenth_of_all_or_of_one_client_is_warned_of() -> None:
     parts = [np.arange(20), np.arange(20, 39), np.array([39])]
     told = what_is_seen(config, fine, parts, fine)
     assert not unseen(told) and seen_in_words(told).startswith(
-        "0.0% of the tokens unknown, 0.0% of the rows and 0.0% cut"
+        "train: 0.0% of the tokens unknown, 0.0% cut (0.0% of the rows); worst client"
     )
     alone = counts(*[(100, 0, 0)] * 39, (100, 99, 0))
     (line,) = unseen(what_is_seen(config, alone, parts, fine))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedlotr import SimulationConfig, run_simulation
 from fedlotr.commands import doctor
+from fedlotr.config.preflight import _model_problems
 from fedlotr.errors import InputError
 from fedlotr.models.limits import most_positions
 from fedlotr.models.loading import ModelSpec
@@ -159,6 +160,8 @@ def test_a_folder_with_an_adapter_is_not_taken_for_its_model(tiny_gpt2: Path, tm
         resolve_model(str(both))
     with pytest.raises(InputError, match="holds no model but an adapter .*give that base by --model"):
         resolve_model(str(alone))
+    (problem,) = _model_problems(str(alone))
+    assert "no model there but an adapter" in problem
 
 
 def test_a_model_object_with_an_adapter_in_it_is_refused(tiny_gpt2: Path, animals: Path, tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def test_a_head_for_others_is_dropped_and_that_is_said(
     assert load_base(spec).classifier.weight.abs().max() == 0  # type: ignore[union-attr,operator]
 
 
+def test_a_head_for_tokens_is_none_for_texts(stories: Path, tmp_path: Path) -> None:
+    hf.ElectraForTokenClassification(hf.ElectraConfig(**SMALL, num_labels=2)).save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path)
+    spec, said = with_saved_head(spec_of(tmp_path, 2), ("0", "1"))
+    assert not spec.head_rows and "a head of a ElectraForTokenClassification of 2; its head is dropped" in str(said)
+
+
 def test_nothing_is_said_of_a_base_without_a_head(tiny_bert: Path, stories: Path) -> None:
     for folder in (tiny_bert, stories):
         assert with_saved_head(spec_of(folder, 2), ("a", "b")) == (spec_of(folder, 2), None)
