@@ -188,17 +188,10 @@ def check(
         saved_in, model = folder, found.config.model
         if (dtype := found.attempt(lambda: dtype_on_disk(saved_in, model), "dtype", "model")) is not None:
             found.config = found.config.model_copy(update={"dtype": dtype})
-    spec = core = start = None
-    adapted = Adapted()
+    spec, core, start, adapted = None, None, None, Adapted()
     if folder is not None and tokenizer is not None and found.config.dtype != "saved":
-        names = task.label_names if task else ()
-        spec, told = with_saved_head(_spec(found.config, folder, tokenizer, task, own), names)
-        skeleton = _skeleton(found, spec, sure=task is not None)
-        if skeleton is not None:
-            core, start, adapted = _adapter(found, skeleton, names, sure=task is not None)
-        if skeleton is not None and source is not None and task is not None:
-            texts, learnt, words, built = source, task, tokenizer, skeleton
-            found.attempt(lambda: check_tokens(found.config, texts, learnt, words, built), "data", "model")
+        spec, told = _spec(found.config, folder, tokenizer, task, own)
+        core, start, adapted = _base(found, spec, tokenizer, source, task)
         if told is not None and (start is None or not start.head):
             say(f"--model {found.config.model}: {told}")
     if found.problems or wrong:
@@ -366,9 +359,12 @@ def _spec(
     tokenizer: PreTrainedTokenizerBase,
     task: Task | None,
     own: OwnModel | None,
-) -> ModelSpec:
-    """How the base is built; a guess where the data do not tell the task: it can still have too narrow layers."""
-    return ModelSpec(
+) -> tuple[ModelSpec, str | None]:
+    """How the base is built, and what is to be said of the head that its files have.
+
+    A guess where the data do not tell the task: it can still have too narrow layers.
+    """
+    spec = ModelSpec(
         path=str(folder),
         kind=task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
         labels=len(task.label_names) if task else 2,
@@ -381,17 +377,24 @@ def _spec(
         quantize=config.quantize,
         device="cpu" if config.device == "auto" else config.device,
     )
+    return with_saved_head(spec, task.label_names if task else ())
 
 
-def _skeleton(found: _Findings, spec: ModelSpec, *, sure: bool) -> nn.Module | None:
-    """The model on the meta device, whose table of positions has room for --max-length."""
-    config = found.config
+def _base(
+    found: _Findings, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, source: Source | None, task: Task | None
+) -> tuple[CoreConfig | None, WarmStart | None, Adapted]:
+    """What `_adapter` says, once the model stands on the meta device and has room for --max-length and all tokens."""
+    config, sure = found.config, task is not None
     skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
-    table = None if skeleton is None else most_positions(skeleton)
-    if skeleton is not None and not any("--max-length" in problem for problem in found.problems):
-        architecture, model, length = skeleton.config, config.model, config.max_length
-        found.attempt(lambda: check_length(architecture, model, length, table), "max_length")
-    return skeleton
+    if skeleton is None:
+        return None, None, Adapted()
+    if not any("--max-length" in problem for problem in found.problems):
+        table = most_positions(skeleton)
+        found.attempt(lambda: check_length(skeleton.config, config.model, config.max_length, table), "max_length")
+    core, start, adapted = _adapter(found, skeleton, task.label_names if task else (), sure=sure)
+    if source is not None and task is not None:
+        found.attempt(lambda: check_tokens(config, source, task, tokenizer, skeleton), "data", "model")
+    return core, start, adapted
 
 
 def _adapter(

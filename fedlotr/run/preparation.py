@@ -76,12 +76,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         try_longest(bare, examples, config.model, config.max_length)
     carry = {} if checked.start is None else checked.start.layers
     with carrying(base, carry):
-        if checked.start is not None and checked.start.head:
-            bare.assign(checked.start.head)
-        elif checked.spec.head_rows:
-            log.info("the head is that of the model's files, by the names of its labels")
-        else:
-            fit_head(bare, shown, public)
+        _begin_head(checked, bare, shown, public)
         if core is not None and core.basis_kind.made_of == "gradient":
             core = _with_bases(core, bare, shown, public)
     model = TrainableModel(base, checked.spec, core, carry)
@@ -105,6 +100,16 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
         _warn_of_small_steps(workplace.step_tokens(range(len(parts))), config.rank)
     return Prepared(checked, model, workplace, bases_sha256(model.module), seen)
+
+
+def _begin_head(checked: Checked, bare: TrainableModel, shown: Examples, public: Rows) -> None:
+    """The head of the adapter that the run starts from, of the model's files, or one that is fitted to public rows."""
+    if checked.start is not None and checked.start.head:
+        bare.assign(checked.start.head)
+    elif checked.spec.head_rows:
+        log.info("the head is that of the model's files, by the names of its labels")
+    else:
+        fit_head(bare, shown, public)
 
 
 def _with_bases(core: CoreConfig, bare: TrainableModel, shown: Examples, public: Rows) -> CoreConfig:
