@@ -74,14 +74,14 @@ def test_names_that_are_given_settle_what_numbers_mean(form: str, tmp_path: Path
     found = source([0, 2, 1], form=form, at=tmp_path)
     assert resolve_task("auto", found, ("bad", "fair", "good")).labels(found.train).tolist() == [0, 2, 1]
     assert resolve_task("auto", found, ("2", "1", "0")).labels(found.train).tolist() == [2, 0, 1]
-    with pytest.raises(InputError, match="row 2: 'label' is '?2'?; expected one of the classes bad to good"):
+    with pytest.raises(InputError, match="(row 2|line [23]): 'label' is '?2'?; expected one of the classes bad to good"):
         resolve_task("auto", found, ("bad", "good"))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_minus_one_beside_zero_may_be_no_label_and_has_to_be_named(form: str, tmp_path: Path) -> None:
     found = source([-1, 0, 1], form=form, at=tmp_path)
-    with pytest.raises(InputError, match=r"row 1: 'label' is '?-1'?.* give --label-names=-1,0,1") as caught:
+    with pytest.raises(InputError, match=r"(row 1|line [12]): 'label' is '?-1'?.* give --label-names=-1,0,1") as caught:
         resolve_task("auto", found)
     (given,) = re.findall("--label-names=([^ ]+)", caught.value.problems[0])
     assert resolve_task("auto", found, SimulationConfig(label_names=given).labels).labels(found.train).tolist() == [
