@@ -164,7 +164,7 @@ def test_messages_count_what_is_in_the_data_before_anything_is_withheld(tmp_path
         if "rare" not in private_of(config)
     )
     with pytest.raises(InputError) as refused:
-        _deal(config, read_source(config), np.zeros(20, np.int64))
+        _deal(config, "natural:owner", read_source(config), np.zeros(20, np.int64))
     assert refused.value.problems == [
         "--partition natural:owner: 4 clients wanted, but 'owner' has 4 groups, of which 1 (rare) has no row left to "
         "train on (of 22 rows in the data, 2 held out to test and 8 public examples); lower --clients to 3 or less, or "
@@ -174,11 +174,16 @@ def test_messages_count_what_is_in_the_data_before_anything_is_withheld(tmp_path
     with pytest.raises(
         InputError, match=r"expected 1 to 12, .* to divide \(of 22 rows in the data, 2 held out to test and 8"
     ):
-        _deal(many, read_source(many), np.zeros(20, np.int64))
+        _deal(many, "natural:owner", read_source(many), np.zeros(20, np.int64))
     with pytest.raises(
         InputError, match=r"fewer than the 20 rows of train \(of 22 rows in the data, 2 held out to test\)"
     ):
-        _deal(config.model_copy(update={"public_examples": 20}), read_source(config), np.zeros(20, np.int64))
+        _deal(
+            config.model_copy(update={"public_examples": 20}),
+            "natural:owner",
+            read_source(config),
+            np.zeros(20, np.int64),
+        )
 
 
 def private_of(config: SimulationConfig) -> set[str]:

@@ -74,7 +74,9 @@ def test_names_that_are_given_settle_what_numbers_mean(form: str, tmp_path: Path
     found = source([0, 2, 1], form=form, at=tmp_path)
     assert resolve_task("auto", found, ("bad", "fair", "good")).labels(found.train).tolist() == [0, 2, 1]
     assert resolve_task("auto", found, ("2", "1", "0")).labels(found.train).tolist() == [2, 0, 1]
-    with pytest.raises(InputError, match="(row 2|line [23]): 'label' is '?2'?; expected one of the classes bad to good"):
+    with pytest.raises(
+        InputError, match="(row 2|line [23]): 'label' is '?2'?; expected one of the classes bad to good"
+    ):
         resolve_task("auto", found, ("bad", "good"))
 
 
