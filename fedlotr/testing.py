@@ -308,7 +308,7 @@ def _models(method: str) -> Iterator[TrainableModel | None]:
         return
     yield _model(method, row.tie, torch.float32)
     yield _model(method, row.tie, torch.bfloat16)
-    if row.has_core and not row.basis_kind().one_layer:
+    if row.may_tie and not row.basis_kind().one_layer:
         yield _model(method, "type" if row.tie == "layer" else "layer", torch.float32)
 
 
