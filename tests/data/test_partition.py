@@ -77,7 +77,9 @@ def test_a_wrong_rule_names_the_option_and_the_nearest_right_one(rule: str, mess
 @settings(max_examples=40, deadline=None)
 @given(
     rule=st.sampled_from(["iid", "dirichlet:0.5", "dirichlet:100", "shards:1", "shards:3", "natural"]),
-    labels=st.lists(st.integers(0, 4), max_size=40).map(lambda more: [0, 1, 2, 3] * 5 + more),
+    labels=st.lists(st.integers(0, 4), max_size=40).map(
+        lambda more: [0, 1, 2, 3] * 10 + more
+    ),  # more rows than clients
     clients=st.integers(1, 7),
     seed=st.integers(0, 1000),
     max_examples=st.none() | st.integers(1, 5),
