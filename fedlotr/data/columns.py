@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import decimal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,11 +89,20 @@ def joined(places: Sequence[Places]) -> Places:
     )
 
 
+@dataclass(frozen=True)
+class Nested:
+    """A column of lists or objects: what these are, and its values, made of a file's bytes where they are asked for."""
+
+    kind: str
+    read: Callable[[], list[Any]]
+
+
 class Table(NamedTuple):
     """What a file holds.
 
     label_names: the names of its classes, where the file knows them. odd: columns of a kind that no task learns from,
-    as text, and the kind. places: where its rows stand. notes: what the user must be told of the file.
+    as text, and the kind. places: where its rows stand. notes: what the user must be told of the file. nested:
+    its columns of lists and objects, which a task of the caller's own may read.
     """
 
     columns: Columns
@@ -100,6 +110,7 @@ class Table(NamedTuple):
     odd: Mapping[str, str] = {}
     places: Places = Places()
     notes: tuple[str, ...] = ()
+    nested: Mapping[str, Nested] = {}
 
 
 def appended(tables: Sequence[Table], given: str) -> Table:
@@ -113,9 +124,8 @@ def appended(tables: Sequence[Table], given: str) -> Table:
     odd = {name: kind for table in tables for name, kind in table.odd.items()}
     columns: Columns = {name: [] for name in names}
     for table in tables:
-        count = len(next(iter(table.columns.values())))
         for name in names:
-            values = table.columns.get(name, [None] * count)
+            values = table.columns.get(name, [None] * len(table.places))
             columns[name] += _written(values) if name in odd else values
     problems = []
     for name, values in columns.items():
@@ -129,7 +139,19 @@ def appended(tables: Sequence[Table], given: str) -> Table:
         odd,
         joined([table.places for table in tables]),
         tuple(note for table in tables for note in table.notes),
+        _nested_of(tables),
     )
+
+
+def _nested_of(tables: Sequence[Table]) -> dict[str, Nested]:
+    """The columns of lists and objects of several files, one after the other."""
+
+    def read(name: str) -> list[Any]:
+        parts = [t.nested[name].read() if name in t.nested else [None] * len(t.places) for t in tables]
+        return [value for part in parts for value in part]
+
+    kinds = {name: column.kind for table in tables for name, column in table.nested.items()}
+    return {name: Nested(kind, partial(read, name)) for name, kind in kinds.items()}
 
 
 def checked_columns(where: str, found: Columns) -> Table:
@@ -154,11 +176,13 @@ def checked_table(
     label_names: tuple[str, ...] | None = None,
     odd: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
+    nested: Mapping[str, Nested] | None = None,
 ) -> Table:
     """The columns that can be read, each of one kind, of the rows that have some value.
 
     where: the file, or words. numbers: where each row stands in it. problems: what is known to be wrong already.
-    odd: the kind of columns that came as text though they are none. Raises InputError with all problems, the first of
+    odd: the kind of columns that came as text though they are none. nested: columns of lists and objects that are not
+    among these, a value for each number from 1 on. Raises InputError with all problems, the first of
     them whole.
     """
     short = where.name if isinstance(where, Path) else str(where)
@@ -168,10 +192,13 @@ def checked_table(
         problems.append(f"{where} has no rows with any value in them")
     columns: Columns = {}
     strange: dict[str, str] = dict(odd or {})
+    within = {name: Nested(column.kind, partial(_chosen, column, numbers)) for name, column in (nested or {}).items()}
     for name, values in found.items():
         kinds = _kinds(values, numbers)
         if not name.isprintable():
             problems.append(f"{where}: the name of column {name!r} has characters that cannot be printed")
+        elif kinds and kinds.keys() <= UNREAD:
+            within[name] = Nested(next(iter(kinds)), partial(list, values))
         elif name == "label" and (unfit := [strange[name]] if name in strange else [k for k in kinds if k not in FIT]):
             problems.append(f"{where}: 'label' is {unfit[0]}; expected a class index or name")
         elif kinds and kinds.keys() <= {*ODD.values(), BEYOND, "a number"} and kinds.keys() != {"a number"}:
@@ -180,9 +207,9 @@ def checked_table(
         elif len(kinds) > 1:
             (first, above), (kind, number), *_ = kinds.items()
             problems.append(f"{where}, {unit} {number}: '{name}' is {kind}, but {first} in {unit} {above}")
-        elif UNREAD.isdisjoint(kinds):
+        else:
             columns[name] = _of_one_kind(values, kinds)
-    if numbers and not columns and not problems:
+    if numbers and not columns and not within and not problems:
         problems.append(f"{where} has no column of text or numbers")
     if len(problems) > PROBLEMS_SHOWN:
         problems[PROBLEMS_SHOWN:] = [f"{where}: {len(problems) - PROBLEMS_SHOWN} more problems"]
@@ -190,7 +217,12 @@ def checked_table(
         raise InputError(problems)
     told = [*notes, *([_of_blank_rows(short, blank, unit)] if blank else [])]
     strange = {name: kind for name, kind in strange.items() if name in columns}
-    return Table(columns, label_names, strange, Places.of(f"{where}, {unit}", numbers), tuple(told))
+    return Table(columns, label_names, strange, Places.of(f"{where}, {unit}", numbers), tuple(told), within)
+
+
+def _chosen(column: Nested, numbers: Sequence[int]) -> list[Any]:
+    values = column.read()
+    return [values[number - 1] for number in numbers]
 
 
 def too_many(where: str, rows: int, columns: int) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlotr.data.columns import Columns, Table, appended, checked_table, kind_of, too_many
+from fedlotr.data.columns import Columns, Nested, Table, appended, checked_table, kind_of, too_many
 from fedlotr.data.csv_file import read_csv
 from fedlotr.data.labels import label_among
 from fedlotr.data.lines import UNREADABLE, check_size, lines_of
@@ -49,7 +49,7 @@ def suffix_of(path: Path) -> str:
 
 
 def _read_json(path: Path, label: str | None) -> Table:
-    """JSON lines; those of lists or objects, which no task reads, are left out."""
+    """JSON lines."""
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
     problems: list[str] = []
@@ -140,6 +140,7 @@ def _columnar(path: Path, label: str | None, form: str, read: Callable[[], pa.Ta
         table = read()
         found: Columns = {}
         odd: dict[str, str] = {}
+        nested: dict[str, Nested] = {}
         for name in dict.fromkeys(table.column_names):
             column = table.column(table.column_names.index(name))
             kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -147,15 +148,18 @@ def _columnar(path: Path, label: str | None, form: str, read: Callable[[], pa.Ta
                 found[name] = column.to_pylist()
             elif (what := _odd(kind)) and (written := _as_text(column)) is not None:
                 found[name], odd[name] = written, what
-            elif name in ("label", label):
-                found[name] = [[]] * table.num_rows  # as a list: no label is one
+            elif pa.types.is_nested(kind) or name in ("label", label):
+                lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+                what = "a list" if lists else "an object" if pa.types.is_nested(kind) else str(kind)
+                nested[name] = Nested(what, column.to_pylist)
         names = _class_names(table.schema.metadata or {}, label)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         words = " ".join(str(error).split())[:200]
         raise InputError(f"--data: {path} cannot be read as {form}: {words or type(error).__name__}") from None
     count = table.num_rows
     problems = [] if count else [f"--data: {path} has no rows"]
-    return checked_table(path, found, range(1, count + 1), problems, unit="row", label_names=names, odd=odd)
+    numbers = range(1, count + 1)
+    return checked_table(path, found, numbers, problems, unit="row", label_names=names, odd=odd, nested=nested)
 
 
 def _plain_types() -> tuple[Callable[[Any], bool], ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
 from fedlotr.data.clients import one_client_each
-from fedlotr.data.columns import Columns, Places, Table, checked_columns
+from fedlotr.data.columns import Columns, Nested, Places, Table, checked_columns
 from fedlotr.data.hub import fetch_data
 from fedlotr.data.labels import label_among
 from fedlotr.data.layouts import Layout, layout_of, train_splits
@@ -43,6 +43,7 @@ class Source:
     split to evaluate on, with those of its columns that train has too. test_split: where test came from, in words.
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     drawn: whether test is a part of what is otherwise trained on, and no split of its own.
+    nested: the columns that are JSON.
     trained: the split or file that train is, in words. unread: files and splits that are neither. notes: what the user
     must be told of the files. train_places, test_places: where the rows stand, of these None where they stand nowhere.
     """
@@ -59,6 +60,7 @@ class Source:
     notes: tuple[str, ...] = ()
     train_places: Places | None = None
     test_places: Places | None = None
+    nested: tuple[str, ...] = ()
 
     @property
     def splits(self) -> str:
@@ -81,7 +83,7 @@ class Names:
 
     text: one name or two; label: one. causal: whether two texts are a prompt and its answer though there are labels.
     client: the column that names the clients, where one does; client_if_unlabelled: it does so in data without labels
-    alone. told: whether numbers of rows may be said.
+    alone. told: whether numbers of rows may be said. nested: whether columns of lists and objects are wanted.
     """
 
     text: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class Names:
     client: str | None = None
     client_if_unlabelled: bool = False
     told: bool = True
+    nested: bool = False
 
     def client_of(self, columns: Columns) -> str | None:
         """Which of the columns names the clients, if any does."""
@@ -212,13 +215,48 @@ def _located(source: Source, train: Table, test: Table) -> Source:
     return replace(
         source,
         notes=tuple(dict.fromkeys((*train.notes, *test.notes))),
+        nested=tuple(name for name in train.nested if name in source.train.column_names),
         train_places=train.places if len(train.places) else None,
         test_places=test.places if len(test.places) else None,
     )
 
 
+def _with_nested(table: Table, names: Names, split: str) -> Table:
+    """With the columns of lists and objects as JSON, where a task of the caller's own may read them.
+
+    Raises InputError where such a column has the labels, or is all there is, and the task is one of ours.
+    """
+    if names.nested:
+        columns = {name: _as_json(column) for name, column in table.nested.items()}
+        return table._replace(columns={**table.columns, **{name: text for name, text in columns.items() if text}})
+    label = names.label or label_among([*table.columns, *table.nested])
+    if (
+        label is not None
+        and label in table.nested
+        and (names.label or (not names.causal and label_among(table.columns) is None))
+    ):
+        where = table.places.words[0].rpartition(",")[0] if table.places.words else split
+        raise InputError(
+            f"{where}: '{label}' is {table.nested[label].kind}; expected a class index or name, one a row (several are "
+            "not there yet); a language model of the texts is --task causal-lm"
+        )
+    if not table.columns:
+        kinds = ", ".join(f"'{name}' is {column.kind}" for name, column in table.nested.items())
+        raise InputError(f"{split} has no column of text or numbers ({kinds}); an OwnTask can read such columns")
+    return table
+
+
+def _as_json(column: Nested) -> list[str | None] | None:
+    """Each value as JSON; None where some value is none of JSON's, such as an image."""
+    try:
+        return [None if value is None else json.dumps(value, ensure_ascii=False) for value in column.read()]
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
 def _asked_for(table: Table, names: Names, split: str) -> Table:
     """Without the columns that no task learns from, where they are not asked for; that is said."""
+    table = _with_nested(table, names, split)
     wanted = {*names.text, names.label, names.client_of(table.columns)}
     left_out = {name: kind for name, kind in table.odd.items() if name not in wanted}
     if not left_out:

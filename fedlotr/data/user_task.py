@@ -123,7 +123,7 @@ def apply_task(task: OwnTask, source: Source) -> tuple[Source, Task]:
         raise InputError(f"task {type(task).__name__}: encode makes single texts of one split and pairs of the other")
     (columns,) = forms
     others = {
-        split: {name: rows[name][:] for name in rows.column_names if name not in COLUMNS}
+        split: {name: rows[name][:] for name in rows.column_names if name not in COLUMNS and name not in source.nested}
         for split, rows in (("train", source.train), ("test", source.test))
     }
     encoded = source_of(
@@ -140,13 +140,18 @@ def apply_task(task: OwnTask, source: Source) -> tuple[Source, Task]:
     return replace(encoded, **known), Task(kind, texts, tuple(task.labels))  # type: ignore[arg-type]
 
 
+def _whole(row: dict[str, Any], nested: Sequence[str]) -> dict[str, Any]:
+    """A row whose lists and objects are these again."""
+    return {name: json.loads(v) if name in nested and v is not None else v for name, v in row.items()}
+
+
 def _encoded(task: OwnTask, source: Source, split: str, rows: datasets.Dataset) -> dict[str, list[Any]]:
     """The rows of a split as columns."""
     made: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, row in enumerate(rows):
         try:
-            example = _example(task, task.encode(row))
+            example = _example(task, task.encode(_whole(row, source.nested)))
             if made and example.keys() != made[0].keys():
                 raise ValueError("it is a pair and others are not, or the other way round")
             made.append(example)

@@ -135,8 +135,8 @@ class Checked:
         return replace(self, own_model=own, spec=replace(self.spec, path=str(own.folder)))
 
 
-def columns_of(config: SimulationConfig) -> Names:
-    """What the configuration says of the data's columns."""
+def columns_of(config: SimulationConfig, *, own_task: bool = False) -> Names:
+    """What the configuration says of the data's columns. own_task: whether a task of the caller's own reads them."""
     text = tuple(config.text_column.split(",")) if config.text_column else ()
     rule, column = parse_partition(config.partition or f"natural:{CLIENT}")
     return Names(
@@ -146,16 +146,20 @@ def columns_of(config: SimulationConfig) -> Names:
         client=str(column) if rule == "natural" else None,
         client_if_unlabelled=config.partition is None,
         told=config.privacy != "client",
+        nested=own_task,
     )
 
 
-def read_source(config: SimulationConfig, data: OwnData | None = None) -> Source:
-    """The rows that a configuration names, or the caller's own. Raises InputError as `load_source` does."""
+def read_source(config: SimulationConfig, data: OwnData | None = None, *, own_task: bool = False) -> Source:
+    """The rows that a configuration names, or the caller's own. Raises InputError as `load_source` does.
+
+    own_task: whether a task of the caller's own reads them.
+    """
     return load_source(
         config.data if data is None else data,
         seed=config.seed,
         eval_split=config.eval_split,
-        names=columns_of(config),
+        names=columns_of(config, own_task=own_task),
         eval_data=config.eval_data,
     )
 
@@ -257,7 +261,9 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
     """The rows, and what is learnt from them. source: where they have been read."""
     config, brought = found.config, found.brought
     fields = ("data", "eval_data", "eval_split", "text_column", "label_column")
-    source = source or found.attempt(lambda: read_source(config, brought.data), *fields)
+    source = source or found.attempt(
+        lambda: read_source(config, brought.data, own_task=brought.task is not None), *fields
+    )
     for note in source.notes if source is not None else ():
         say(note)
     if source is not None and brought.data is not None:
@@ -476,7 +482,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
     """What --public-data names, fit for the task. Raises InputError where it is not."""
     name = f"--public-data {config.public_data}"
     try:
-        names = replace(columns_of(config), client=None)
+        names = replace(columns_of(config, own_task=own_task is not None), client=None)
         source = load_source(str(config.public_data), seed=config.seed, names=names)
         if own_task is not None:
             source, _ = apply_task(own_task, source)

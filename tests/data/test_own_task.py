@@ -1,14 +1,17 @@
 """A task of the caller's own: `encode` makes the examples, its metric is reported by its own name."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
 from fedlotr import OwnTask, SimulationConfig, run_simulation, simulate
+from fedlotr.data import Names, apply_task, load_source
 from fedlotr.data.user_task import TAKEN, MetricError
 from fedlotr.errors import InputError
 from fedlotr.evaluation.results import Results
@@ -201,3 +204,55 @@ def test_columns_cannot_be_named_beside_a_task_that_reads_the_rows(tiny_bert: Pa
     given = config(tiny_bert, tmp_path / "run", text_column="review")
     with pytest.raises(InputError, match="text_column: the task given to run_simulation reads the rows itself"):
         run_simulation(given, data={"train": REVIEWS}, task=Stars())
+
+
+class Chat(OwnTask):
+    """What was asked and answered first of a list of turns; the label from an object beside it."""
+
+    labels = ("short", "long")
+
+    def encode(self, row: Mapping[str, Any]) -> Any:
+        asked, answered = row["messages"][:2]
+        assert isinstance(row["about"], dict) and row["about"]["tags"] == ["a", "b"]
+        return (asked["content"], answered["content"]), row["about"]["length"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "Python", "Dataset"])
+@pytest.mark.parametrize("text", [True, False])
+def test_lists_and_objects_reach_encode(form: str, text: bool, tmp_path: Path) -> None:
+    def row(n: int) -> dict[str, Any]:
+        turns = [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}]
+        told = {"messages": turns, "about": {"length": ("short", "long")[n % 2], "tags": ["a", "b"]}}
+        return {**told, "text": f"t {n}"} if text else told
+
+    rows = [row(n) for n in range(20)]
+    if form == "jsonl":
+        (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows), encoding="utf-8")
+    elif form == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    data: Any = {"Python": {"train": rows}, "Dataset": {"train": datasets.Dataset.from_list(rows)}}.get(form, tmp_path)
+    given = str(data) if data is tmp_path else data
+    source, found = apply_task(Chat(), load_source(given, names=Names(nested=True)))
+    assert found.columns == ("text_a", "text_b") and source.train[0]["text_a"] == "q " + source.train[0]["text_b"][2:]
+    assert "messages" not in source.train.column_names and len(source.train) == 18
+    if text:  # a task of ours does not see them, nor does the data's hash
+        plain = load_source(given)
+        assert plain.train.column_names == ["text"]
+    else:
+        with pytest.raises(
+            InputError, match="no column of text or numbers .'messages' is a list, 'about' is an object"
+        ):
+            load_source(given)
+
+
+@pytest.mark.parametrize("called", ["labels", "label"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_several_labels_a_row_are_refused_and_make_no_language_model(called: str, form: str, tmp_path: Path) -> None:
+    rows = [{"text": f"t {n}", called: ["toxic"] * (n % 3)} for n in range(20)]
+    if form == "jsonl":
+        (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in rows), encoding="utf-8")
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=f"'{called}' is a list; expected a class index or name.*--task causal-lm"):
+        load_source(str(tmp_path))
+    assert load_source(str(tmp_path), names=Names(causal=True)).train.column_names == ["text"]
