@@ -83,10 +83,13 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     rounds = _rounds(checked)
     up: float = 0
     down: float = 0
+    sent: float = 0
     one_off = participants = carried = 0
     if config.baseline is None:  # a baseline sends nothing
         bill = owed(checked, model, rounds)
         up, down = bill.round_up, sum(bill.downs) / bill.messages
+        whole = owed(checked, model, rounds, controls=True)
+        sent = (sum(whole.ups) + sum(whole.downs)) / whole.messages
         one_off, carried = bill.one_off, bill.carried
         participants = bill.clients if len(rounds) == config.rounds else config.clients
     work = [checked.training.examples_of(len(part)) for part in checked.parts]
@@ -110,7 +113,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         download_bytes=down,
         one_off_bytes=one_off,
         participants=participants,
-        total_bytes=round(config.clients_per_round * config.rounds * (up + down) + participants * one_off),
+        total_bytes=round(config.clients_per_round * config.rounds * sent + participants * one_off),
         examples_a_round=examples,
         tokens_a_round=examples * sum(lengths.values()) / len(lengths),
         cohorts=len(cohorts),

@@ -125,10 +125,11 @@ def _partition(checked: Checked) -> list[Held]:
     return found
 
 
-def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]]) -> Bill:
+def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]], *, controls: bool = False) -> Bill:
     """The bill of a run, if these clients take part in its rounds.
 
-    What a strategy decides as it goes is not foreseen: where it lowers clients' ranks (HetLoRA), less will cross.
+    controls: whether control variates are counted in, which summary.json has in its totals and not in a client's
+    round. What a strategy decides as it goes is not foreseen: where it lowers ranks (HetLoRA), less will cross.
     """
     config, core = checked.config, checked.core
     row, ranks = METHODS[config.method], ranks_of(config) or [config.rank] * len(checked.parts)
@@ -141,7 +142,9 @@ def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]
     shapes = shapes_of(model.module, factored_layers(model.module))
     asked = row, shapes.layers, shapes.heads, ranks, rounds, config.coding
     drawn = OWN_FACTORS in traits.asks
-    return bill(*asked, merged=merged, started=started, rank=config.rank, controls=traits.controls, drawn=drawn)
+    return bill(
+        *asked, merged=merged, started=started, rank=config.rank, controls=controls and traits.controls, drawn=drawn
+    )
 
 
 def _reckoned(prepared: Prepared) -> Communication:

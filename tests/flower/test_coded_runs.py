@@ -79,6 +79,7 @@ CODED = (
     ("lora", "flexlora", "int8", "delta+int8", False),
     ("lora", "hetlora", "int4", "float32", False),
     ("personal-core", "fedsa", "int4", "delta+int8", True),
+    ("lotr-trained", "fedit", "int8", "delta+int4", True),
 )
 """Every method, every strategy, each codec and each broadcast; whether clients make up for what was lost."""
 
@@ -109,6 +110,11 @@ def test_the_bill_of_every_codec_is_what_crosses(
     for direction, form in (("upload", coding.update), ("download", coding.broadcast)):
         found, most = traffic[f"{direction}_payload_bytes_per_client_round"], foretold[f"{direction}_bytes"]
         assert found < most if form.zstd else found == pytest.approx(most, rel=1e-12), "doctor knows it too"
+    if strategy == "scaffold":
+        crossed = sum(traffic[f"{way}_payload_bytes_per_client_round"] for way in ("upload", "download")) * 9
+        told = foretold["total_bytes"] - crossed - 3 * traffic["one_off_bytes_per_client"]
+        variates = 2 * 9 * 4 * summary["trained_numbers"]
+        assert told == pytest.approx(variates) and traffic["total_payload_bytes"] >= foretold["total_bytes"]
     assert summary["codec"]["error_feedback"] == feedback
     assert summary["failed_clients"] == 0
     errors = [row["transport_error"] for row in rows]

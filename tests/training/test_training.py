@@ -287,8 +287,9 @@ def test_what_is_left_out_of_all_linear(tiny_bert: Path, tiny_gpt2: Path, storie
     llama = load_base(ModelSpec(str(stories), "causal-lm", 0, False, 0), meta=True)
     assert len(adaptable_layers(llama, "all-linear")) == 35
     assert len(adaptable_layers(llama, r".*\.q_proj")) == 5
+    assert len(adaptable_layers(llama, "q_proj")) == 5
     with pytest.raises(ValueError, match="names are like model.layers.0"):
-        adaptable_layers(llama, "q_proj")
+        adaptable_layers(llama, "c_attn")
     assert not is_sentence_encoder(tiny_bert)
 
 
