@@ -24,10 +24,11 @@ def lines_of(path: Path) -> Iterator[bytes]:
     Raises InputError for a line or a file that is too large, of a file as it is before any of it is read.
     """
     most = min(MOST_BYTES, machine.memory().usable or MOST_BYTES)
-    if path.suffix != ".gz":
+    packed = path.suffix.lower() == ".gz"
+    if not packed:
         check_size(path, path.stat().st_size, most)
     read = number = 0
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with gzip.open(path) if packed else path.open("rb") as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             read += len(line)
@@ -45,7 +46,7 @@ def check_size(path: Path, size: int, most: int | None = None) -> None:
     """Raise InputError where a file has more bytes, decompressed, than are read."""
     most = most or min(MOST_BYTES, machine.memory().usable or MOST_BYTES)
     if size > most:
-        more = "more than " if path.suffix == ".gz" else ""
+        more = "more than " if path.suffix.lower() == ".gz" else ""
         raise InputError(
             f"--data: {path} holds {more}{size:,} bytes{' of text' if more else ''}; at most {most:,} are read here "
             f"({'the memory there is' if most < MOST_BYTES else 'the limit of a file'}): divide it, or take fewer rows"

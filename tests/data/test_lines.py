@@ -135,3 +135,14 @@ def test_a_table_that_lies_on_its_side_is_refused_soon(tmp_path: Path, monkeypat
     with pytest.raises(InputError, match="26 rows of 2 columns; expected at most 50 values"):
         (tmp_path / "many.jsonl").write_text('{"text": "a", "b": 1}\n' * 26, encoding="utf-8")
         load_source(str(tmp_path / "many.jsonl"))
+
+
+@pytest.mark.parametrize("ending", [".TSV.GZ", ".Jsonl.gz", ".jsonl.GZ"])
+def test_a_compressed_file_is_read_whatever_the_case_of_its_ending(ending: str, tmp_path: Path) -> None:
+    plain = Path(written(tmp_path / "rows.tsv", [f"text {at}" for at in range(20)]))
+    text = plain.read_bytes()
+    if "json" in ending.lower():
+        text = b"".join(b'{"text": "text %d", "label": %d}\n' % (at, at % 2) for at in range(20))
+    packed = tmp_path / f"packed{ending}"
+    packed.write_bytes(gzip.compress(text))
+    assert sorted(texts_of(str(packed))) == sorted(texts_of(str(plain)))
