@@ -136,12 +136,14 @@ def _splits_in(folder: Path, given: str) -> Files:
             split = SHARD.sub("", stem)
             others = files.setdefault(_same(split, files), [])
             if others and (stem == split or _part(others[0]) is None or _part(others[-1]) == _part(path)):
-                raise InputError(f"{given}: both {others[0].name} and {path.name}; keep one of them")
+                raise InputError(f"{given}: both {others[0].relative_to(folder)} and {path.name}; keep one of them")
             others.append(path)
         elif path.is_dir() and (parts := _saved(path, given) or _parts(path)):
             others = files.setdefault(_same(path.name, files), [])
             if others:
-                raise InputError(f"{given}: both {others[0].name} and the folder {path.name}; keep one of them")
+                raise InputError(
+                    f"{given}: both {others[0].relative_to(folder)} and the folder {path.name}; keep one of them"
+                )
             if len(forms := {suffix_of(part) for part in parts}) > 1:
                 raise InputError(
                     f"{given}: {path.name} has files that end in {' and '.join(sorted(forms))}; keep one form"
@@ -244,9 +246,14 @@ def _others(folder: Path, place: Path, taken: Collection[Path]) -> list[str]:
             stem = path.name.partition(".")[0]
             if suffix_of(path) or (path.name.lower().endswith(OTHER_FORMS) and kind_of_split(stem)):
                 found.append(str(path.relative_to(folder)))
-        elif path not in place.parents and any(suffix_of(inner) for inner in _visible(path)):
+        elif path not in place.parents and any(_holds_rows(inner, path) for inner in _visible(path)):
             found.append(f"{path.relative_to(folder)}/")
     return found
+
+
+def _holds_rows(path: Path, folder: Path) -> bool:
+    """Whether this file is data: of a form that is read, or any that may hold rows in a folder called as a split is."""
+    return suffix_of(path) != "" or (path.name.lower().endswith(OTHER_FORMS) and kind_of_split(folder.name) is not None)
 
 
 def _in_words(paths: Sequence[Path], place: Path, split: str) -> str:

@@ -89,11 +89,19 @@ def test_what_lies_beside_and_is_not_read_is_told(tmp_path: Path) -> None:
     assert source.splits == "trained on train.jsonl, scored on a seeded tenth of train; left unread: more/, test.xlsx"
 
 
+def test_a_folder_called_as_a_split_whose_files_are_not_read_is_told(tmp_path: Path) -> None:
+    for name in ("Validation/part.txt", "pictures/about.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert load_source(folder_of(tmp_path, train=TRAIN)).unread == ("Validation/",)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"Train": TRAIN, "train": TRAIN}, "both Train.jsonl and train.jsonl; keep one of them"),
         ({"train": TRAIN, "train__0": TRAIN}, "both .* and .*; keep one of them"),
+        ({"train": TRAIN, "test": TRAIN, "test__x": TRAIN}, r"both test/x\.jsonl and test\.jsonl; keep one"),
         ({"train-00000-of-00002-aa": TRAIN, "train-00000-of-00002-bb": TRAIN}, "both train-00000-of-00002-aa"),
         ({"train__a-00001-of-00003": TRAIN}, "1 of the 3 parts of train are there"),
         ({"a": TRAIN, "b": TRAIN}, "no split to train on; expected train"),
