@@ -30,8 +30,9 @@ def one_client_each(column: str, values: Sequence[Any], *, told: bool = True) ->
     """
     large = next((value for value in values if isinstance(value, float) and EXACT <= abs(value) < float("inf")), None)
     if large is not None:
+        which = f"{large:.0f}" if told else f"a number beyond {EXACT:,}"
         raise InputError(
-            f"--partition natural:{column}: {large:.0f} and its neighbours are one number, since '{column}' holds "
+            f"--partition natural:{column}: {which} and its neighbours are one number, since '{column}' holds "
             "decimal numbers (or whole ones beside empty cells, read as such); write them as text or as whole numbers"
         )
     empty = Counter(_in_words(value) for value in values if _names_nobody(value))

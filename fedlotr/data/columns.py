@@ -102,7 +102,8 @@ class Table(NamedTuple):
 
     label_names: the names of its classes, where the file knows them. odd: columns of a kind that no task learns from,
     as text, and the kind. places: where its rows stand. notes: what the user must be told of the file. nested:
-    its columns of lists and objects, which a task of the caller's own may read.
+    its columns of lists and objects, which a task of the caller's own may read. unread: what other columns are that are
+    left out.
     """
 
     columns: Columns
@@ -111,6 +112,7 @@ class Table(NamedTuple):
     places: Places = Places()
     notes: tuple[str, ...] = ()
     nested: Mapping[str, Nested] = {}
+    unread: Mapping[str, str] = {}
 
 
 def appended(tables: Sequence[Table], given: str) -> Table:
@@ -140,6 +142,7 @@ def appended(tables: Sequence[Table], given: str) -> Table:
         joined([table.places for table in tables]),
         tuple(note for table in tables for note in table.notes),
         _nested_of(tables),
+        {name: what for table in tables for name, what in table.unread.items() if name not in columns},
     )
 
 
@@ -177,13 +180,14 @@ def checked_table(
     odd: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     nested: Mapping[str, Nested] | None = None,
+    unread: Mapping[str, str] | None = None,
 ) -> Table:
     """The columns that can be read, each of one kind, of the rows that have some value.
 
     where: the file, or words. numbers: where each row stands in it. problems: what is known to be wrong already.
     odd: the kind of columns that came as text though they are none. nested: columns of lists and objects that are not
-    among these, a value for each number from 1 on. Raises InputError with all problems, the first of
-    them whole.
+    among these, a value for each number from 1 on. unread: those that are left out already. Raises InputError with all
+    problems, the first of them whole.
     """
     short = where.name if isinstance(where, Path) else str(where)
     where = f"--data: {where}" if isinstance(where, Path) else where
@@ -217,7 +221,9 @@ def checked_table(
         raise InputError(problems)
     told = [*notes, *([_of_blank_rows(short, blank, unit)] if blank else [])]
     strange = {name: kind for name, kind in strange.items() if name in columns}
-    return Table(columns, label_names, strange, Places.of(f"{where}, {unit}", numbers), tuple(told), within)
+    return Table(
+        columns, label_names, strange, Places.of(f"{where}, {unit}", numbers), tuple(told), within, unread or {}
+    )
 
 
 def _chosen(column: Nested, numbers: Sequence[int]) -> list[Any]:

@@ -258,6 +258,8 @@ def _natural(
         )
     values: list[Any] = rows[column][:]
     sizes = Counter(value for value in values if value is not None)
+    if not any(value is not None for value in (*values, *groups)):
+        raise InputError(f"--partition natural:{column}: no row of train names a client; give another column, or iid")
     if len(sizes) < clients:
         gone = [name_of(value) for value in dict.fromkeys(groups) if value is not None and value not in sizes]
         has = f"'{column}' has {len(sizes) + len(gone)} groups"

@@ -141,6 +141,7 @@ def _columnar(path: Path, label: str | None, form: str, read: Callable[[], pa.Ta
         found: Columns = {}
         odd: dict[str, str] = {}
         nested: dict[str, Nested] = {}
+        unread: dict[str, str] = {}
         for name in dict.fromkeys(table.column_names):
             column = table.column(table.column_names.index(name))
             kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -152,14 +153,16 @@ def _columnar(path: Path, label: str | None, form: str, read: Callable[[], pa.Ta
                 lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
                 what = "a list" if lists else "an object" if pa.types.is_nested(kind) else str(kind)
                 nested[name] = Nested(what, column.to_pylist)
+            else:
+                unread[name] = f"of type {kind}"
         names = _class_names(table.schema.metadata or {}, label)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         words = " ".join(str(error).split())[:200]
         raise InputError(f"--data: {path} cannot be read as {form}: {words or type(error).__name__}") from None
     count = table.num_rows
     problems = [] if count else [f"--data: {path} has no rows"]
-    numbers = range(1, count + 1)
-    return checked_table(path, found, numbers, problems, unit="row", label_names=names, odd=odd, nested=nested)
+    more: dict[str, Any] = {"label_names": names, "odd": odd, "nested": nested, "unread": unread}
+    return checked_table(path, found, range(1, count + 1), problems, unit="row", **more)
 
 
 def _plain_types() -> tuple[Callable[[Any], bool], ...]:
@@ -191,10 +194,13 @@ def _as_text(column: pa.ChunkedArray) -> list[Any] | None:
             column = column.cast(column.type.value_type)
         if pa.types.is_duration(column.type):
             column = column.cast(pa.int64())
-        written: list[Any] = column.cast(pa.string()).to_pylist()
-    except (pa.ArrowException, ValueError, KeyError):
+        try:
+            written: list[Any] = column.cast(pa.string()).to_pylist()
+        except pa.ArrowInvalid:  # a zone that this machine does not know: as the same times of UTC
+            written = column.cast(pa.timestamp(column.type.unit, "UTC")).cast(pa.string()).to_pylist()
+    except (pa.ArrowException, ValueError, KeyError, AttributeError):
         return None
-    return [None if text is None else re.sub(r"(:\d\d)\.0+(?=Z?$)", r"\1", text) for text in written]
+    return [None if text is None else re.sub(r"(:\d\d)\.0+(?=(Z|[+-]\d\d:?\d\d)?$)", r"\1", text) for text in written]
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...] | None:

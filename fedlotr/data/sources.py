@@ -99,6 +99,20 @@ class Names:
         labelled = not self.causal and (self.label or label_among(columns)) is not None
         return None if self.client not in columns or (self.client_if_unlabelled and labelled) else self.client
 
+    def unread(self, kinds: Mapping[str, str]) -> list[str]:
+        """What is wrong where a column that is asked for is there, but is none that is read. kinds: what these are."""
+        if self.nested:  # they are JSON then
+            return []
+        asked = [("--text-column ", name) for name in self.text]
+        asked += [("--label-column ", self.label)] if self.label else []
+        asked += [("--partition natural:", self.client)] if self.client and not self.client_if_unlabelled else []
+        return [
+            f"{option}{name}: '{name}' is {kinds[name]}, which is not read; expected text or numbers"
+            + (", dates or times" if name == self.client else "")
+            for option, name in asked
+            if name in kinds
+        ]
+
     def apply(self, columns: Columns, where: str) -> Columns:
         """The columns under the names that tasks know. Raises InputError for one that is not there."""
         problems = [
@@ -178,6 +192,8 @@ def _assemble(
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
     table = _asked_for(read("train"), names, "train")
+    if problems := names.unread({**{name: column.kind for name, column in table.nested.items()}, **table.unread}):
+        raise InputError(problems)
     if (client := names.client_of(table.columns)) is not None:
         clients, notes = one_client_each(client, table.columns[client], told=names.told)
         table = table._replace(columns={**table.columns, client: clients}, notes=(*table.notes, *notes))

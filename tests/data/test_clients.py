@@ -215,3 +215,44 @@ def test_what_is_said_of_files_is_on_the_console_and_in_the_summary(tiny_bert: P
         "--partition natural:owner: 20 of 60 rows name no client ('owner' is 'nan') and are left out",
     ]
     assert all(f"warning: {line}" in shown for line in summary["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--partition natural:odd", Names(client="odd")),
+        ("--text-column odd", Names(text=("odd",))),
+    ],
+)
+@pytest.mark.parametrize("values", [[["a"], ["b"]], [b"a", b"b"], [{"a": 1}, {"a": 2}]])
+def test_a_column_that_is_there_and_not_read_is_not_said_to_be_missing(
+    tmp_path: Path, option: str, names: Names, values: list[Any]
+) -> None:
+    texts = ["s", "t"] * 10
+    pq.write_table(pa.table({"text": texts, "odd": values * 10}), tmp_path / "train.parquet")
+    own = {"train": [{"text": text, "odd": odd} for text, odd in zip(texts, values * 10, strict=True)]}
+    for data in (str(tmp_path), own):
+        with pytest.raises(InputError, match=f"^{option}: 'odd' is .*, which is not read; expected text or numbers"):
+            load_source(data, names=names)  # type: ignore[arg-type]
+        assert load_source(data).train.column_names == ["text"]  # type: ignore[arg-type]
+
+
+def test_times_of_a_zone_that_nobody_knows_name_clients_too(tmp_path: Path) -> None:
+    times = [datetime.datetime(2020, 1, 1 + at % 2) for at in range(20)]
+    owner = pa.array(times, pa.timestamp("us", "Nowhere/Land"))
+    pq.write_table(pa.table({"text": [f"t{at}" for at in range(20)], "owner": owner}), tmp_path / "train.parquet")
+    assert set(clients(load_source(str(tmp_path), names=NATURAL))) == {"2020-01-01 00:00:00Z", "2020-01-02 00:00:00Z"}
+
+
+def test_a_column_that_names_nobody_is_refused_as_such(tmp_path: Path) -> None:
+    source = load_source(write_jsonl(tmp_path, [None, "", "nan"] * 5), names=NATURAL)
+    with pytest.raises(InputError, match="natural:owner: no row of train names a client; give another column, or iid"):
+        partition(
+            "natural:owner", source.train, np.zeros(len(source.train), np.int64), clients=2, seed=0, max_examples=9
+        )
+
+
+def test_a_hidden_client_is_not_named_where_its_number_is_too_large(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_source(write_jsonl(tmp_path, [2.0**60, 1.0] * 5), names=Names(client="owner", told=False))
+    assert str(2**60) not in str(caught.value) and "a number beyond 9,007,199,254,740,992" in str(caught.value)
