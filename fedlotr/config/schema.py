@@ -99,8 +99,8 @@ class Fields(BaseModel):
     )
     join_labels: bool = Field(
         default=False,
-        description="take labels that are equal but for case, space or Unicode form for one class (default: they are "
-        "refused)",
+        description="take labels that are equal but for case, space or Unicode form, or as whole numbers, for one "
+        "class (default: they are refused)",
     )
     task: Annotated[str, AfterValidator(check_task)] = Field(
         default="auto",

@@ -30,6 +30,7 @@ Split = tuple[str, Sequence[Any]]
 """How messages name a split, and the labels of its rows."""
 
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")
+_DIGITS = re.compile(r"[+-]?\d{1,18}")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _UNSEEN = ("Cf", "Cc")
 """Categories of characters that show nothing, such as a zero-width space."""
@@ -37,9 +38,10 @@ _VARIATION = range(0xFE00, 0xFE10)
 
 
 def key_of(name: str) -> str:
-    """What is equal for names that differ in case, white space or Unicode form alone."""
+    """What is equal for names that differ in case, white space or Unicode form alone, or are one whole number."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    return "".join(c for c in plain if not c.isspace() and not _shows_nothing(c)) or name
+    key = "".join(c for c in plain if not c.isspace() and not _shows_nothing(c)) or name
+    return str(int(key)) if _DIGITS.fullmatch(key) else key
 
 
 def label_among(columns: Iterable[str]) -> str | None:
@@ -61,8 +63,8 @@ def class_names(
 
     Whole numbers are classes named by their numbers, in their order and as many as there are; names are classes in
     sorted order. where: the data, for messages. own: the names of the indices, where the data's form has them.
-    joined: whether names that are equal but for case, white space or Unicode form are one class, called as the first of
-    them in sorted order. told: whether messages may repeat labels.
+    joined: whether names that are equal but for case, white space or Unicode form, or as whole numbers, are one class,
+    called as the first of them in sorted order. told: whether messages may repeat labels.
     Raises InputError where labels are no classes.
     """
     every = [value for _, column in splits for value in column]
@@ -132,7 +134,8 @@ def class_indices(
         shown = ",".join(["-1", *names]) if len(names) < NAMES_SHOWN else "-1,..."
         expected += f"; -1 often says that there is none: leave such rows out, or give --label-names={shown}"
     elif near := [names[keys[key_of(v)]] for v in bad.values() if isinstance(v, str) and key_of(v) in keys]:
-        expected += f"; {shorten(near[0])} is equal but for case, space or Unicode form: --join-labels takes both"
+        alike = "is equal but for case, space or Unicode form, or as a number"
+        expected += f"; {shorten(near[0])} {alike}: --join-labels takes both"
     indices = np.array([-1 if (index := known[value]) is None else index for value in values], np.int64)
     return indices, row_problems(where, "label", bad, expected, place)
 
@@ -183,10 +186,11 @@ def _check_whole(where: str, texts: set[str], numbers: set[Any], *, told: bool) 
     way = "--label-names with all of them in their order"
     if told and len(names) <= NAMES_SHOWN:
         way = f"--label-names={','.join(names)}"
-    some = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if told else ""
+    shown = sorted(map(str, found), key=float)
+    some = f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if told else ""
     raise InputError(
-        f"{where}: 'label' holds numbers with a decimal point{some}. Where they are classes, write them as whole "
-        f"numbers or names, or give {way}; a scale to be predicted (regression) is not there yet"
+        f"{where}: 'label' holds numbers with a decimal point or an exponent{some}. Where they are classes, write "
+        f"them as whole numbers or names, or give {way}; a scale to be predicted (regression) is not there yet"
     )
 
 
@@ -223,8 +227,8 @@ def _refusal(where: str, alike: Sequence[Sequence[str]], *, told: bool) -> str:
         more = f"; {len(alike) - ROWS_SHOWN} more" if len(alike) > ROWS_SHOWN else ""
         shown = f": {'; '.join(groups)}{more}"
     return (
-        f"{where}: labels that are equal but for case, space or Unicode form{shown}. Make them one in the data or by "
-        "--join-labels, or say by --label-names that they are different classes"
+        f"{where}: labels that are equal but for case, space or Unicode form, or as numbers{shown}. Make them one in "
+        "the data or by --join-labels, or say by --label-names that they are different classes"
     )
 
 

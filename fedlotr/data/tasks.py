@@ -155,7 +155,12 @@ def _with_labels(source: Source, columns: tuple[str, ...], *, joined: bool, told
     splits = [(of, rows["label"][:]) for of, rows, _ in _splits(source)]
     names, by_name = class_names(where, splits, source.label_names, joined=joined, told=told)
     task = Task("classification", columns, names, by_name, joined)
-    problems = [problem for of, rows, place in _splits(source) for problem in task.indices(of, rows, place)[1]]
+    problems = []
+    for of, rows, place in _splits(source):
+        found = task.indices(of, rows, place)[1]
+        if found and not told:
+            found = [f"{of}: some row has no label, or -1 for none (which, is private); leave such rows out"]
+        problems += found
     if len(names) == 1 and not problems:
         of = names[0] if told else "the same"
         problems = [f"{where}: every label is {of}; --task classification needs two classes or more"]

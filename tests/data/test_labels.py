@@ -125,7 +125,7 @@ ALIKE = [
 @pytest.mark.parametrize("pair", ALIKE)
 def test_labels_that_look_alike_are_named_and_refused_or_joined(pair: tuple[str, str]) -> None:
     found = source([*pair, "other", pair[0]])
-    with pytest.raises(InputError, match="equal but for case, space or Unicode form: .* or by --join-labels") as caught:
+    with pytest.raises(InputError, match="space or Unicode form, or as numbers: .* or by --join-labels") as caught:
         resolve_task("auto", found)
     one, other = re.findall(r"'[^']*'", str(caught.value))[:2]
     assert one != other and all(name.isprintable() for name in (one, other)), "so that one sees the difference"
@@ -246,3 +246,31 @@ def test_a_language_model_runs_without_a_word_on_the_partition(
     assert main([*again, "--quiet"]) == 0
     assert main([*common, "--clients", "4", "--out", str(tmp_path / "more")]) == 2
     assert "natural is the default where there is a column client, or give --partition iid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", [("007", "7"), ("+3", "3"), ("\u0663", "3"), ("-05", "-5")])
+def test_two_ways_to_write_one_number_are_refused_or_joined(pair: tuple[str, str], tmp_path: Path) -> None:
+    found = source([*pair, "12"] * 2, form="csv", at=tmp_path)
+    with pytest.raises(
+        InputError, match="equal but for case, space or Unicode form, or as numbers: .* or by --join-lab"
+    ):
+        resolve_task("auto", found)
+    task = resolve_task("auto", found, joined=True)
+    first, second, third, *_ = task.labels(found.train).tolist()
+    assert len(task.label_names) == 2 and first == second != third
+    assert resolve_task("auto", found, (*pair, "12")).labels(found.train).tolist() == [0, 1, 2] * 2
+
+
+def test_numbers_that_are_refused_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a decimal point or an exponent \(1\.0\)\. "):
+        resolve_task("auto", source(["1", "1.0", "2"], form="csv", at=tmp_path))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1], [0, 1, None]])
+def test_which_private_rows_have_no_label_is_not_told(labels: list[Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_task("auto", source(labels * 9, [0, 1]), told=False)
+    assert caught.value.problems == [
+        f"--data {source(labels * 9, [0, 1]).name}, train: some row has no label, or -1 for none (which, is private); "
+        "leave such rows out"
+    ]
