@@ -308,7 +308,8 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
         )
     if not chosen:
         raise ValueError(
-            f"no linear layer's name is matched by {targets!r}; names are like {', '.join(linear[:3]) or '(none)'}"
+            f"no linear layer that can be adapted is matched by {targets!r}; names are like "
+            f"{', '.join(linear[:3]) or '(none)'}"
             f"{f'; {nearest_types(targets, linear)}' if linear else ''}"
         )
     return chosen

@@ -62,8 +62,9 @@ def _of_groups(branch: str) -> Iterator[tuple[str, str]]:
 def nearest_types(given: str, names: Sequence[str]) -> str:
     """The ends of layers' names that are most like what was given, for a message."""
     types = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    parts = dict.fromkeys([*types, *(part for name in names for part in name.split(".") if not part.isdecimal())])
     wanted = re.sub(r"\W+", " ", given.replace("\\", "")).split()
-    close = difflib.get_close_matches(wanted[-1], types, n=3, cutoff=0.5) if wanted else []
+    close = difflib.get_close_matches(wanted[-1], [*parts, ALL], n=3, cutoff=0.5) if wanted else []
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(types[:12])}"
 
 

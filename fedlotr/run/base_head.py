@@ -35,10 +35,11 @@ def with_saved_head(spec: ModelSpec, names: Sequence[str]) -> tuple[ModelSpec, s
     chosen = [found.get(name, found.get(key_of(name))) for name in names]
     known = tuple(row for row in chosen if row is not None)
     if kind or len(set(known)) < len(names) or len(found) < rows:
-        of = f"{kind} of {rows}" if kind else f"a classifier of {_some(labels)}"
+        of = kind or f"a classifier of {_some(labels)}"
+        way = " (where names alone differ, give the same to the data's classes, or to id2label in its config.json)"
         return spec, (
-            f"it is {of}; its head is dropped, as the classes of the data are {_some(names)}, and a new one begins "
-            "(where names alone differ, give the same to the data's classes, or to id2label in its config.json)"
+            f"it is {of}; its head is dropped, as the classes of the data are {_some(names)}, and a new one begins"
+            f"{'' if kind else way}"
         )
     kept = replace(spec, head_rows=known, head_labels=rows)
     left = [label for row, label in enumerate(labels) if row not in known]
@@ -53,9 +54,9 @@ def saved_labels(spec: ModelSpec, rows: int) -> tuple[tuple[str, ...], str]:
     labels = tuple(named.get(str(row), f"LABEL_{row}") for row in range(rows))
     made = next(iter(config.architectures or ()), "")
     if made and not made.endswith("ForSequenceClassification"):
-        return labels, f"a head of a {made}"
+        return labels, f"a {made} of {rows} labels"
     if kind != "single_label_classification" or rows < 2:
-        return labels, "a head for " + ("a score" if rows < 2 else kind.replace("_", " "))
+        return labels, "a model of one score" if rows < 2 else f"a model for {kind.replace('_', ' ')} of {rows} labels"
     return labels, ""
 
 

@@ -28,17 +28,19 @@ def check_tokens(
     beyond = {} if rows is None else tokens_beyond(tokenizer, rows)
     if rows is None or not beyond:
         return
-    for where, held in (("train", source.train), (source.test_split, source.test)):
+    for split, held in (("train", source.train), ("test", source.test)):
         examples = encode(task, held, tokenizer, config.max_length)
         found = np.flatnonzero(examples.tokens >= rows)
         if len(found):
             token = shorten(beyond.get(int(examples.tokens[found[0]]), str(examples.tokens[found[0]])))
-            row = int(np.searchsorted(examples.offsets, found[0], side="right"))
-            of = f"{where}, row {row}: its token {token}" if config.privacy == "none" else f"{where}: some row's token"
+            row = int(np.searchsorted(examples.offsets, found[0], side="right")) - 1
+            where = "train" if split == "train" else source.test_split
+            told = config.privacy == "none"
+            of = f"{source.place(split, row)}: its token {token}" if told else f"{where}: some row's token"
             raise InputError(
-                f"--model {config.model}: {of} has no embedding: the tokenizer has {len(beyond):,} tokens beyond the "
-                f"model's {rows:,}; give the tokenizer that belongs to the model, or enlarge the model first "
-                "(model.resize_token_embeddings(len(tokenizer))) and save it again"
+                f"--model {config.model}: {of.removeprefix('--data: ')} has no embedding: the tokenizer has "
+                f"{len(beyond):,} tokens beyond the model's {rows:,}; give the tokenizer that belongs to the model, or "
+                "enlarge the model first (model.resize_token_embeddings(len(tokenizer))) and save it again"
             )
 
 

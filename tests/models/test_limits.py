@@ -104,9 +104,8 @@ def test_a_token_without_an_embedding_is_found_by_run_and_doctor_before_the_run(
         capsys.readouterr()
         assert ask([*given, "--quiet"]) == 2
         said = capsys.readouterr().err
-        assert (
-            "train, row 64: its token w64 has no embedding: the tokenizer has 36 tokens beyond the model's 64" in said
-        )
+        beyond = "its token w64 has no embedding: the tokenizer has 36 tokens beyond the model's 64"
+        assert f"{rows / 'train.jsonl'}, line 64: {beyond}" in said
     assert not (tmp_path / "run").exists()
     private = ["--privacy", "example", "--noise-multiplier", "1", "--quiet"]
     few = [{"text": "w3 w4", "label": n % 2} for n in range(40)]

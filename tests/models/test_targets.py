@@ -53,6 +53,7 @@ def test_a_list_of_names_is_one_text() -> None:
     ("targets", "part", "hint"),
     [
         ("q_proj,v_porj", "v_porj", "'v_proj'"),
+        ("q_proj,self_atn", "self_atn", "'self_attn'"),
         (r".*\.(q_proj|key)", "key", "there are q_proj, k_proj"),
         (r".*\.q_proj|.*\.gate_projs", r".*\.gate_projs", "'gate_proj'"),
         (r".*\.(?:self_attn\.(q_proj|dense)|mlp\.up_proj)", "dense", "there are q_proj"),

@@ -80,7 +80,7 @@ def test_the_logits_of_a_class_are_those_of_its_name(
         (("joy", "rage"), {}, ("joy", "rage", "awe"), "its head is dropped"),
         (None, {}, ("cold", "flu", "pox"), "a classifier of LABEL_0, LABEL_1, LABEL_2; its head is dropped"),
         (("a", "b"), {"problem_type": "multi_label_classification"}, ("a", "b"), "multi label classification of 2"),
-        (("score",), {"problem_type": "regression"}, ("a", "b"), "a head for a score of 1; its head is dropped"),
+        (("score",), {"problem_type": "regression"}, ("a", "b"), "it is a model of one score; its head is dropped"),
     ],
 )
 def test_a_head_for_others_is_dropped_and_that_is_said(
@@ -97,7 +97,7 @@ def test_a_head_for_tokens_is_none_for_texts(stories: Path, tmp_path: Path) -> N
     hf.ElectraForTokenClassification(hf.ElectraConfig(**SMALL, num_labels=2)).save_pretrained(tmp_path)
     hf.AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path)
     spec, said = with_saved_head(spec_of(tmp_path, 2), ("0", "1"))
-    assert not spec.head_rows and "a head of a ElectraForTokenClassification of 2; its head is dropped" in str(said)
+    assert not spec.head_rows and "a ElectraForTokenClassification of 2 labels; its head is dropped" in str(said)
 
 
 def test_nothing_is_said_of_a_base_without_a_head(tiny_bert: Path, stories: Path) -> None:
