@@ -79,6 +79,13 @@ def render(title: str, subtitle: str, sections: Sequence[Section], *, warning: s
     )
 
 
+def _printable(value: Any) -> Any:
+    """Text of whatever origin without a terminal's codes and marks of direction; what is HTML already stays HTML."""
+    if not isinstance(value, str):
+        return value
+    return Markup(lines(value)) if isinstance(value, Markup) else lines(value)
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -87,6 +94,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_printable,
     )
     environment.filters["cell"] = cell
     return environment

@@ -172,6 +172,10 @@ def read_run(folder: Path) -> RunRecord:
         raise InputError(f"{folder / 'summary.json'} is not the summary of a run: it has no rounds")
     notes: list[str] = []
     rows = _rows(folder / "metrics.jsonl", notes)
+    if summary is not None and len(rows) < summary["rounds"]:
+        notes.append(
+            f"{folder / 'metrics.jsonl'} has {len(rows)} of the {summary['rounds']} rounds in summary.json: a gap"
+        )
     summary = _fitting(summary or {}, SUMMARY, folder / "summary.json", notes)
     facts = _fitting(facts or {}, FACTS, folder / "facts.json", notes)
     return RunRecord(folder, dict(config), rows, cast(Summary, summary), cast(Facts, facts), tuple(notes))
@@ -248,7 +252,8 @@ def _fitting(
     """Without the keys whose values are none that a run writes."""
     wrong = [key for key, fits in known.items() if key in found and not fits(found[key])]
     if wrong:
-        notes.append(f"{path}: {', '.join(wrong)} {'makes' if len(wrong) == 1 else 'make'} no sense and is left out")
+        are = "makes no sense and is" if len(wrong) == 1 else "make no sense and are"
+        notes.append(f"{path}: {', '.join(wrong)} {are} left out")
     return {key: value for key, value in found.items() if key not in wrong}
 
 
@@ -283,9 +288,12 @@ def _rows(path: Path, notes: list[str]) -> list[MetricsRow]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or type(row.get("round")) is not int or number(row["round"]) is None:
+        if not isinstance(row, dict) or type(row.get("round")) is not int or not 0 < row["round"] <= LARGEST:
             if at < len(lines) or row is not None:
                 told.append(f"{path}, line {at} is no row of a round: a gap")
+            continue
+        if any(row["round"] == other["round"] for other in rows):
+            told.append(f"{path}, line {at} is round {row['round']} once more and is left out")
             continue
         wrong = [key for key, value in row.items() if not _in_a_row(key, value)]
         missing = [key for key in ("bytes_up", "bytes_down") if key not in row]

@@ -143,3 +143,24 @@ def test_what_we_write_is_json_whatever_happened(tmp_path: Path) -> None:
 def test_the_state_of_a_strategy_keeps_what_json_has_no_number_for(value: Any) -> None:
     packed = json.loads(json.dumps(pack(value, {}, "s"), allow_nan=False))
     assert repr(unpack(packed, {})) == repr(value)
+
+
+def test_rounds_that_are_missing_twice_there_or_none_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = whole(tmp_path / "run")
+    path, rounds = run / "metrics.jsonl", json.loads((run / "summary.json").read_text(encoding="utf-8"))["rounds"]
+    content = path.read_text(encoding="utf-8")
+    for damage, words in [
+        (content + content, "is round 1 once more and is left out"),
+        (content + json.dumps({**json.loads(content.splitlines()[0]), "round": 0}), "is no row of a round: a gap"),
+        (
+            content[: content.rstrip().rindex("\n")] if rounds > 1 else "",
+            f"of the {rounds} rounds in summary.json: a gap",
+        ),
+        (None, f"has 0 of the {rounds} rounds in summary.json: a gap"),
+    ]:
+        path.unlink() if damage is None else path.write_text(damage, encoding="utf-8")
+        assert cli.main(["report", str(run)]) == 0
+        said = capsys.readouterr().err
+        assert words in said and words in (run / "report.html").read_text(encoding="utf-8")

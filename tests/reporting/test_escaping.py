@@ -34,7 +34,9 @@ def test_labels_and_clients_stay_text_in_the_readme_the_log_and_on_the_console(t
     )
     run_simulation(config, data={"train": rows}, console=Console(stream=stream))
     readme = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
-    for text in (stream.getvalue(), readme, (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")):
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<img" not in page and "\\u202ereversed" in page
+    for text in (stream.getvalue(), page, readme, (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")):
         assert not [character for character in text if not character.isprintable() and character != "\n"]
     assert "\\x1b" in stream.getvalue()
     fences = re.findall(r"^```.*$", readme, re.MULTILINE)
