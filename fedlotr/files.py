@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+GGUF = ".gguf"
+"""How the name of a file ends that is a whole model, as llama.cpp keeps them."""
+
 
 def finite(value: Any) -> Any:
     """The value with None for each number in it that is not finite: JSON has no NaN, and most readers take none."""

@@ -143,7 +143,7 @@ def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) 
     link.load_state(unpack(packed, load_numpy(last)))
     if link.carry.version:
         model.carry(link.carry)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(checked.spec.path)
     tokenizer.pad_token_id, tokenizer.padding_side = model.spec.pad_id, "right"
     batch = tokenizer(*texts, padding=True, return_tensors="pt")
     with torch.inference_mode():

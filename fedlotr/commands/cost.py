@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="NAME|PATH|ID", help="mistral-7b and other public models whose dimensions "
-        "come along; a folder with config.json; or a hub id, whose config.json alone is read")  # fmt: skip
+        "come along; a folder with config.json; a GGUF file; or a hub id, whose config.json alone is read")  # fmt: skip
     add("--task", choices=("auto", "classification", "causal-lm"), default="auto", help="what the model is for "
         "(default: what its configuration says)")  # fmt: skip
     add("--labels", type=int, default=2, help="classes of a classifier (default: 2)")

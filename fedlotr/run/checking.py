@@ -41,10 +41,9 @@ from fedlotr.models.limits import most_positions
 from fedlotr.models.loading import ModelSpec
 from fedlotr.models.meta import chosen_layers
 from fedlotr.models.source import (
-    DEMO_HUB_ID,
-    DEMO_MODEL,
     check_length,
     dtype_on_disk,
+    hub_name,
     load_tokenizer,
     pad_id,
     read_architecture,
@@ -124,8 +123,8 @@ class Checked:
 
     @property
     def base_name(self) -> str:
-        """What to call the base in files that others read: a hub id, or the folder the user gave."""
-        return DEMO_HUB_ID if self.config.model == DEMO_MODEL else self.config.model
+        """What to call the base in files that others read: a hub id, or the folder or GGUF file the user gave."""
+        return hub_name(self.config.model)
 
     def in_place(self, work: Path) -> "Checked":
         """With the caller's own model, if there is one, in the folder of the run's workers."""

@@ -17,7 +17,9 @@ from fedlotr.adapters.start import LABELS
 from fedlotr.adapters.tuner import factored_layers
 from fedlotr.errors import visible
 from fedlotr.files import write_atomically
+from fedlotr.models.gguf import Origin, is_gguf, origin_of
 from fedlotr.models.loading import HEADS, adaptable_layers
+from fedlotr.models.source import PACKAGED
 from fedlotr.reporting.escaping import code_span, markdown
 from fedlotr.training.model import TrainableModel
 
@@ -50,23 +52,29 @@ def write_adapter(
 ) -> None:
     """Write the adapter with the model's trained tensors as they are assigned now.
 
-    base: what the base model is called: a hub id or a folder. source: the folder it was loaded from here.
+    base: what the base model is called: a hub id, a folder or a GGUF file. source: the folder it was loaded from here,
+    which adapter_config.json names in place of a GGUF file: PEFT loads a base from folders and the hub alone.
     pair: whether the texts are pairs. tokenizer: as the run used it. own: of a base that the caller brought.
     quantize: the form that the base's linear layers had in the run. client: whose adapter it is, where each has one.
     """
     spec = model.spec
     mean_pooled = spec.kind == "classification" and spec.mean_pooled
-    _export(folder, model, base, mean_pooled)
+    _export(folder, model, str(source) if is_gguf(base) else base, mean_pooled)
     if labels:
         named = {str(row): name for row, name in enumerate(labels)}
         both = {"id2label": named, "label2id": {name: row for row, name in enumerate(labels)}}
         write_atomically(folder / LABELS, json.dumps(both, indent=1, ensure_ascii=False))
+    origin = origin_of(source)
+    if origin is not None and is_gguf(base):
+        origin = Origin(Path(base).name, origin.sha256)  # as the run's user calls it
     readme = _readme(
         spec=spec,
         mean_pooled=mean_pooled,
         base=base,
         source=str(source) if own is None else "base",
         own=own,
+        origin=origin,
+        packaged=next((known for known in PACKAGED.values() if origin and known.sha256 == origin.sha256), None),
         pair=pair,
         inputs=_inputs(tokenizer),
         padded_otherwise=tokenizer.pad_token_id is not None and spec.pad_id != tokenizer.pad_token_id,
