@@ -116,13 +116,14 @@ def _write(file: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with _reading("weights"), redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_where(file),
             config=config,
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
             output_loading_info=True,
         )
+    model, found = loaded
     if lacking := sorted(found["missing_keys"]):
         raise ValueError(
             f"it lacks {', '.join(lacking[:3])}; a model that is split over several files is merged first, by "
