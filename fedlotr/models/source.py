@@ -228,8 +228,10 @@ def dtype_on_disk(folder: Path, model: str) -> str:
 def check_length(architecture: Any, model: str, max_length: int, table: int | None = None) -> None:
     """Raises InputError for a `max_length` above the model's positions. table: those that its table has, if known."""
     positions = getattr(architecture, "max_position_embeddings", None) or getattr(architecture, "n_positions", None)
+    padding = getattr(architecture, "pad_token_id", None)
     # RoBERTa counts positions from the padding id on.
-    room = positions and positions - (architecture.pad_token_id + 1 if "roberta" in architecture.model_type else 0)
+    ahead = padding + 1 if "roberta" in architecture.model_type and isinstance(padding, int) else 0
+    room = positions and positions - ahead
     room = min((size for size in (room, table) if size), default=None)
     if room and max_length > room:
         raise InputError(f"--max-length {max_length}: {model} takes at most {room} tokens; give that or less")

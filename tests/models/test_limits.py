@@ -20,7 +20,7 @@ from fedlotr.config.preflight import _model_problems
 from fedlotr.errors import InputError
 from fedlotr.models.limits import most_positions
 from fedlotr.models.loading import ModelSpec
-from fedlotr.models.source import pad_id, resolve_model
+from fedlotr.models.source import check_length, pad_id, resolve_model
 from fedlotr.run.skeleton import try_longest
 from fedlotr.simulate import main
 from fedlotr.training.examples import Examples
@@ -65,6 +65,14 @@ def test_positions_are_counted_as_the_model_counts_them(kind: str) -> None:
 
 def test_a_model_without_a_table_has_no_such_limit() -> None:
     assert most_positions(hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL))) is None
+
+
+def test_a_padding_id_that_a_configuration_lacks_takes_no_positions() -> None:
+    for padding, room in ((None, 40), (3, 36)):
+        found = hf.RobertaConfig(**SMALL, pad_token_id=padding)
+        check_length(found, "x", room)
+        with pytest.raises(InputError, match=f"takes at most {room} tokens"):
+            check_length(found, "x", room + 1)
 
 
 def tokenizer_of_words(folder: Path, count: int, **special: str) -> hf.PreTrainedTokenizerBase:
