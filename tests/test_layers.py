@@ -36,7 +36,7 @@ ROOMS = (
 The second floor has tables that a configuration needs: they import nothing that is heavy.
 """
 INSIDE = {
-    "config": ("own", "values", "preflight", "yaml_file", "command_line", "schema", "rules", "configuration"),
+    "config": ("own plain", "values", "preflight", "yaml_file", "command_line", "schema", "rules", "configuration"),
     "adapters": (
         "bases kinds methods packed quantised",
         "carry cores",

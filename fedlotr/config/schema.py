@@ -1,13 +1,16 @@
 """The fields of a configuration: what each is, between which bounds, and what follows from them alone."""
 
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
+from fedlotr.config.plain import deeply, plain
 from fedlotr.config.values import (
     LARGEST,
     MAX_PROCESSES,
@@ -442,17 +445,25 @@ class Fields(BaseModel):
         """`sample` itself, or that share of the clients, rounded, at least one."""
         return self.sample if isinstance(self.sample, int) else max(1, round(self.sample * self.clients))
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Pydantic's own, with Python's own values."""
+        return super().model_copy(update={name: deeply(value) for name, value in (update or {}).items()}, deep=deep)
+
     @field_validator("*", mode="before")
     @classmethod
     def _read_none(cls, given: object, info: ValidationInfo) -> object:
         """The word none, on the command line and in YAML (where it is text), for options that may be left open.
 
-        Nothing at all is not none: an option without its value is a mistake.
+        Nothing at all is not none: an option without its value is a mistake. What numpy, torch and others call a number
+        or a text is Python's own from here on, and a path is its text.
         """
+        given = plain(given)
         if given == "":
             raise ValueError("expected a value")
         annotation = cls.model_fields[str(info.field_name)].annotation
         kinds = get_args(annotation) or (annotation,)
+        if isinstance(given, PathLike) and Path not in kinds:
+            given = str(given)
         if isinstance(given, bool) and {int, float}.intersection(kinds):
             return str(given)  # not the numbers 0 and 1
         if isinstance(given, str):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import AfterValidator
 
 from fedlotr.config.own import is_own
+from fedlotr.config.plain import deeply, plain
 from fedlotr.errors import nearest, shorten, written
 
 PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
@@ -131,9 +132,12 @@ def read_label_names(given: object) -> object:
 
     given: such a text, a list, or the name of a file with a name a line.
     """
-    if not isinstance(given, str | list | tuple):
+    if given is None:
         return given
-    names = [str(name) if type(name) is int else name for name in (_names_of(given) if type(given) is str else given)]
+    if not isinstance(given, str | list | tuple):
+        raise ValueError("expected the names of the classes in a list, in their order")
+    found = _names_of(given) if type(given) is str else [plain(name) for name in given]
+    names = [str(name) if type(name) is int else name for name in found]
     if not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError("expected names of classes, none of them empty")
     names = [name.strip() for name in names]
@@ -192,12 +196,12 @@ def check_targets(given: str) -> str:
     return given
 
 
-def _plain(value: object, name: str) -> object:
+def _held(value: object, name: str) -> object:
     """An argument of a strategy as YAML and JSON can hold it, so that config.yaml can. Raises ValueError otherwise."""
     if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
+        return [_held(item, name) for item in value]
     if isinstance(value, dict):
-        return {_plain_name(key): _plain(item, name) for key, item in value.items()}
+        return {_plain_name(key): _held(item, name) for key, item in value.items()}
     if isinstance(value, str):
         check_text(value)
     elif isinstance(value, float) and math.isnan(value):
@@ -219,7 +223,7 @@ def read_arguments(given: object) -> object:
     """The arguments of a strategy, as YAML and JSON can hold them."""
     if not isinstance(given, Mapping):
         return given
-    return {_plain_name(key): _plain(value, str(key)) for key, value in given.items()}
+    return {_plain_name(plain(key)): _held(deeply(value), str(key)) for key, value in given.items()}
 
 
 def check_text(given: str, *, lines: bool = True) -> None:
