@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedlotr.config.plain import deeply, scalar
 from fedlotr.errors import InputError
 
 PROBLEMS_SHOWN = 3
@@ -32,9 +34,23 @@ KINDS: dict[type, str] = {
     dict: "an object",
     type(None): "null",
 }
-UNREAD = {"a list", "an object"}
+TEXT = "text"
+CHAT = "chat"
+"""A list of messages, each of which says whose it is."""
+NO_TEXT = "bytes that are no text in UTF-8"
+UNREAD = {"a list", "an object", "an array", CHAT, NO_TEXT}
+"""Kinds that no task of ours reads."""
+SPEAKER = {"role", "from", "speaker", "author", "sender"}
+SAID = {"content", "value", "text", "message", "utterance"}
+"""What the parts of a message are called, in the forms in which chat is published."""
+INSTEAD_OF_CHAT = (
+    "chat, which cannot be trained on yet; write it as columns prompt and answer, a row for each answer that is to be "
+    "learnt, or read it by an OwnTask"
+)
 FIT = {"text", "a number", "true or false"}
-"""Kinds that a label may be of."""
+"""Kinds that a text or a label may be of."""
+FIT_LABEL = FIT | {"a decimal number"}
+"""Databases keep whole numbers so."""
 BEYOND = "a number beyond 64 bits"
 ODD: dict[type, str] = {
     datetime.datetime: "a date or time",
@@ -42,6 +58,7 @@ ODD: dict[type, str] = {
     datetime.time: "a date or time",
     datetime.timedelta: "a length of time",
     decimal.Decimal: "a decimal number",
+    uuid.UUID: "an identifier",
 }
 """Kinds that no task learns from, but that can name a client, a class or be a text: they are read as text."""
 NOTHING = ("NaTType", "NAType")
@@ -91,7 +108,10 @@ def joined(places: Sequence[Places]) -> Places:
 
 @dataclass(frozen=True)
 class Nested:
-    """A column of lists or objects: what these are, and its values, made of a file's bytes where they are asked for."""
+    """A column that no task of ours reads: what it is, and its values, made of a file's bytes where they are asked for.
+
+    read raises TypeError for what has no form in JSON.
+    """
 
     kind: str
     read: Callable[[], list[Any]]
@@ -102,8 +122,7 @@ class Table(NamedTuple):
 
     label_names: the names of its classes, where the file knows them. odd: columns of a kind that no task learns from,
     as text, and the kind. places: where its rows stand. notes: what the user must be told of the file. nested:
-    its columns of lists and objects, which a task of the caller's own may read. unread: what other columns are that are
-    left out.
+    its columns of lists and objects, which a task of the caller's own may read.
     """
 
     columns: Columns
@@ -112,7 +131,11 @@ class Table(NamedTuple):
     places: Places = Places()
     notes: tuple[str, ...] = ()
     nested: Mapping[str, Nested] = {}
-    unread: Mapping[str, str] = {}
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """The kinds of columns that are not among those here."""
+        return {name: column.kind for name, column in self.nested.items() if name not in self.columns}
 
 
 def appended(tables: Sequence[Table], given: str) -> Table:
@@ -142,7 +165,6 @@ def appended(tables: Sequence[Table], given: str) -> Table:
         joined([table.places for table in tables]),
         tuple(note for table in tables for note in table.notes),
         _nested_of(tables),
-        {name: what for table in tables for name, what in table.unread.items() if name not in columns},
     )
 
 
@@ -157,16 +179,32 @@ def _nested_of(tables: Sequence[Table]) -> dict[str, Nested]:
     return {name: Nested(kind, partial(read, name)) for name, kind in kinds.items()}
 
 
-def checked_columns(where: str, found: Columns) -> Table:
-    """The columns of rows that come from no file: those that can be read, each of one kind. Raises InputError."""
-    count = len(next(iter(found.values()), []))
+def checked_columns(
+    where: str,
+    found: Columns,
+    *,
+    odd: Mapping[str, str] | None = None,
+    nested: Mapping[str, Nested] | None = None,
+    count: int | None = None,
+) -> Table:
+    """The columns of rows that come from no file: those that can be read, each of one kind. Raises InputError.
+
+    odd, nested: as for `checked_table`. count: of the rows (default: as many as there are values).
+    """
+    count = len(next(iter(found.values()), [])) if count is None else count
     problems = [] if count else [f"{where} has no rows"]
     problems += [f"{where}: column {name!r} is not named by text" for name in found if not isinstance(name, str)]
-    found = {name: values for name, values in found.items() if isinstance(name, str)}
+    plainly = {str(name): list(map(scalar, values)) for name, values in found.items() if isinstance(name, str)}
+    found, nested = {}, dict(nested or {})
+    for name, values in plainly.items():
+        try:
+            found[name] = [value.decode() if isinstance(value, bytes | bytearray) else value for value in values]
+        except UnicodeDecodeError:
+            nested[name] = Nested(NO_TEXT, undecoded)
     for name, values in found.items():
         broken = [row for row, value in enumerate(values, start=1) if isinstance(value, str) and not _is_text(value)]
         problems += [f"{where}, row {row}: '{name}' has half of a surrogate pair" for row in broken]
-    return checked_table(where, found, range(1, count + 1), problems, unit="row")
+    return checked_table(where, found, range(1, count + 1), problems, unit="row", odd=odd, nested=nested)
 
 
 def checked_table(
@@ -180,14 +218,12 @@ def checked_table(
     odd: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
     nested: Mapping[str, Nested] | None = None,
-    unread: Mapping[str, str] | None = None,
 ) -> Table:
     """The columns that can be read, each of one kind, of the rows that have some value.
 
     where: the file, or words. numbers: where each row stands in it. problems: what is known to be wrong already.
     odd: the kind of columns that came as text though they are none. nested: columns of lists and objects that are not
-    among these, a value for each number from 1 on. unread: those that are left out already. Raises InputError with all
-    problems, the first of them whole.
+    among these, a value for each number from 1 on. Raises InputError with all problems, the first of them whole.
     """
     short = where.name if isinstance(where, Path) else str(where)
     where = f"--data: {where}" if isinstance(where, Path) else where
@@ -202,9 +238,11 @@ def checked_table(
         if not name.isprintable():
             problems.append(f"{where}: the name of column {name!r} has characters that cannot be printed")
         elif kinds and kinds.keys() <= UNREAD:
-            within[name] = Nested(next(iter(kinds)), partial(list, values))
-        elif name == "label" and (unfit := [strange[name]] if name in strange else [k for k in kinds if k not in FIT]):
-            problems.append(f"{where}: 'label' is {unfit[0]}; expected a class index or name")
+            within[name] = Nested(CHAT if CHAT in kinds else next(iter(kinds)), partial(_within, values))
+        elif name == "label" and (
+            unfit := {strange[name]} - FIT_LABEL if name in strange else kinds.keys() - FIT_LABEL
+        ):
+            problems.append(f"{where}: 'label' is {min(unfit)}; expected a class index or name")
         elif kinds and kinds.keys() <= {*ODD.values(), BEYOND, "a number"} and kinds.keys() != {"a number"}:
             strange[name] = next(kind for kind in kinds if kind != "a number")
             columns[name] = _written(values)
@@ -221,14 +259,33 @@ def checked_table(
         raise InputError(problems)
     told = [*notes, *([_of_blank_rows(short, blank, unit)] if blank else [])]
     strange = {name: kind for name, kind in strange.items() if name in columns}
-    return Table(
-        columns, label_names, strange, Places.of(f"{where}, {unit}", numbers), tuple(told), within, unread or {}
-    )
+    return Table(columns, label_names, strange, Places.of(f"{where}, {unit}", numbers), tuple(told), within)
 
 
 def _chosen(column: Nested, numbers: Sequence[int]) -> list[Any]:
     values = column.read()
     return [values[number - 1] for number in numbers]
+
+
+def _within(values: Iterable[Any]) -> list[Any]:
+    """Lists and objects, with Python's own values in them."""
+    return list(map(deeply, values))
+
+
+def undecoded() -> list[Any]:
+    """The values of a column that nobody looks into. Raises TypeError."""
+    raise TypeError("not decoded")
+
+
+def but_unread(unread: Mapping[str, str]) -> str:
+    """What is to be added to a message that says what is missing: which columns are there and no task reads."""
+    if not unread:
+        return ""
+    chats = [f"'{name}'" for name, kind in unread.items() if kind == CHAT]
+    told = [f"'{name}' is {kind}" for name, kind in unread.items() if kind != CHAT][:PROBLEMS_SHOWN]
+    if chats:
+        told.append(f"{', '.join(chats[:PROBLEMS_SHOWN])} {'is' if len(chats) == 1 else 'are'} {INSTEAD_OF_CHAT}")
+    return f"; {'; '.join(told)}"
 
 
 def too_many(where: str, rows: int, columns: int) -> list[str]:
@@ -249,7 +306,18 @@ def kind_of(value: object) -> str:
     """In words that fit after "is"."""
     if type(value) is int and not -(2**63) <= value < 2**63:
         return BEYOND
-    return KINDS.get(type(value)) or next((odd for kind, odd in ODD.items() if isinstance(value, kind)), "an object")
+    if isinstance(value, list | tuple):
+        return CHAT if value and isinstance(value[0], Mapping) and is_turn(value[0]) else "a list"
+    if kind := KINDS.get(type(value)):
+        return kind
+    odd = next((odd for kind, odd in ODD.items() if isinstance(value, kind)), None)
+    return odd or ("an array" if hasattr(value, "shape") else "an object")
+
+
+def is_turn(names: Iterable[object]) -> bool:
+    """Whether what has parts of these names is a message of a chat: who says it, and what."""
+    parts = set(names)
+    return not parts.isdisjoint(SPEAKER) and not parts.isdisjoint(SAID)
 
 
 def is_missing(value: object) -> bool:

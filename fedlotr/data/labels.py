@@ -44,6 +44,21 @@ def key_of(name: str) -> str:
     return str(int(key)) if _DIGITS.fullmatch(key) else key
 
 
+def may_be_classes(values: Sequence[Any]) -> bool:
+    """Whether a column looks like one of classes: whole numbers, or true and false, of which some are in several rows.
+
+    A number that each row has for itself is its name, and one that all rows have tells nothing.
+    """
+    there = [value for value in values if value not in (None, "") and value == value]
+    different = set(there)
+    if not 1 < len(different) < len(there):
+        return False
+    return all(
+        value.lower() in ("true", "false") or _WHOLE.fullmatch(value) if isinstance(value, str) else value % 1 == 0
+        for value in different
+    )
+
+
 def label_among(columns: Iterable[str]) -> str | None:
     """Which of the columns has the labels, by its name: as written here rather than with capitals."""
     there = list(columns)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlotr.data.columns import Columns, Nested, Table, appended, checked_table, kind_of, too_many
+from fedlotr.data.arrow import class_names, kinds_unread, nested_of, to_columns
+from fedlotr.data.columns import Table, appended, checked_table, kind_of, too_many
 from fedlotr.data.csv_file import read_csv
-from fedlotr.data.labels import label_among
 from fedlotr.data.lines import UNREADABLE, check_size, lines_of
 from fedlotr.errors import InputError
 
@@ -102,22 +102,30 @@ def _read_parquet(path: Path, label: str | None) -> Table:
     """Parquet, by pyarrow; class names as the `datasets` library keeps them in a file's schema."""
     import pyarrow.parquet as pq
 
-    def table() -> pa.Table:
+    def table() -> tuple[pa.Table, pa.Schema]:
         with pq.ParquetFile(path) as file:
             about = file.metadata
             check_size(path, sum(about.row_group(at).total_byte_size for at in range(about.num_row_groups)))
             if wide := too_many(f"--data: {path}", about.num_rows, len(file.schema_arrow.names)):
                 raise InputError(wide)
-            return file.read(use_threads=False)
+            schema = file.schema_arrow
+            unread = kinds_unread(schema)  # some of which pyarrow itself cannot read
+            wanted = [name for name in dict.fromkeys(schema.names) if name not in unread]
+            return file.read(wanted, use_threads=False), schema
 
-    return _columnar(path, label, "Parquet", table)
+    def again(name: str) -> list[Any]:
+        with pq.ParquetFile(path) as file:
+            values: list[Any] = file.read([name], use_threads=False).column(name).to_pylist()
+            return values
+
+    return _columnar(path, label, "Parquet", table, again)
 
 
 def _read_arrow(path: Path, label: str | None) -> Table:
     """Arrow, as `save_to_disk` of the `datasets` library leaves it (a stream), or as a file (Feather)."""
     import pyarrow as pa
 
-    def table() -> pa.Table:
+    def table() -> tuple[pa.Table, pa.Schema]:
         check_size(path, path.stat().st_size)
         with pa.OSFile(str(path)) as file:
             try:
@@ -127,91 +135,43 @@ def _read_arrow(path: Path, label: str | None) -> Table:
                 found = pa.ipc.open_file(file).read_all()
         if wide := too_many(f"--data: {path}", found.num_rows, found.num_columns):
             raise InputError(wide)
-        return found
+        return found, found.schema
 
     return _columnar(path, label, "Arrow", table)
 
 
-def _columnar(path: Path, label: str | None, form: str, read: Callable[[], pa.Table]) -> Table:
-    """The table that `read` finds in a file, as columns of Python's values."""
+def _columnar(
+    path: Path,
+    label: str | None,
+    form: str,
+    read: Callable[[], tuple[pa.Table, pa.Schema]],
+    again: Callable[[str], list[Any]] = list,
+) -> Table:
+    """The table that `read` finds in a file, as columns of Python's values. It gives the schema of all columns too.
+
+    again: reads one that is in the schema alone.
+    """
     import pyarrow as pa
 
     try:
-        table = read()
-        found: Columns = {}
-        odd: dict[str, str] = {}
-        nested: dict[str, Nested] = {}
-        unread: dict[str, str] = {}
-        for name in dict.fromkeys(table.column_names):
-            column = table.column(table.column_names.index(name))
-            kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-            if any(test(kind) for test in _plain_types()):
-                found[name] = column.to_pylist()
-            elif (what := _odd(kind)) and (written := _as_text(column)) is not None:
-                found[name], odd[name] = written, what
-            elif pa.types.is_nested(kind) or name in ("label", label):
-                lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-                what = "a list" if lists else "an object" if pa.types.is_nested(kind) else str(kind)
-                nested[name] = Nested(what, column.to_pylist)
-            else:
-                unread[name] = f"of type {kind}"
-        names = _class_names(table.schema.metadata or {}, label)
+        table, schema = read()
+        found = to_columns(table)
+        names = class_names(schema.metadata, label)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
         words = " ".join(str(error).split())[:200]
         raise InputError(f"--data: {path} cannot be read as {form}: {words or type(error).__name__}") from None
     count = table.num_rows
     problems = [] if count else [f"--data: {path} has no rows"]
-    more: dict[str, Any] = {"label_names": names, "odd": odd, "nested": nested, "unread": unread}
-    return checked_table(path, found, range(1, count + 1), problems, unit="row", **more)
-
-
-def _plain_types() -> tuple[Callable[[Any], bool], ...]:
-    from pyarrow import types
-
-    return (
-        *(types.is_string, types.is_large_string, types.is_string_view),
-        *(types.is_integer, types.is_floating, types.is_boolean, types.is_null),
+    return checked_table(
+        path,
+        found.columns,
+        range(1, count + 1),
+        problems,
+        unit="row",
+        label_names=names,
+        odd=found.odd,
+        nested=nested_of(schema, again) | found.nested,
     )
-
-
-def _odd(kind: pa.DataType) -> str | None:
-    """What a column is that no task learns from but that can name a client, in words; None for other kinds."""
-    from pyarrow import types
-
-    if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind):
-        return "a date or time"
-    if types.is_duration(kind):
-        return "a length of time"
-    return "a decimal number" if types.is_decimal(kind) else None
-
-
-def _as_text(column: pa.ChunkedArray) -> list[Any] | None:
-    """Each value as pyarrow writes it, whatever Python's own types could hold; None where it cannot."""
-    import pyarrow as pa
-
-    try:
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_duration(column.type):
-            column = column.cast(pa.int64())
-        try:
-            written: list[Any] = column.cast(pa.string()).to_pylist()
-        except pa.ArrowInvalid:  # a zone that this machine does not know: as the same times of UTC
-            written = column.cast(pa.timestamp(column.type.unit, "UTC")).cast(pa.string()).to_pylist()
-    except (pa.ArrowException, ValueError, KeyError, AttributeError):
-        return None
-    return [None if text is None else re.sub(r"(:\d\d)\.0+(?=(Z|[+-]\d\d:?\d\d)?$)", r"\1", text) for text in written]
-
-
-def _class_names(metadata: dict[bytes, bytes], label: str | None) -> tuple[str, ...] | None:
-    """The names that a schema has for the classes of a column; None where it has none, or not one for each."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        names = features[label or label_among(features)]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    different = isinstance(names, list) and names and len(set(map(str, names))) == len(names)
-    return tuple(map(str, names)) if different else None
 
 
 READERS: dict[str, Callable[[Path, str | None], Table]] = {

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
 from fedlotr.data.clients import one_client_each
-from fedlotr.data.columns import Columns, Nested, Places, Table, checked_columns
+from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT, Columns, Nested, Places, Table, but_unread
 from fedlotr.data.hub import fetch_data
-from fedlotr.data.labels import label_among
+from fedlotr.data.labels import are_numbers, label_among, may_be_classes
 from fedlotr.data.layouts import Layout, layout_of, train_splits
+from fedlotr.data.own_rows import read_rows
 from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.readers import READERS, read_files
 from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_tenth, take
@@ -31,8 +32,7 @@ SHOWN = 5
 """Files and columns that a line names."""
 
 OwnData = Mapping[str, Any]
-"""Split -> `datasets.Dataset`, `IterableDataset` (read to its end) or rows (mappings of column to value); a
-`datasets.DatasetDict` is one."""
+"""Split -> its rows, in a form that `read_rows` takes; a `datasets.DatasetDict` is one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Source:
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     drawn: whether test is a part of what is otherwise trained on, and no split of its own.
     nested: the columns that are JSON.
-    trained: the split or file that train is, in words. unread: files and splits that are neither. notes: what the user
+    trained: the split or file that train is, in words. unread: files and splits that are neither. beside: columns of
+    train of a kind that no task reads, or of text that is not named, and their kind; left_out: those that the task
+    which is chosen leaves out. unnamed: columns that may be of labels, and are not said to be. notes: what the user
     must be told of the files. train_places, test_places: where the rows stand, of these None where they stand nowhere.
     """
 
@@ -57,6 +59,9 @@ class Source:
     drawn: bool = False
     trained: str = "train"
     unread: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    unnamed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     train_places: Places | None = None
     test_places: Places | None = None
@@ -67,7 +72,14 @@ class Source:
         """What is trained on, what is scored, and what was left unread, in words."""
         unread = f"; left unread: {', '.join(self.unread[:SHOWN])}" if self.unread else ""
         more = f" and {len(self.unread) - SHOWN} more" if len(self.unread) > SHOWN else ""
-        return f"trained on {self.trained}, scored on {self.test_split}{unread}{more}"
+        columns = [f"'{name}'" if kind == TEXT else f"'{name}' ({kind})" for name, kind in self.left_out.items()]
+        left = f"; columns not read: {', '.join(columns[:SHOWN])}" if columns else ""
+        left += f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
+        return f"trained on {self.trained}, scored on {self.test_split}{unread}{more}{left}"
+
+    def read_by(self, columns: Collection[str]) -> Source:
+        """As a task leaves it that reads these columns."""
+        return replace(self, left_out={name: kind for name, kind in self.beside.items() if name not in columns})
 
     def place(self, split: str, row: int) -> str:
         """Where a row of "train" or "test" stands, as a message begins: its file and line, if it has any."""
@@ -107,7 +119,9 @@ class Names:
         asked += [("--label-column ", self.label)] if self.label else []
         asked += [("--partition natural:", self.client)] if self.client and not self.client_if_unlabelled else []
         return [
-            f"{option}{name}: '{name}' is {kinds[name]}, which is not read; expected text or numbers"
+            f"{option}{name}: '{name}' is {INSTEAD_OF_CHAT}"
+            if kinds[name] == CHAT
+            else f"{option}{name}: '{name}' is {kinds[name]}, which is not read; expected text or numbers"
             + (", dates or times" if name == self.client else "")
             for option, name in asked
             if name in kinds
@@ -138,8 +152,27 @@ class Names:
             named["label"] = [None if value == "" else value for value in named["label"]]
         return named
 
+    def beside(self, table: Table) -> dict[str, str]:
+        """The columns of a table that no task reads, and the texts that none reads which is not told so."""
+        label = None if self.causal else self.label or label_among(table.columns)
+        known = {*self.text, label, self.client_of(table.columns), *table.odd, *table.nested}
+        texts = [name for name, values in table.columns.items() if name not in known and _are_texts(values)]
+        return {name: TEXT for name in texts} | table.unread
+
+    def unnamed(self, table: Table) -> tuple[str, ...]:
+        """The columns of a table that may be of labels, where none is said or called so."""
+        if self.causal or (self.label or label_among(table.columns)) is not None:
+            return ()
+        known = {*self.text, self.client_of(table.columns), "client", *table.odd}
+        return tuple(name for name, values in table.columns.items() if name not in known and may_be_classes(values))
+
 
 _TEXTS = ("text", "text_a", "text_b", "prompt", "answer")
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether some value is text, and no number that a file keeps as such."""
+    return any(isinstance(value, str) and value and not are_numbers([value]) for value in values)
 
 
 def load_source(
@@ -192,23 +225,22 @@ def _assemble(
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
     table = _asked_for(read("train"), names, "train")
-    if problems := names.unread({**{name: column.kind for name, column in table.nested.items()}, **table.unread}):
+    if problems := names.unread(table.unread):
         raise InputError(problems)
     if (client := names.client_of(table.columns)) is not None:
         clients, notes = one_client_each(client, table.columns[client], told=names.told)
         table = table._replace(columns={**table.columns, client: clients}, notes=(*table.notes, *notes))
+    about: dict[str, Any] = {"trained": layout.trained, "beside": names.beside(table), "unnamed": names.unnamed(table)}
     table = table._replace(columns=names.apply(table.columns, "train"))
     if eval_data is not None:
         source = _evaluated_on(eval_data, eval_split, names, name, table)
-        return replace(
-            source, trained=layout.trained, unread=(*(s for s in layout.files if s != "train"), *layout.others)
-        )
+        return replace(source, unread=(*(s for s in layout.files if s != "train"), *layout.others), **about)
     others = [split for split in layout.files if split != "train"]
     tables: dict[str, Table] = {}
 
     def columns_of(split: str) -> Columns:
         tables[split] = _asked_for(read(split), names, split)
-        return _named(names, tables[split].columns, split)
+        return _named(names, tables[split], split)
 
     test, words = choose_test(others, columns_of, table.columns, eval_split)
     if test is None:
@@ -223,7 +255,7 @@ def _assemble(
             f"{given}: no split there is called as one to test on is, so {words} is scored; left unread: "
             f"{', '.join(others[:SHOWN])} (--eval-split names one)",
         )
-    return replace(source, trained=layout.trained, unread=(*others, *layout.others), notes=told)
+    return replace(source, unread=(*others, *layout.others), notes=told, **about)
 
 
 def _located(source: Source, train: Table, test: Table) -> Source:
@@ -257,8 +289,9 @@ def _with_nested(table: Table, names: Names, split: str) -> Table:
             "not there yet); a language model of the texts is --task causal-lm"
         )
     if not table.columns:
-        kinds = ", ".join(f"'{name}' is {column.kind}" for name, column in table.nested.items())
-        raise InputError(f"{split} has no column of text or numbers ({kinds}); an OwnTask can read such columns")
+        raise InputError(
+            f"{split} has no column of text or numbers; an OwnTask can read such columns{but_unread(table.unread)}"
+        )
     return table
 
 
@@ -266,14 +299,14 @@ def _as_json(column: Nested) -> list[str | None] | None:
     """Each value as JSON; None where some value is none of JSON's, such as an image."""
     try:
         return [None if value is None else json.dumps(value, ensure_ascii=False) for value in column.read()]
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError, NotImplementedError):
         return None
 
 
 def _asked_for(table: Table, names: Names, split: str) -> Table:
     """Without the columns that no task learns from, where they are not asked for; that is said."""
     table = _with_nested(table, names, split)
-    wanted = {*names.text, names.label, names.client_of(table.columns)}
+    wanted = {*names.text, names.label or label_among(table.columns), names.client_of(table.columns)}
     left_out = {name: kind for name, kind in table.odd.items() if name not in wanted}
     if not left_out:
         return table
@@ -292,10 +325,10 @@ def _of_a_tenth(table: Table, seed: int, given: str, name: str, words: str) -> S
     return _located(source, *parts)
 
 
-def _named(names: Names, columns: Columns, split: str) -> Columns:
-    if not {*names.text, names.label} - {None} <= set(columns):  # the task says what this split lacks
-        return columns
-    return names.apply(columns, split)
+def _named(names: Names, table: Table, split: str) -> Columns:
+    if not {*names.text, names.label} - {None} <= set(table.columns):  # the task says what this split lacks
+        return table.columns
+    return names.apply(table.columns, split)
 
 
 def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: str, table: Table) -> Source:
@@ -314,7 +347,7 @@ def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: st
             split: _asked_for(read_files(files[split], given, names.label), names, f"{given}, {split}")
             for split in chosen
         }
-    read = {split: _named(names, found.columns, f"{given}, {split}") for split, found in there.items()}
+    read = {split: _named(names, found, f"{given}, {split}") for split, found in there.items()}
     test, words = choose_only(list(read), read.__getitem__, train, eval_split, given)
     scored = next((split for split in there if words.partition(" ")[0] == split), words)
     own = there[scored].label_names if scored in there else None
@@ -344,36 +377,16 @@ def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str 
 
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, eval_data: str | None) -> Source:
-    import datasets
-
     splits = {str(name): rows for name, rows in data.items()} if isinstance(data, Mapping) else {"train": data}
-    for split, given in splits.items():
-        if isinstance(given, str) or not (hasattr(given, "column_names") or isinstance(given, Iterable)):
-            raise InputError(
-                f"data['{split}'] is a {type(given).__name__}; expected a datasets.Dataset, or rows that are mappings "
-                "of column to value"
-            )
     trained = train_splits(splits)
     if len(trained) != 1:
         found = "several splits to train on" if trained else "no split 'train'"
-        raise InputError(f"data: {found} among {', '.join(splits) or 'none'}")
+        hint = "" if trained else "; splits are given by name: {'train': ..., 'test': ...}"
+        raise InputError(f"data: {found} among {', '.join(splits) or 'none'}{hint}")
 
     def read(split: str) -> Table:
         split = trained[0] if split == "train" else split
-        given = splits[split]
-        features = getattr(given, "features", None) or {}
-        feature = features.get(names.label or label_among(features))
-        classes = tuple(getattr(feature, "names", ())) or None
-        if isinstance(given, datasets.Dataset):
-            columns = {name: list(given[name][:]) for name in given.column_names}
-            return checked_columns(f"data['{split}']", columns)._replace(label_names=classes)
-        rows = list(given.with_format(None) if isinstance(given, datasets.IterableDataset) else given)
-        if not all(isinstance(row, Mapping) for row in rows):
-            raise InputError(
-                f"data['{split}']: expected a datasets.Dataset, or rows that are mappings of column to value"
-            )
-        found = {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
-        return checked_columns(f"data['{split}']", found)._replace(label_names=classes)
+        return read_rows(f"data['{split}']", splits[split], names.label)
 
     layout = Layout({"train": [], **{split: [] for split in splits if split != trained[0]}}, trained[0])
     source = _assemble("", layout, read, seed, eval_split, names, "data", eval_data)

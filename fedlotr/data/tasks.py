@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedlotr.data.columns import TEXT, but_unread
 from fedlotr.data.labels import Place, are_numbers, class_indices, class_names, row_problems, unshared
 from fedlotr.data.seen import Seen, look
 from fedlotr.data.sources import Source
@@ -26,6 +27,8 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (("prompt", "answer"), ("text",)),
 }
 """Task -> the text columns it can read, the preferred ones first."""
+COLUMNS_SHOWN = 5
+"""That a message names."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,10 @@ def resolve_task(
     if kind == "causal-lm" or (kind == "auto" and "label" not in source.train.column_names):
         if label_names is not None:
             raise InputError("--label-names: a language model has no labels; leave it out, or give --label-column")
-        return Task("causal-lm", _text_columns("causal-lm", (), source), ())
+        columns = _text_columns("causal-lm", (), source)
+        if kind == "auto" and (doubt := _perhaps_labelled(source, columns)):
+            raise InputError(f"--data {source.name}: {doubt}")
+        return Task("causal-lm", columns, ())
     columns = _text_columns("classification", ("label",), source)
     if label_names is None:
         return _with_labels(source, columns, joined=joined, told=told)
@@ -98,6 +104,18 @@ def resolve_task(
     task = Task("classification", columns, label_names, by_name, joined)
     _check_labels(source, task, told=told)
     return task
+
+
+def _perhaps_labelled(source: Source, columns: tuple[str, ...]) -> str:
+    """What to say of rows that may well have labels and do not say so; nothing where all is plain."""
+    if columns != ("text",) or not source.unnamed:
+        return ""
+    named = ", ".join(f"'{name}'" for name in source.unnamed[:COLUMNS_SHOWN])
+    more = f" and {len(source.unnamed) - COLUMNS_SHOWN} more" if len(source.unnamed) > COLUMNS_SHOWN else ""
+    return (
+        f"text beside whole numbers ({named}{more}), and no column label; give the column of the labels by "
+        f"--label-column {source.unnamed[0]}, or --task causal-lm to learn the text alone"
+    )
 
 
 def _splits(source: Source) -> list[tuple[str, datasets.Dataset, Place]]:
@@ -115,9 +133,10 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
     usable = [columns for columns in COLUMNS[kind] if {*columns, *others} <= set(present)]
     if not usable:
         expected = " or ".join(" + ".join([*columns, *others]) for columns in COLUMNS[kind])
+        unread = {name: what for name, what in source.beside.items() if what != TEXT}
         raise InputError(
             f"--data {source.name}: --task {kind} needs the columns {expected}; train has {', '.join(present)}; "
-            "say which are which by --text-column and --label-column"
+            f"say which are which by --text-column and --label-column{but_unread(unread)}"
         )
     problems: list[str] = []
     for where, rows, place in _splits(source):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlotr.config.own import own_name
+from fedlotr.config.plain import plain, scalar
 from fedlotr.data.labels import MAX_CLASSES, ROWS_SHOWN
 from fedlotr.data.sources import Source, source_of
 from fedlotr.data.tasks import Task
@@ -73,6 +74,12 @@ class OwnTask:
         raise NotImplementedError
 
 
+def labels_of(task: OwnTask) -> tuple[str, ...]:
+    """Its classes, whatever sequence they are in; none where they are no sequence."""
+    given = plain(task.labels)
+    return tuple(map(plain, given)) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+
+
 def task_name(task: OwnTask) -> str:
     """own:HASH, of the class, what it says of itself and its code, as far as Python knows where that is."""
     kind = type(task)
@@ -80,8 +87,9 @@ def task_name(task: OwnTask) -> str:
         code = inspect.getsource(kind)
     except (OSError, TypeError):
         code = ""
-    plain = {key: value for key, value in vars(task).items() if isinstance(value, str | int | float | bool | None)}
-    about = [kind.__qualname__, list(task.labels), task.metric_name, task.higher_is_better, plain, code]
+    values = {key: scalar(value) for key, value in vars(task).items()}
+    known = {key: value for key, value in values.items() if isinstance(value, str | int | float | bool | None)}
+    about = [kind.__qualname__, list(labels_of(task)), task.metric_name, bool(task.higher_is_better), known, code]
     return own_name(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
 
 
@@ -93,12 +101,14 @@ def check_task(task: object) -> OwnTask:
             f"task: expected an object of a class derived from fedlotr.OwnTask, such as task=Stars(); got {got}"
         )
     kind, name, problems = type(task), task.metric_name, []
-    if isinstance(task.labels, str) or not all(isinstance(label, str) for label in task.labels):
+    labels = labels_of(task)
+    some = not isinstance(plain(task.labels), Sequence) or isinstance(task.labels, str)
+    if some or not all(isinstance(label, str) for label in labels):
         problems.append(f"labels are {task.labels!r}; expected names of classes, such as ('bad', 'good')")
-    elif len(task.labels) == 1 or len(set(task.labels)) < len(task.labels):
+    elif len(labels) == 1 or len(set(labels)) < len(labels):
         problems.append("expected two different labels or more; or none, for a language model")
-    elif len(task.labels) > MAX_CLASSES:
-        problems.append(f"it has {len(task.labels)} labels; expected {MAX_CLASSES} or fewer")
+    elif len(labels) > MAX_CLASSES:
+        problems.append(f"it has {len(labels)} labels; expected {MAX_CLASSES} or fewer")
     if kind.encode is OwnTask.encode:
         problems.append("it has no method encode(row)")
     if (name is not None) != (kind.metric is not OwnTask.metric):
@@ -131,13 +141,15 @@ def apply_task(task: OwnTask, source: Source) -> tuple[Source, Task]:
         {**others["train"], **made["train"]},
         {**others["test"], **made["test"]},
         source.test_split,
-        tuple(task.labels) or None,
+        labels_of(task) or None,
         source.drawn,
     )
     texts = tuple(column for column in columns if column != "label")
-    kind = "classification" if task.labels else "causal-lm"
-    known = {name: getattr(source, name) for name in ("trained", "unread", "notes", "train_places", "test_places")}
-    return replace(encoded, **known), Task(kind, texts, tuple(task.labels))  # type: ignore[arg-type]
+    kind = "classification" if labels_of(task) else "causal-lm"
+    known = {
+        name: getattr(source, name) for name in ("trained", "unread", "beside", "notes", "train_places", "test_places")
+    }
+    return replace(encoded, **known), Task(kind, texts, labels_of(task))  # type: ignore[arg-type]
 
 
 def _whole(row: dict[str, Any], nested: Sequence[str]) -> dict[str, Any]:
@@ -166,31 +178,33 @@ def _encoded(task: OwnTask, source: Source, split: str, rows: datasets.Dataset) 
 
 def _example(task: OwnTask, given: Any) -> dict[str, Any]:
     """The columns of one row. Raises ValueError for what is no example of the task."""
-    if not task.labels:
+    labels = labels_of(task)
+    if not labels:
         texts = _texts(given, ("prompt", "answer"))
         return texts if texts is not None else _wrong(given, "a text or a pair (prompt, answer)")
     if not isinstance(given, tuple | list) or len(given) != 2:
         _wrong(given, "(text, label)")
-    text, label = given
+    text, label = given[0], scalar(given[1])
     texts = _texts(text, ("text_a", "text_b"))
     if texts is None:
         _wrong(text, "a text or a pair of texts before the label")
     if isinstance(label, str):
-        if label not in task.labels:
-            raise ValueError(f"the label {label!r} is none of its labels{nearest(label, task.labels)}")
-        index = list(task.labels).index(label)
-    elif isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < len(task.labels):
-        _wrong(label, f"a label from 0 to {len(task.labels) - 1}, or its name")
-    else:
-        index = int(label)
-    return {**texts, "label": index}
+        if label not in labels:
+            raise ValueError(f"the label {label!r} is none of its labels{nearest(label, labels)}")
+        return {**texts, "label": labels.index(label)}
+    if isinstance(label, bool) and len(labels) == 2:  # no and yes, in that order
+        return {**texts, "label": int(label)}
+    if type(label) is not int or not 0 <= label < len(labels):
+        _wrong(label, f"a label from 0 to {len(labels) - 1}, or its name")
+    return {**texts, "label": label}
 
 
 def _texts(given: Any, pair: tuple[str, str]) -> dict[str, Any] | None:
+    given = scalar(given)
     if isinstance(given, str):
         return {"text": given}
     if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(text, str) for text in given):
-        return dict(zip(pair, given, strict=True))
+        return dict(zip(pair, map(plain, given), strict=True))
     return None
 
 

@@ -34,6 +34,7 @@ from fedlotr.data import (
     unshared_classes,
     withhold_public,
 )
+from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT
 from fedlotr.data.partition import CLIENT
 from fedlotr.errors import InputError
 from fedlotr.models.adapted import Adapted, what_is_adapted
@@ -285,7 +286,7 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
     raw = source
     if own_task is not None:
         source, task = found.attempt(lambda: apply_task(own_task, raw)) or (None, None)
-        return source, task, own_task
+        return _left_out(config, source, own=True), task, own_task
     if brought.task is not None:
         return source, None, None
     told = config.privacy == "none"
@@ -293,7 +294,26 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
         lambda: resolve_task(config.task, raw, config.labels, joined=config.join_labels, told=told),
         *("task", "label_names", "join_labels"),
     )
-    return source, task, None
+    return _left_out(config, source, () if config.text_column or task is None else task.columns), task, None
+
+
+def _left_out(
+    config: SimulationConfig, source: Source | None, columns: Collection[str] = (), *, own: bool = False
+) -> Source | None:
+    """The source without what a task reads of these columns among those that none reads; chat there is told.
+
+    own: whether a task of the caller's reads the rows, all that are read. Of private data nothing is named: a column
+    may be there for the sake of a single row.
+    """
+    if source is None:
+        return None
+    if config.privacy != "none":
+        return source
+    texts = [name for name, kind in source.beside.items() if kind == TEXT] if own else columns
+    source = source.read_by(texts)
+    if chats := [f"'{name}'" for name, kind in source.left_out.items() if kind == CHAT]:
+        say(f"--data {source.name}: {', '.join(chats)} left out: {INSTEAD_OF_CHAT}")
+    return source
 
 
 def _clients(

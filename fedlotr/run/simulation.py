@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -111,17 +112,19 @@ def run_simulation(
     engine: EngineMaker | None = None,
     start: str | None = None,
     head_start: "HeadStart | None" = None,
-    data: OwnData | None = None,
-    model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    data: OwnData | str | PathLike[str] | None = None,
+    model: tuple[PreTrainedModel, PreTrainedTokenizerBase] | PathLike[str] | None = None,
     task: OwnTask | None = None,
     callbacks: Callbacks | Iterable[Callbacks] = (),
 ) -> SimulationResult:
     """Run a simulation and leave its run directory.
 
     data: a data set of one's own instead of what `config.data` names: a `datasets.DatasetDict`, or a mapping of splits
-    ("train", and "test" or another of the usual names) to rows, each a mapping of column to value.
-    model: a model object and its tokenizer, instead of what `config.model` names: a `PreTrainedModel`, as its
-    class makes it of its configuration; the class is part of transformers or lies in a module that workers can import.
+    ("train", and "test" or another of the usual names) to rows, each a mapping of column to value; or to tables of
+    pandas or pyarrow, or columns by name. A name or a path stands in for `config.data`.
+    model: a path in place of `config.model`, or a model object and its tokenizer, instead of what `config.model` names:
+    a `PreTrainedModel`, as its class makes it of its configuration; the class is part of transformers or lies in a
+    module that workers can import.
     task: what is learnt from the rows and how it is measured, instead of what `config.task` names.
     quiet: show nothing, as with `config.quiet`; otherwise a run shows what it does, on standard error or in the
     notebook's cell.
@@ -134,11 +137,12 @@ def run_simulation(
     cannot go on; finished rounds stay on disk, also after a KeyboardInterrupt, which SIGTERM and SIGHUP raise too.
     Generators, environment, handlers and what else a process has are afterwards as they were (`fedlotr.run.world`).
     """
-    with console or Console(quiet=quiet or config.quiet) as display, _place_for(model) as place:
+    config, own_data, own_model = _named(config, data, model)
+    with console or Console(quiet=quiet or config.quiet) as display, _place_for(own_model) as place:
         started = time.monotonic()
         display.stage("checking the configuration, reading the data")
         audience = Audience([display], callbacks)
-        own = Brought(data, model, task, place)
+        own = Brought(own_data, own_model, task, place)
         problems = problems_at_the_door(config, brings_engine=engine is not None, brought=own.fields)
         if problems:
             raise InputError(problems)
@@ -148,6 +152,15 @@ def run_simulation(
         directory = RunDirectory.create(checked.config.out, name, start)
         make = engine or partial(_engine, head_start=head_start)
         return _run_in(directory, checked, said, strategy, make, audience, display, started)
+
+
+def _named(config: SimulationConfig, data: Any, model: Any) -> tuple[SimulationConfig, Any, Any]:
+    """With what names data or a model in the configuration, and no more among what the caller brings."""
+    if isinstance(data, str | PathLike):
+        config, data = config.model_copy(update={"data": str(data)}), None
+    if isinstance(model, PathLike):
+        config, model = config.model_copy(update={"model": str(model)}), None
+    return config, data, model
 
 
 def _run_in(

@@ -224,7 +224,7 @@ def test_what_is_said_of_files_is_on_the_console_and_in_the_summary(tiny_bert: P
         ("--text-column odd", Names(text=("odd",))),
     ],
 )
-@pytest.mark.parametrize("values", [[["a"], ["b"]], [b"a", b"b"], [{"a": 1}, {"a": 2}]])
+@pytest.mark.parametrize("values", [[["a"], ["b"]], [b"\xff", b"\xfe"], [{"a": 1}, {"a": 2}]])
 def test_a_column_that_is_there_and_not_read_is_not_said_to_be_missing(
     tmp_path: Path, option: str, names: Names, values: list[Any]
 ) -> None:

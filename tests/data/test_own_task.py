@@ -240,7 +240,7 @@ def test_lists_and_objects_reach_encode(form: str, text: bool, tmp_path: Path) -
         assert plain.train.column_names == ["text"]
     else:
         with pytest.raises(
-            InputError, match="no column of text or numbers .'messages' is a list, 'about' is an object"
+            InputError, match="no column of text or numbers; .*; 'about' is an object; 'messages' is chat"
         ):
             load_source(given)
 
