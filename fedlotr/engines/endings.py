@@ -1,5 +1,6 @@
 """Being told to end: Ctrl-C, SIGTERM and SIGHUP each raise one KeyboardInterrupt, held back where it would do harm."""
 
+import _imp
 import _thread
 import contextlib
 import logging
@@ -96,6 +97,17 @@ def _remind(words: _Words, number: int) -> None:
         if not _under_way():
             _Listener.reminding = True
             _thread.interrupt_main(signal.Signals(number))
+
+
+def let_imports_go_on() -> None:
+    """Release Python's import lock where this thread, which imports nothing, holds it.
+
+    A KeyboardInterrupt that comes after the lock is taken and before what would release it leaves it so (`importlib`'s
+    `_get_module_lock`), and every other thread then waits at its next import, for good.
+    """
+    with contextlib.suppress(RuntimeError):  # it does not hold it
+        while True:
+            _imp.release_lock()
 
 
 @contextlib.contextmanager

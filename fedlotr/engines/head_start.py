@@ -3,7 +3,7 @@
 import threading
 from typing import Any, Self
 
-from fedlotr.engines.endings import held_back
+from fedlotr.engines.endings import held_back, let_imports_go_on
 from fedlotr.engines.own_ray import OwnRay, end_worker, start_ray
 from fedlotr.engines.worker import start_worker, worker_class
 
@@ -35,6 +35,7 @@ class HeadStart:
         """End Ray, and the workers with it; a Ray that is just starting is waited for, or it would leave processes."""
         self._unwanted = True
         with held_back():
+            let_imports_go_on()
             self._begun.wait()
             if self._ray is not None:
                 own, self._ray = self._ray, None

@@ -85,6 +85,31 @@ def test_ctrl_c_while_it_starts_leaves_no_process(seconds: float, tmp_path: Path
     assert ray_processes(tmp_path) == []
 
 
+LEFT_LOCKED = """
+import _imp, sys, threading
+from fedlotr.engines import head_start
+
+locked = threading.Event()
+
+def start(workers):
+    locked.wait()
+    import mailbox
+
+sys.modules.pop("mailbox", None)
+head_start.start_ray = start
+begun = head_start.HeadStart("app", 1)
+_imp.acquire_lock()  # as an import leaves it that a KeyboardInterrupt met at the wrong moment
+locked.set()
+begun.close()
+assert "mailbox" in sys.modules
+"""
+
+
+def test_an_import_that_was_interrupted_with_its_lock_keeps_no_start_from_ending() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_LOCKED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_run_that_is_told_to_end_cleans_up(animals: Path, tiny_bert: Path, tmp_path: Path) -> None:
