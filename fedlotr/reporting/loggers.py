@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, Protocol
 
 from typing_extensions import override
@@ -352,7 +352,7 @@ class _Teller:
     """Calls a logger, one thing after another, in a thread that ends with the process whatever it waits for."""
 
     def __init__(self, option: str, logger: MetricLogger) -> None:
-        self._option, self._logger, self._given_up = option, logger, False
+        self._option, self._logger, self._given_up, self._giving_up = option, logger, False, Lock()
         self._calls: queue.Queue[Callable[[MetricLogger], None] | None] = queue.Queue()
         Thread(target=self._work, name=f"fedlotr {option}", daemon=True).start()
 
@@ -387,9 +387,11 @@ class _Teller:
                 self._calls.task_done()
 
     def _give_up(self, reason: str) -> None:
-        if not self._given_up:
-            self._given_up = True
-            say(f"--{self._option} is left alone from here on ({reason}); --resume goes on with it")
+        with self._giving_up:
+            if not self._given_up:
+                # First said: who sees that it is given up may end the run, whose summary has what was said till then.
+                say(f"--{self._option} is left alone from here on ({reason}); --resume goes on with it")
+                self._given_up = True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 
 from fedlotr import Callbacks, RoundEvent, SimulationConfig, run_simulation
 from fedlotr.commands import simulate as door
+from fedlotr.reporting import loggers
 from fedlotr.reporting.loggers import LOGGERS, MLflow, TensorBoard, numbers
+from fedlotr.said import say
 from tests.run.test_simulation import flags, small
 from tests.support import read_run
 
@@ -146,6 +149,25 @@ def test_a_logger_that_fails_stops_nothing_and_is_named_where_the_user_looks(
     assert set(told_to_mlflow(out)["loss"]) == {1}
     assert run(small, out, "--mlflow", "--rounds", "3", "--resume") == 0
     assert told_to_mlflow(out) == promised(out)
+
+
+def test_a_run_that_sees_a_logger_given_up_has_heard_why(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may be between giving up and saying so, just when the last round is done and the summary is due."""
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+
+    def fail(self: TensorBoard, row: Any) -> None:
+        raise ConnectionError("gone")
+
+    def slowly(line: str) -> None:
+        time.sleep(1)
+        say(line)
+
+    monkeypatch.setattr(TensorBoard, "round", fail)
+    monkeypatch.setattr(loggers, "say", slowly)
+    config = SimulationConfig(**small, method="lora", out=tmp_path / "run", tensorboard=True)
+    assert any("--tensorboard is left alone" in line for line in run_simulation(config).summary["warnings"])
 
 
 def test_no_round_waits_for_a_logger(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
