@@ -9,12 +9,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedlotr.config.own import bring_again, is_own
-from fedlotr.config.values import is_data_id
+from fedlotr.config.values import BUILT_IN_DATA, is_data_id
 from fedlotr.errors import nearest
 from fedlotr.files import GGUF
-
-BUILT_IN_DATA = ("pydoc",)
-"""Data sets that need no files."""
 
 
 def path_problems(

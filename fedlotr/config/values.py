@@ -17,6 +17,9 @@ PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
 """One example of each form of `partition`."""
 
 
+BUILT_IN_DATA = ("pydoc", "pydoc-chat")
+"""Data sets that need no files."""
+
 TASKS = ("auto", "classification", "causal-lm")
 
 LARGEST = 2**31 - 1

@@ -11,6 +11,7 @@ from fedlotr.data.partition import (
     withhold_public,
 )
 from fedlotr.data.pydoc import build_pydoc
+from fedlotr.data.pydoc_chat import build_pydoc_chat
 from fedlotr.data.seen import Seen, Shares
 from fedlotr.data.sources import Names, OwnData, Source, load_source
 from fedlotr.data.tasks import Task, encode, encode_seen, resolve_task, unshared_classes
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "apply_task",
     "build_pydoc",
+    "build_pydoc_chat",
     "check_task",
     "client_names",
     "default_partition",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlotr.config.values import BUILT_IN_DATA
 from fedlotr.data.readers import READERS, suffix_of
 from fedlotr.errors import InputError
 
@@ -268,6 +269,6 @@ def _nearest_path(path: Path) -> str:
     if not parent.is_dir():
         return f", nor is there {parent}; give a folder, a file or 'pydoc'"
     there = [entry for entry in parent.iterdir() if entry.is_dir() or suffix_of(entry)]
-    choices = {entry.name: str(entry) for entry in there} | {"pydoc": "pydoc"}
+    choices = {entry.name: str(entry) for entry in there} | {name: name for name in BUILT_IN_DATA}
     close = difflib.get_close_matches(path.name, choices, n=1)
     return f", did you mean '{choices[close[0]]}'?" if close else "; give a folder, a file or 'pydoc'"

@@ -91,20 +91,26 @@ def build_pydoc() -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     seen: set[str] = set()
     with not_collecting():  # syntax trees hold no cycles
         for module, label in sorted(labels.items()):
-            for file in _sources(library, module):
+            for file in sources(library, module):
                 for text in _paragraphs(file):
                     if text not in seen:
                         seen.add(text)
                         rows.append({"text": text, "label": label, "client": module})
     if not rows:
-        raise InputError(
-            f"--data pydoc: no sources of the standard library in {library}; this interpreter comes without them, "
-            "so give a folder of JSON lines instead"
-        )
+        raise without_sources("pydoc", library)
     return rows, tuple(PARTS)
 
 
-def _sources(library: Path, module: str) -> Iterator[Path]:
+def without_sources(data: str, library: Path) -> InputError:
+    """What is to be raised where a data set of the library's sources has no rows."""
+    return InputError(
+        f"--data {data}: no sources of the standard library in {library}; this interpreter comes without them, "
+        "so give a folder of JSON lines instead"
+    )
+
+
+def sources(library: Path, module: str) -> Iterator[Path]:
+    """The files of a top-level module, sorted within a package, and then those of its private homes."""
     for name in [module, *PRIVATE_HOMES.get(module, [])]:
         yield from filter(Path.is_file, [library / f"{name}.py"])
         package = library / name
@@ -113,13 +119,18 @@ def _sources(library: Path, module: str) -> Iterator[Path]:
                 yield file
 
 
-def _paragraphs(file: Path) -> Iterator[str]:
+def parsed(file: Path) -> ast.Module | None:
+    """The syntax tree of a file; None where it is no Python of this version."""
     try:
         with warnings.catch_warnings(action="ignore"):  # a library's own invalid escapes are not our user's concern
-            tree = ast.parse(file.read_bytes())
+            return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return
-    for docstring in _docstrings(tree):
+        return None
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    tree = parsed(file)
+    for docstring in [] if tree is None else _docstrings(tree):
         for block in re.split(r"\n\s*\n", docstring):
             words = block.split()
             if len(words) in WORDS and ">>>" not in words:

@@ -1,4 +1,4 @@
-"""Where rows come from: the built-in set, files, the Hugging Face hub, or a data set of the caller's own."""
+"""Where rows come from: the built-in sets, files, the Hugging Face hub, or a data set of the caller's own."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
+from fedlotr.data.built_in import BUILT_IN, split_built_in
 from fedlotr.data.clients import one_client_each
 from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT, Columns, Nested, Places, Table, but_unread
 from fedlotr.data.hub import fetch_data
 from fedlotr.data.labels import are_numbers, label_among, may_be_classes
 from fedlotr.data.layouts import Layout, layout_of, train_splits
 from fedlotr.data.own_rows import read_rows
-from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.readers import READERS, read_files
 from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_tenth, take
 from fedlotr.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import datasets
-
-PYDOC_SPLIT_SEED = 0
-"""Fixed, so that runs of different seeds are tested on the same paragraphs."""
 
 SHOWN = 5
 """Files and columns that a line names."""
@@ -39,8 +36,8 @@ OwnData = Mapping[str, Any]
 class Source:
     """The rows of a data set.
 
-    name: "pydoc", the folder's or file's name, the hub id, or own:HASH. train: rows in file order. test: the
-    split to evaluate on, with those of its columns that train has too. test_split: where test came from, in words.
+    name: "pydoc", "pydoc-chat", the folder's or file's name, the hub id, or own:HASH. train: rows in file order. test:
+    the split to evaluate on, with those of its columns that train has too. test_split: where test came from, in words.
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     drawn: whether test is a part of what is otherwise trained on, and no split of its own.
     nested: the columns that are JSON.
@@ -183,7 +180,7 @@ def load_source(
     names: Names | None = None,
     eval_data: str | None = None,
 ) -> Source:
-    """Load "pydoc", a folder with a split train, a single file, a data set on the hub, or splits of one's own.
+    """Load a built-in set, a folder with a split train, a single file, a data set on the hub, or splits of one's own.
 
     The test split is `eval_split`, or the first with labels (where train has some) of `test`, `eval*`, `dev`, `val` and
     `validation` (or of other names with these words), or a tenth of train drawn with `seed`. eval_data: what else,
@@ -194,8 +191,8 @@ def load_source(
     names = names or Names()
     if not isinstance(data, str):
         return _load_own(data, seed, eval_split, names, eval_data)
-    if data == "pydoc":
-        return _load_pydoc(eval_split, seed, names, eval_data)
+    if data in BUILT_IN:
+        return _load_built_in(data, eval_split, seed, names, eval_data)
     path, given = Path(data).expanduser(), f"--data {data}"
     name = path.resolve().name.split(".")[0] if path.is_file() else path.resolve().name
     if not path.exists() and is_data_id(data):
@@ -334,9 +331,9 @@ def _named(names: Names, table: Table, split: str) -> Columns:
 def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: str, table: Table) -> Source:
     """A source whose test split comes from elsewhere. table: train, under the tasks' names."""
     given, train, labels = f"--eval-data {eval_data}", table.columns, table.label_names
-    if eval_data == "pydoc":
-        public = _load_pydoc(None, 0, Names(), None)
-        there = {"test": Table(public.test.to_dict(), public.label_names)}
+    if eval_data in BUILT_IN:
+        public = split_built_in(eval_data, 0, None)
+        there = {"test": Table(public.test, public.label_names)}
     else:
         path = Path(eval_data).expanduser()
         if not path.exists() and is_data_id(eval_data):
@@ -359,21 +356,15 @@ def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: st
     return _located(source, table, there.get(scored, Table({})))
 
 
-def _load_pydoc(eval_split: str | None, seed: int, names: Names, eval_data: str | None) -> Source:
-    if eval_data is None and eval_split not in (None, "test", HELD_OUT):
-        raise InputError(f"--eval-split {eval_split}: pydoc has no such split{nearest(eval_split, ['test', HELD_OUT])}")
-    rows, label_names = build_pydoc()
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    train, test = (take(columns, part) for part in split_tenth(len(rows), PYDOC_SPLIT_SEED, "--data pydoc"))
+def _load_built_in(data: str, eval_split: str | None, seed: int, names: Names, eval_data: str | None) -> Source:
+    split = split_built_in(data, seed, None if eval_data is not None else eval_split)
+    beside = names.beside(Table(split.train))
     if eval_data is not None:
-        return _evaluated_on(eval_data, eval_split, names, "pydoc", Table(train, label_names))
-    words = "a fixed tenth of the paragraphs"
-    if eval_split == HELD_OUT:
-        count = len(next(iter(train.values())))
-        train, test = (take(train, part) for part in split_tenth(count, seed, "--data pydoc"))
-        words = "a seeded tenth of the other paragraphs, held out"
-    source = source_of("pydoc", train, test, words, label_names, eval_split == HELD_OUT)
-    return replace(source, trained="the other paragraphs" if eval_split is None else "the rest")
+        source = _evaluated_on(eval_data, eval_split, names, data, Table(split.train, split.label_names))
+        return replace(source, beside=beside)
+    drawn = eval_split == HELD_OUT
+    source = source_of(data, split.train, split.test, split.tested, split.label_names, drawn)
+    return replace(source, trained=split.trained, beside=beside)
 
 
 def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, eval_data: str | None) -> Source:

@@ -84,6 +84,20 @@ def split_tenth(count: int, seed: int, given: str) -> tuple[Rows, Rows]:
     return np.setdiff1d(np.arange(count), chosen), chosen
 
 
+def split_families(families: Sequence[int], seed: int, given: str) -> tuple[Rows, Rows]:
+    """As `split_tenth`, of whole families: the tenth are seeded ones, as many as it takes to have a tenth of the rows.
+
+    families: the family of each row. Raises InputError for less than two of them.
+    """
+    numbers, of, sizes = np.unique(np.asarray(families), return_inverse=True, return_counts=True)
+    if len(numbers) < 2:
+        raise InputError(f"{given}: its rows are all alike, so there is nothing to test on")
+    order = generator(seed, "test-split").permutation(len(numbers))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), max(1, len(of) // 10))) + 1
+    tested = np.isin(of, order[: min(enough, len(numbers) - 1)])
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
 def take(columns: Columns, rows: Rows) -> Columns:
     """Some rows of all columns."""
     kept = rows.tolist()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedlotr.data import Source, Task, build_pydoc, encode, load_source, resolve_task, sources
+from fedlotr.data import Source, Task, build_pydoc, built_in, encode, load_source, resolve_task
 from fedlotr.errors import InputError
 from fedlotr.training.examples import IGNORED, Examples
 
@@ -249,7 +249,7 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
 
 def test_pydoc_is_split_alike_for_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     built = build_pydoc()
-    monkeypatch.setattr(sources, "build_pydoc", lambda: built)
+    monkeypatch.setattr(built_in, "build_pydoc", lambda: built)
     one, other = load_source("pydoc", seed=1), load_source("pydoc", seed=2, eval_split="test")
     assert one.sha256 == other.sha256
     assert one.name == "pydoc" and one.test_split == "a fixed tenth of the paragraphs"
