@@ -91,7 +91,7 @@ class Fields(BaseModel):
     data: str = Field(
         default="pydoc",
         description="pydoc (paragraphs of Python's own documentation, built in), pydoc-chat (questions and answers of "
-        "it, for chat models), a folder or a file of JSON lines, CSV or Parquet, or an id on the Hugging Face hub",
+        "it, for chat models), a folder or a file of JSON, CSV or Parquet, or an id on the Hugging Face hub",
     )
     text_column: Annotated[str, AfterValidator(check_text_columns)] | None = Field(
         default=None,

@@ -17,7 +17,7 @@ MAX_BYTES = 2**20
 """A configuration has a few kilobytes; what is larger is something else, such as data."""
 MAX_VALUES = 10_000
 """Values in one file, each counted as often as it is referred to."""
-DATA_SUFFIXES = (".jsonl", ".gz", ".csv", ".tsv", ".parquet", ".json", ".txt")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".gz", ".csv", ".tsv", ".parquet", ".json", ".txt")
 FLOAT = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 
 

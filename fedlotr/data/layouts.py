@@ -25,8 +25,16 @@ DEEPEST = 2
 """Folders in one another that are looked through for the one that holds the data."""
 
 FORMS = ", ".join(READERS)
-OTHER_FORMS = (".json", ".ndjson", ".txt", ".xls", ".xlsx", ".zip", ".tar", ".zst", ".xz", ".bz2", ".feather", ".pkl")
+OTHER_FORMS = (".txt", ".xls", ".xlsx", ".zip", ".tar", ".zst", ".xz", ".bz2", ".feather", ".pkl")
 """Endings of files that may well hold rows, and are not read."""
+JSON = (".json", ".json.gz")
+DESCRIBING = re.compile(
+    r"(dataset_infos?|dataset_dict|state|trainer_state|tokenizer|vocab|special_tokens_map|added_tokens|croissant|"
+    r"manifest|meta(data)?|info|index|schema|readme|license|package(-lock)?|"
+    r"((all|train|eval|test|predict)_)?results|.*[-_.](config|index|schema|info)|config)(\.safetensors)?",
+    re.IGNORECASE,
+)
+"""Names of JSON files that say something of data or of a model, or what came out of a run, and hold no rows."""
 
 Files = dict[str, list[Path]]
 """Split -> its files, in their order."""
@@ -130,16 +138,15 @@ def _splits_in(folder: Path, given: str) -> Files:
     if saved := _saved(folder, given):
         return {"train": saved}
     files: Files = {}
-    for path in _visible(folder):
-        suffix = suffix_of(path)
-        if suffix and path.is_file():
+    for path in _of_data(folder):
+        if path.is_file():
             stem = _stem(path)
             split = SHARD.sub("", stem)
             others = files.setdefault(_same(split, files), [])
             if others and (stem == split or _part(others[0]) is None or _part(others[-1]) == _part(path)):
                 raise InputError(f"{given}: both {others[0].relative_to(folder)} and {path.name}; keep one of them")
             others.append(path)
-        elif path.is_dir() and (parts := _saved(path, given) or _parts(path)):
+        elif parts := _saved(path, given) or _parts(path):
             others = files.setdefault(_same(path.name, files), [])
             if others:
                 raise InputError(
@@ -161,6 +168,39 @@ def _visible(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__", "cache-")))
     except OSError:  # a folder that one may not look into
         return []
+
+
+def _of_data(folder: Path) -> list[Path]:
+    """The files of a folder that hold rows by their names, and its folders."""
+    inside = _visible(folder)
+    files = _surely([path for path in inside if may_hold_rows(path) and path.is_file()])
+    folders = [path for path in inside if path.is_dir()]
+    if not any(map(_is_sure, files)) and any(may_hold_rows(path) for one in folders for path in _within(one)):
+        files = []
+    return [path for path in inside if path in files or path in folders]
+
+
+def _surely(files: list[Path]) -> list[Path]:
+    """Those that are called as data are, if any is: any JSON may be an array of objects, and most are none."""
+    return [path for path in files if _is_sure(path)] or files
+
+
+def _is_sure(path: Path) -> bool:
+    return not _is_json(path) or kind_of_split(SHARD.sub("", _stem(path))) is not None
+
+
+def _within(folder: Path) -> list[Path]:
+    """What lies in a folder, and in those in it."""
+    return [path for one in (folder, *_folders(folder)) for path in _visible(one)]
+
+
+def may_hold_rows(path: Path) -> bool:
+    """Whether a file is, by its name, of a form that is read, and does not describe something else."""
+    return suffix_of(path) != "" and not (_is_json(path) and DESCRIBING.fullmatch(_stem(path)))
+
+
+def _is_json(path: Path) -> bool:
+    return suffix_of(path) in JSON
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -227,7 +267,7 @@ def _parts(folder: Path) -> list[Path]:
     kind = kind_of_split(folder.name)
     if kind is None:
         return []
-    inside = [path for path in sorted(folder.rglob("*")) if suffix_of(path) and path.is_file()]
+    inside = _surely([path for path in sorted(folder.rglob("*")) if may_hold_rows(path) and path.is_file()])
     parts = [
         path
         for path in inside
@@ -245,7 +285,7 @@ def _others(folder: Path, place: Path, taken: Collection[Path]) -> list[str]:
             continue
         if path.is_file():
             stem = path.name.partition(".")[0]
-            if suffix_of(path) or (path.name.lower().endswith(OTHER_FORMS) and kind_of_split(stem)):
+            if may_hold_rows(path) or (path.name.lower().endswith(OTHER_FORMS) and kind_of_split(stem)):
                 found.append(str(path.relative_to(folder)))
         elif path not in place.parents and any(_holds_rows(inner, path) for inner in _visible(path)):
             found.append(f"{path.relative_to(folder)}/")
@@ -254,7 +294,7 @@ def _others(folder: Path, place: Path, taken: Collection[Path]) -> list[str]:
 
 def _holds_rows(path: Path, folder: Path) -> bool:
     """Whether this file is data: of a form that is read, or any that may hold rows in a folder called as a split is."""
-    return suffix_of(path) != "" or (path.name.lower().endswith(OTHER_FORMS) and kind_of_split(folder.name) is not None)
+    return may_hold_rows(path) or (path.name.lower().endswith(OTHER_FORMS) and kind_of_split(folder.name) is not None)
 
 
 def _in_words(paths: Sequence[Path], place: Path, split: str) -> str:

@@ -18,10 +18,16 @@ UNREADABLE = (OSError, EOFError, zlib.error)
 """What reading a file may raise."""
 
 
-def lines_of(path: Path) -> Iterator[bytes]:
+def bytes_of(path: Path) -> bytes:
+    """The whole file, or what is in the archive where it is one. Raises InputError where that is too large."""
+    return b"".join(lines_of(path, whole=True))
+
+
+def lines_of(path: Path, *, whole: bool = False) -> Iterator[bytes]:
     """Lines with their ends, of what is in the archive where it is one.
 
-    Raises InputError for a line or a file that is too large, of a file as it is before any of it is read.
+    whole: the file is not one of lines, so that too long a line comes in pieces. Raises InputError for a line or a file
+    that is too large, of a file as it is before any of it is read.
     """
     most = min(MOST_BYTES, machine.memory().usable or MOST_BYTES)
     packed = path.suffix.lower() == ".gz"
@@ -32,7 +38,7 @@ def lines_of(path: Path) -> Iterator[bytes]:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             read += len(line)
-            if len(line) > LONGEST_LINE:
+            if len(line) > LONGEST_LINE and not whole:
                 raise InputError(
                     f"--data: {path}, line {number}: longer than {LONGEST_LINE:,} bytes, the most of a line; "
                     "is it a file of one row a line?"

@@ -1,23 +1,19 @@
-"""Files of rows to columns: JSON lines, CSV and TSV, Parquet and Arrow; what cannot be read is named with its place.
+"""Files of rows to columns: JSON, CSV and TSV, Parquet and Arrow; what cannot be read is named with its place.
 
-JSON lines are read by Python's own module: pyarrow's reader (26) breaks promises kept here. Text that looks like a time
-becomes one; whole numbers beyond 64 bits become decimal ones, so that two clients are one; two objects in a line are
-two rows; the first mistake ends all, and is named by its row within a block, blank lines not counted. Parquet and Arrow
-are read by pyarrow.
+Parquet and Arrow are read by pyarrow, the others by Python's own modules.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.arrow import class_names, kinds_unread, nested_of, to_columns
-from fedlotr.data.columns import Table, appended, checked_table, kind_of, too_many
+from fedlotr.data.columns import Table, appended, checked_table, too_many
 from fedlotr.data.csv_file import read_csv
-from fedlotr.data.lines import UNREADABLE, check_size, lines_of
+from fedlotr.data.json_file import read_json, read_json_lines
+from fedlotr.data.lines import check_size
 from fedlotr.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,56 +42,6 @@ def read_files(paths: Iterable[Path], given: str, label: str | None = None) -> T
 def suffix_of(path: Path) -> str:
     """The ending that tells a file's form, or "" for a form that is not read."""
     return next((suffix for suffix in READERS if path.name.lower().endswith(suffix)), "")
-
-
-def _read_json(path: Path, label: str | None) -> Table:
-    """JSON lines."""
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    problems: list[str] = []
-    names: dict[str, None] = {}
-    try:
-        for number, line in enumerate(lines_of(path), start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(_row(line))
-                numbers.append(number)
-            except ValueError as error:
-                problems.append(f"--data: {path}, line {number}: {error}")
-                continue
-            if rows[-1].keys() - names.keys():
-                names |= dict.fromkeys(rows[-1])
-                if wide := too_many(f"--data: {path}, up to line {number}", 1, len(names)):
-                    raise InputError(wide)
-        problems += too_many(f"--data: {path}", len(rows), len(names))
-    except InputError as error:
-        problems, rows, names = error.problems, [], {}
-    except UNREADABLE as error:
-        problems.append(f"--data: {path} cannot be read: {error}")
-    if not rows and not problems:
-        problems.append(f"--data: {path} is empty; expected one JSON object a line")
-    found = {name: [row.get(name) for row in rows] for name in names}
-    return checked_table(path, found, numbers if rows else [], problems)
-
-
-def _row(line: bytes) -> dict[str, Any]:
-    """One object; raises ValueError in words that fit after a colon."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if re.search(rb"\\u[dD]", line):
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from None
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair, which is no character") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'expected an object such as {{"text": "..."}}, found {kind_of(row)}')
-    return row
 
 
 def _read_parquet(path: Path, label: str | None) -> Table:
@@ -175,8 +121,12 @@ def _columnar(
 
 
 READERS: dict[str, Callable[[Path, str | None], Table]] = {
-    ".jsonl": _read_json,
-    ".jsonl.gz": _read_json,
+    ".jsonl": read_json_lines,
+    ".jsonl.gz": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".ndjson.gz": read_json_lines,
+    ".json": read_json,
+    ".json.gz": read_json,
     ".csv": read_csv,
     ".csv.gz": read_csv,
     ".tsv": read_csv,
