@@ -62,10 +62,11 @@ def _report(words: Sequence[str]) -> int:
     with keeping() as said:
         checked, more = _check(config, wrong)
     problems += [problem for problem in more if problem not in problems]
-    needs = None
+    needs, shown = None, list[str]()
     if checked is not None and not problems:
         from fedlotr.commands.forecast import forecast, texts
         from fedlotr.run.fitting_texts import seen_in_words, unseen
+        from fedlotr.run.shown import shown_examples
 
         needs = forecast(checked, machine.resident_bytes())
         findings += _needs(checked, needs)
@@ -73,6 +74,7 @@ def _report(words: Sequence[str]) -> int:
         findings.append(Finding("layers", "ok", checked.adapted.in_words()))
         findings.append(Finding("texts", "ok", seen_in_words(seen)))
         findings += [Finding("the run", "warning", line) for line in (*said, *unseen(seen))]
+        shown = list(shown_examples(checked, config.show_examples))
     failing = [finding for finding in findings if finding.status == "problem"]
     problems += ["; ".join(filter(None, [f"{f.name}: {f.text}", f.advice])) for f in failing]
     if config.json_output:
@@ -81,10 +83,12 @@ def _report(words: Sequence[str]) -> int:
             "findings": [asdict(finding) for finding in findings],
             "problems": problems,
             "needs": None if needs is None else asdict(needs),
+            "examples": shown,
         }
         print(as_json(report))
     elif not config.quiet:
         _print(findings, problems)
+        print(*shown, sep="\n", end="\n" if shown else "")
     return refuse(problems) if problems else DONE
 
 
@@ -104,7 +108,7 @@ def _check(config: SimulationConfig, wrong: frozenset[str]) -> tuple[Any, list[s
         checked, _ = check_all(resolved, wrong)
         ledger = None
         if config.resume and config.out is not None:
-            found = continue_from(RunDirectory(config.out), resolved, checked.contents)
+            found = continue_from(RunDirectory(config.out), checked.config, checked.contents)
             if config.privacy != "none":
                 mark = None if found is None else found.extra.get("privacy")
                 ledger = paid_before(checked, config.out, mark)

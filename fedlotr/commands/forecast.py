@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import CoreConfig, bases_of
 from fedlotr.cost.formulas import WIRE_BYTES
-from fedlotr.data import encode, encode_seen
 from fedlotr.errors import shorten
 from fedlotr.flower.round import draw_clients
 from fedlotr.models.checkpointing import blocks
@@ -127,7 +124,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         work_bytes=6 * (payload + carried)
         + 2 * kept * participants
         + 3 * basis
-        + 4 * config.max_length * (sum(map(len, checked.parts)) + 1),
+        + 4 * config.longest * (sum(map(len, checked.parts)) + 1),
     )
 
 
@@ -163,30 +160,15 @@ def _rounds(checked: Checked) -> list[list[int]]:
 
 
 def _mean_lengths(checked: Checked, clients: Sequence[int]) -> dict[int, float]:
-    """Tokens of a client's mean example; of its first ones where all together are very many."""
-    most = max(1, MOST_ROWS // len(clients))
-    rows = [checked.parts[client][:most] for client in clients]
-    chosen = checked.source.train.select([row for part in rows for row in part.tolist()])
-    lengths = encode(checked.task, chosen, checked.tokenizer, checked.config.max_length).lengths
-    means, at = {}, 0
-    for client, part in zip(clients, rows, strict=True):
-        means[client] = float(lengths[at : at + len(part)].mean())
-        at += len(part)
-    return means
+    """Tokens of a client's mean example."""
+    lengths = checked.examples.train.examples.lengths
+    return {client: float(lengths[checked.parts[client]].mean()) for client in clients}
 
 
 def texts(checked: Checked) -> TextsSeen:
-    """How much of the texts the model sees, as a run reckons it; of each client's first rows where they are many."""
-    most = max(1, MOST_ROWS // len(checked.parts))
-    rows = [checked.parts[client][:most] for client in range(len(checked.parts))]
-    chosen = np.concatenate(rows)
-    cuts = np.cumsum([0, *map(len, rows)])
-    limit = checked.config.max_length
-    train = encode_seen(checked.task, checked.source.train.select(chosen), checked.tokenizer, limit)[1]
-    held_out = checked.source.test.select(checked.test_rows[:MOST_ROWS])
-    test = encode_seen(checked.task, held_out, checked.tokenizer, limit)[1]
-    parts = [np.arange(start, end) for start, end in pairwise(cuts)]
-    return what_is_seen(checked.config, train, parts, test)
+    """How much of the texts the model sees, as a run reckons it."""
+    examples = checked.examples
+    return what_is_seen(checked.config, examples.train, checked.parts, examples.test)
 
 
 def _activations(model: TrainableModel, width: int) -> int:

@@ -183,6 +183,7 @@ TABLE = {
     "baseline privacy=client": "a baseline has no server that could hide clients; choose --privacy example",
     "public_data public_examples:zero": "no row of it would be used; give some, or leave it out",
     "eval_data eval_split=held-out": "the latter is a tenth of --data's train; give one of them",
+    "show_examples privacy!=none": "it would print rows that are hidden; leave it out",
     "label_names, join_labels task=causal-lm": "a language model has no labels",
     "resume out:absent": "name the folder of the run to go on with",
     "resume_round resume=false": "it says where --resume goes on; give that too",

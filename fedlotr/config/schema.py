@@ -1,5 +1,6 @@
 """The fields of a configuration: what each is, between which bounds, and what follows from them alone."""
 
+import datetime
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,9 +18,11 @@ from fedlotr.config.values import (
     MAX_ROUNDS,
     MAX_SEED,
     MAX_WEIGHT,
+    check_date,
     check_partition,
     check_targets,
     check_task,
+    check_template,
     check_text,
     check_text_columns,
     expand,
@@ -29,11 +32,16 @@ from fedlotr.config.values import (
     read_client_rank,
     read_cohort,
     read_label_names,
+    read_max_length,
     read_sample,
     read_targets,
 )
 
-REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "tensorboard", "mlflow", "wandb"}
+REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "show_examples"} | {
+    "tensorboard",
+    "mlflow",
+    "wandb",
+}
 """Options that say where and how one run reports."""
 
 
@@ -118,7 +126,24 @@ class Fields(BaseModel):
         description="how the examples are dealt to the clients; a smaller ALPHA is more uneven (default: "
         "dirichlet:0.5; without labels natural where there is a column client, else iid)",
     )
-    max_length: int = Field(default=128, ge=2, le=LARGEST, description="tokens of an example; longer ones are cut")
+    max_length: Annotated[Literal["auto"] | int, BeforeValidator(read_max_length)] = Field(
+        default=128,
+        description="tokens of an example; longer ones are cut; auto: what covers the data, as far as the model goes",
+    )
+    template: Annotated[str, AfterValidator(check_template)] = Field(
+        default="auto",
+        description="how a language model is shown a conversation, or prompt and answer: chat, as its tokenizer's chat "
+        "template has it; plain; none, one after the other as they are; module:function or file.py:function, one of "
+        "your own; auto: chat where the tokenizer has a template, else plain",
+    )
+    train_on: Literal["assistant", "all"] = Field(
+        default="assistant", description="which turns of a conversation are learnt: the assistant's, or all"
+    )
+    template_date: Annotated[str, AfterValidator(check_date)] = Field(
+        default="2024-07-26",
+        description="what a chat template that asks for today's date is told; fixed, so that a run can be repeated",
+    )
+    eos: bool = Field(default=False, description="end each plain text that a language model learns with its EOS token")
     public_examples: int = Field(
         default=256,
         ge=0,
@@ -381,6 +406,12 @@ class Fields(BaseModel):
         description="with --resume: go on after this round, of those that checkpoints are kept of, and drop what is "
         "later",
     )
+    show_examples: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="examples of the first client to be shown as the model sees them, before the run",
+    )
     quiet: bool = Field(default=False, description="print nothing but errors")
     json_output: bool = Field(
         default=False, alias="json", description="print summary.json on standard output at the end"
@@ -420,6 +451,17 @@ class Fields(BaseModel):
     def loggers(self) -> list[str]:
         """The tools that are told of every round."""
         return [name for name in ("tensorboard", "mlflow", "wandb") if getattr(self, name)]
+
+    @property
+    def date(self) -> datetime.date:
+        """What templates are told."""
+        return datetime.date.fromisoformat(self.template_date)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an example at most, once the data have been read."""
+        assert isinstance(self.max_length, int), "--max-length auto is a number once the data have been read"
+        return self.max_length
 
     def reported(self) -> dict[str, Any]:
         """What config.yaml says: all but where and how one run reports, which computes nothing."""

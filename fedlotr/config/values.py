@@ -1,5 +1,6 @@
 """How single values of a configuration are read: each a function that returns the value or raises ValueError."""
 
+import datetime
 import json
 import math
 import re
@@ -21,6 +22,7 @@ BUILT_IN_DATA = ("pydoc", "pydoc-chat")
 """Data sets that need no files."""
 
 TASKS = ("auto", "classification", "causal-lm")
+TEMPLATES = ("auto", "chat", "plain", "none")
 
 LARGEST = 2**31 - 1
 """What any whole number may be at most: what counts clients, rows and tokens has to fit the ledger's 32 bits."""
@@ -81,6 +83,34 @@ def read_cohort(given: object) -> object:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST:
         raise ValueError("expected 'auto' or a number of clients, at least 1")
     return count
+
+
+def read_max_length(given: object) -> object:
+    """'auto', or a number of tokens."""
+    if given == "auto":
+        return given
+    count = int(given) if isinstance(given, str) and re.fullmatch(r"\d{1,10}", given.strip()) else given
+    if isinstance(count, float) and count.is_integer():
+        count = int(count)
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= LARGEST:
+        raise ValueError(f"expected 'auto' or a number of tokens from 2 to {LARGEST}")
+    return count
+
+
+def check_template(given: str) -> str:
+    """Raises ValueError for what is neither one of the templates nor names a function."""
+    where, colon, function = given.rpartition(":")
+    if given not in TEMPLATES and not (colon and where and function.isidentifier()):
+        raise ValueError(f"not a template{nearest(given, TEMPLATES)}; one of your own is module:function")
+    return given
+
+
+def check_date(given: str) -> str:
+    """Raises ValueError for what is no date."""
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", given) is None:
+        raise ValueError("expected a date as YYYY-MM-DD, such as 2026-01-01")
+    datetime.date.fromisoformat(given)
+    return given
 
 
 def check_partition(given: str) -> str:

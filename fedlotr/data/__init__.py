@@ -1,5 +1,6 @@
 """Data: sources of rows, tasks over them, and their division among clients."""
 
+from fedlotr.data.conversation import Style
 from fedlotr.data.partition import (
     PARTITIONS,
     Holding,
@@ -14,11 +15,12 @@ from fedlotr.data.pydoc import build_pydoc
 from fedlotr.data.pydoc_chat import build_pydoc_chat
 from fedlotr.data.seen import Seen, Shares
 from fedlotr.data.sources import Names, OwnData, Source, load_source
-from fedlotr.data.tasks import Task, encode, encode_seen, resolve_task, unshared_classes
+from fedlotr.data.tasks import Encoded, Task, encode, encode_rows, resolve_task, unshared_classes
 from fedlotr.data.user_task import OwnTask, apply_task, check_task, measure, task_name
 
 __all__ = [
     "PARTITIONS",
+    "Encoded",
     "Holding",
     "Names",
     "OwnData",
@@ -26,6 +28,7 @@ __all__ = [
     "Seen",
     "Shares",
     "Source",
+    "Style",
     "Task",
     "apply_task",
     "build_pydoc",
@@ -35,7 +38,7 @@ __all__ = [
     "default_partition",
     "describe",
     "encode",
-    "encode_seen",
+    "encode_rows",
     "load_source",
     "measure",
     "parse_partition",

@@ -18,34 +18,40 @@ Counts = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Shares:
     """unknown: of the tokens that are seen, those that stand for what the tokenizer does not know. rows_cut,
-    tokens_cut: of all rows, and of all their tokens, what is beyond the length that is taken."""
+    tokens_cut: of all rows, and of all their tokens, what is beyond the length that is taken. answers_cut: of all rows,
+    those that lose some of what a language model would learn."""
 
     unknown: float
     rows_cut: float
     tokens_cut: float
+    answers_cut: float = 0.0
 
 
 @dataclass(frozen=True)
 class Seen:
     """Counts of each row: its tokens that are seen, special ones left out; those of them unknown; those that are cut.
 
-    A text of which no token is left counts as one that is unknown.
+    A text of which no token is left counts as one that is unknown. answers: of those that are cut, the ones that would
+    be learnt (None: there are no such).
     """
 
     tokens: Counts
     unknown: Counts
     cut: Counts
+    answers: Counts | None = None
 
     def shares(self, rows: Counts | None = None) -> Shares:
         """Of these rows, or of all."""
-        tokens, unknown, cut = (
-            counts if rows is None else counts[rows] for counts in (self.tokens, self.unknown, self.cut)
+        answers = np.zeros_like(self.cut) if self.answers is None else self.answers
+        tokens, unknown, cut, answers = (
+            counts if rows is None else counts[rows] for counts in (self.tokens, self.unknown, self.cut, answers)
         )
         seen, lost = int(tokens.sum()), int(cut.sum())
         return Shares(
             unknown=int(unknown.sum()) / max(1, seen),
             rows_cut=float((cut > 0).mean()) if len(cut) else 0.0,
             tokens_cut=lost / max(1, seen + lost),
+            answers_cut=float((answers > 0).mean()) if len(answers) else 0.0,
         )
 
 

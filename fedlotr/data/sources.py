@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
 from fedlotr.data.built_in import BUILT_IN, split_built_in
@@ -80,10 +82,15 @@ class Source:
 
     def place(self, split: str, row: int) -> str:
         """Where a row of "train" or "test" stands, as a message begins: its file and line, if it has any."""
-        places = self.train_places if split == "train" else self.test_places
+        return self.places(split)[row]
+
+    def places(self, split: str) -> Places:
+        """Where the rows of "train" or "test" stand."""
+        places, rows = (self.train_places, self.train) if split == "train" else (self.test_places, self.test)
         if places is not None:
-            return places[row]
-        return f"--data {self.name}, {'train' if split == 'train' else self.test_split}, row {row + 1}"
+            return places
+        words = f"--data {self.name}, {'train' if split == 'train' else self.test_split}, row"
+        return Places.of(words, np.arange(1, len(rows) + 1))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlotr.data.columns import TEXT, but_unread
+from fedlotr.data.conversation import Style
 from fedlotr.data.labels import Place, are_numbers, class_indices, class_names, row_problems, unshared
+from fedlotr.data.language import encode_language
 from fedlotr.data.seen import Seen, look
 from fedlotr.data.sources import Source
 from fedlotr.errors import InputError, nearest
@@ -197,101 +199,127 @@ def unshared_classes(source: Source, task: Task, *, told: bool = True) -> list[s
     return unshared(name, source.test_split, task.label_names, train, test, told=told)
 
 
-def encode(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples:
-    """The rows as token sequences, in the same order, each of 1 to `max_length` tokens.
+class Encoded(NamedTuple):
+    """Rows as examples. seen: of each example. owner: (examples,) the row that each is of, ascending; a row whose text
+    has no room is none's. rows: how many there were."""
+
+    examples: Examples
+    seen: Seen
+    owner: npt.NDArray[np.int64]
+    rows: int
+
+    @property
+    def left_out(self) -> int:
+        """Rows that are no examples."""
+        return self.rows - len(np.unique(self.owner))
+
+
+def encode(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Examples:
+    """The rows as token sequences, in the same order, each of 1 to `max_length` tokens; see `encode_rows`."""
+    return encode_rows(task, rows, tokenizer, max_length).examples
+
+
+def encode_rows(
+    task: Task,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    style: Style | None = None,
+    *,
+    place: Place | None = None,
+    several: bool = True,
+) -> Encoded:
+    """The rows as examples, in their order, each of 1 to `max_length` tokens (None: however long).
 
     Classification: the tokenizer's own form with its special tokens; `segments` where it tells the sentences of a pair
-    apart. A text of no tokens becomes one EOS.
+    apart. A text of no tokens becomes one EOS. Language models: as `encode_language` has it.
 
-    Language model, plain text: BOS (where the tokenizer has one) and the text, without EOS; every token after the first
-    is a target. Prompt and answer: BOS, the prompt, a line break unless the prompt ends in white space, the answer,
-    EOS; the answer and EOS are targets. Too long a prompt loses its beginning; too long an answer its end, and one
-    token stays before it. An example always has a target, so that no mean over targets divides by zero: an empty text
-    is BOS, EOS. Where a tokenizer has no EOS, another special token fills these corners.
+    style: how a conversation is written out. place: where a row stands, for messages (default: its number). several:
+    whether a row may be several examples; else it is the last of them.
 
-    Raises InputError for a `max_length` without room for text, and for invalid labels.
+    Raises InputError for a `max_length` without room for text, for invalid labels, and for rows that are no examples.
     """
-    return encode_seen(task, rows, tokenizer, max_length)[0]
-
-
-def encode_seen(
-    task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[Examples, Seen]:
-    """As `encode`, and how much of each text that is."""
-    from fedlotr.training.examples import Examples
-
     # The shortest example of a language model is a token and its target; of a classifier, a token a sentence.
     least = 2 if task.kind == "causal-lm" else len(task.columns)
     if task.kind == "classification":
         least += tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
-    if max_length < least:
+    if max_length is not None and max_length < least:
         raise InputError(f"--max-length {max_length}: no room for text; this task and tokenizer need {least} or more")
     texts = [rows[column][:] for column in task.columns]
-    labels = task.labels(rows)
+    if task.kind == "causal-lm":
+        return _for_language(task, texts, tokenizer, max_length, style or Style(), place or _numbered, several=several)
+    return _for_classes(task, rows, texts, tokenizer, max_length)
+
+
+def _numbered(row: int) -> str:
+    return f"row {row + 1}"
+
+
+def _for_classes(
+    task: Task,
+    rows: datasets.Dataset,
+    texts: list[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+) -> Encoded:
+    """Single sentences or pairs of them, in the tokenizer's own form."""
     segments: list[list[int]] | None = None
+    tokens: list[list[int]] = []
     cut, empty = [0] * len(rows), [False] * len(rows)
-    if not len(rows):  # tokenizers fail on an empty batch
-        tokens: list[list[int]] = []
-    elif task.kind == "classification":
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    if len(rows):  # tokenizers fail on an empty batch
+        limits = {"truncation": True, "max_length": max_length} if max_length is not None else {"verbose": False}
+        encoded = tokenizer(*texts, **limits)
         empty = [not ids for ids in encoded["input_ids"]]
-        tokens = [ids or [_filler(tokenizer)] for ids in encoded["input_ids"]]
+        tokens = [ids or [filler(tokenizer)] for ids in encoded["input_ids"]]
         if len(texts) == 2:
             segments = encoded.get("token_type_ids")
         full = [row for row, ids in enumerate(tokens) if len(ids) == max_length]
-        if full:
+        if full and max_length is not None:
             whole = tokenizer(*([column[row] for row in full] for column in texts), verbose=False)["input_ids"]
             cut = np.bincount(full, [len(ids) - max_length for ids in whole], len(rows)).astype(int).tolist()
-    elif len(texts) == 2:
-        tokens, labels, cut, empty = _prompted(texts[0], texts[1], tokenizer, max_length)
-    else:
-        begin = _token(tokenizer.bos_token_id)
-        plain = _plain(texts[0], tokenizer)
-        empty = [not ids for ids in plain]
-        whole = [begin + ids for ids in plain]
-        cut = [max(0, len(ids) - max_length) for ids in whole]
-        tokens = [ids[:max_length] for ids in whole]
-        tokens = [ids + [_filler(tokenizer)] * (2 - len(ids)) for ids in tokens]
-        labels = np.ones(len(tokens), np.int64)
-    examples = Examples(
-        tokens=np.fromiter(chain.from_iterable(tokens), np.int32),
-        offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        labels=labels,
-        segments=None if segments is None else np.fromiter(chain.from_iterable(segments), np.int8),
-        causal=task.kind == "causal-lm",
-    )
-    return examples, look(tokens, cut, empty, texts, tokenizer)
+    beside = None if segments is None else np.fromiter(chain.from_iterable(segments), np.int8)
+    examples = _flat(tokens, task.labels(rows), segments=beside)
+    return Encoded(examples, look(tokens, cut, empty, texts, tokenizer), np.arange(len(rows)), len(rows))
 
 
-def _prompted(
-    prompts: list[str], answers: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[list[int]], npt.NDArray[np.int64], list[int], list[bool]]:
-    """Prompt and answer as one sequence, where the answer begins, how many tokens are cut, and whether it had none."""
-    begin, end = _token(tokenizer.bos_token_id), _token(tokenizer.eos_token_id)
-    lines = [prompt if not prompt or prompt[-1].isspace() else f"{prompt}\n" for prompt in prompts]
-    tokens, starts, cut, empty = [], [], [], []
-    for prompt, answer in zip(_plain(lines, tokenizer), _plain(answers, tokenizer), strict=True):
-        empty.append(not prompt and not answer)
-        whole = len(begin) + len(prompt) + len(answer) + len(end)
-        answer = ((answer + end) or [_filler(tokenizer)])[: max_length - 1]
-        room = max_length - len(answer) - len(begin)
-        context = begin + prompt[max(len(prompt) - room, 0) :] or [_filler(tokenizer)]
-        tokens.append(context + answer)
-        starts.append(len(context))
-        cut.append(max(0, whole - len(context) - len(answer)))
-    return tokens, np.array(starts, np.int64), cut, empty
+def _flat(tokens: list[list[int]], labels: npt.NDArray[np.int64], **beside: Any) -> Examples:
+    from fedlotr.training.examples import Examples
+
+    flat = np.fromiter(chain.from_iterable(tokens), np.int32)
+    return Examples(flat, np.cumsum([0, *map(len, tokens)], dtype=np.int64), labels, **beside)
 
 
-def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Without special tokens, whole: `verbose` would warn of texts longer than the model takes, which are cut later."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _token(token: Any) -> list[int]:
-    return [token] if isinstance(token, int) else []
-
-
-def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+def filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands for a text of no tokens: EOS, or another special token."""
     special = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
     return next((token for token in special if isinstance(token, int)), 0)
+
+
+def _for_language(
+    task: Task,
+    texts: list[list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    style: Style,
+    place: Place,
+    *,
+    several: bool,
+) -> Encoded:
+    """Texts, questions and conversations, written out as `style` says."""
+    columns = dict(zip(task.columns, texts, strict=True))
+    found = encode_language(columns, tokenizer, style, max_length, place)
+    owner = np.array(found.owner, np.int64)
+    kept = np.arange(len(owner))
+    if not several and len(owner):
+        kept = np.flatnonzero(np.append(owner[1:] != owner[:-1], True))
+    owner = owner[kept]
+    tokens, targets = [found.tokens[row] for row in kept], [found.targets[row] for row in kept]
+    starts = [learnt.index(True) for learnt in targets]
+    gaps = any(not all(learnt[start:]) for learnt, start in zip(targets, starts, strict=True))
+    mask = np.fromiter(chain.from_iterable(targets), np.bool_) if gaps else None
+    examples = _flat(tokens, np.array(starts, np.int64), causal=True, targets=mask)
+    first = np.append(True, owner[1:] != owner[:-1])[: len(owner)]  # what a row loses is counted once
+    lost = [np.where(first, np.array(cut, np.int64)[owner], 0) for cut in (found.prompt_cut, found.answer_cut)]
+    rows = [[column[row] for row in owner] for column in texts]
+    seen = look(tokens, (lost[0] + lost[1]).tolist(), [False] * len(owner), rows, tokenizer)
+    return Encoded(examples, replace(seen, answers=lost[1]), owner, len(texts[0]))

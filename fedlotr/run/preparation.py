@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256
-from fedlotr.data import Seen, encode, encode_seen
 from fedlotr.errors import InputError
 from fedlotr.flower.workplace import Recipe, Workplace
 from fedlotr.models.loading import load_base, unbatched_layers
@@ -46,21 +44,17 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
 
     noise: where clients hide their single examples.
     """
-    config, task = checked.config, checked.task
-    train, parts, held_back, public, seen_train = _encode_train(checked)
-    held_out = checked.source.test.select(checked.test_rows)
-    test, seen_test = encode_seen(task, held_out, checked.tokenizer, config.max_length)
-    seen = what_is_seen(config, seen_train, parts, seen_test)
+    config, examples = checked.config, checked.examples
+    train, test = examples.train.examples, examples.test.examples
+    shown = train if examples.shown is None else examples.shown.examples
+    seen = what_is_seen(config, examples.train, checked.parts, examples.test)
     for line in unseen(seen):
         say(line)
     try:
         base = load_base(checked.spec)
     except ValueError as error:
         raise InputError(f"--model {config.model}: {error}") from error
-    core, shown = checked.core, train
-    if checked.public_source is not None:
-        rows = checked.public_source.train.select(checked.public)
-        shown, public = encode(task, rows, checked.tokenizer, config.max_length), np.arange(len(checked.public))
+    core, public = checked.core, checked.public
     if not len(public) and config.privacy != "none":
         log.info("there is no --public-data, so the head begins as it was drawn or loaded")
     if config.targets != "all-linear" and (left_out := unbatched_layers(base, config.targets)):
@@ -72,8 +66,8 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     bare = TrainableModel(base, checked.spec, None)
     if checked.spec.code is not None:
         try_out(bare, train)
-    for examples in filter(len, (train, test)):
-        try_longest(bare, examples, config.model, config.max_length)
+    for texts in filter(len, (train, test)):
+        try_longest(bare, texts, config.model, config.longest)
     carry = {} if checked.start is None else checked.start.layers
     with carrying(base, carry):
         _begin_head(checked, bare, shown, public)
@@ -95,10 +89,10 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         coding=config.coding,
         links=config.links,
     )
-    workplace = Workplace.write(folder, recipe, train, test, parts, bases, carry, held_back)
+    workplace = Workplace.write(folder, recipe, train, test, checked.parts, bases, carry, checked.held_back)
     workplace.record_load()
     if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
-        _warn_of_small_steps(workplace.step_tokens(range(len(parts))), config.rank)
+        _warn_of_small_steps(workplace.step_tokens(range(len(checked.parts))), config.rank)
     return Prepared(checked, model, workplace, bases_sha256(model.module), seen)
 
 
@@ -133,16 +127,3 @@ def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:
             f"{rank}: one such gradient names its tokens (experiments/attack.py does it); a lower --rank or a "
             "larger --batch-size makes it blind, but only --privacy hides what a client holds"
         )
-
-
-def _encode_train(checked: Checked) -> tuple[Examples, list[Rows], list[Rows], Rows, Seen]:
-    """Tokenise the rows that are used, and number them anew: those of the clients, and the public ones among them.
-
-    The last is how much is seen of them.
-    """
-    public = checked.public if checked.public_source is None else checked.public[:0]
-    used = np.unique(np.concatenate([*checked.parts, *checked.held_back, public]))
-    rows = checked.source.train.select(used)
-    train, seen = encode_seen(checked.task, rows, checked.tokenizer, checked.config.max_length)
-    parts, held_back = ([np.searchsorted(used, rows) for rows in them] for them in (checked.parts, checked.held_back))
-    return train, parts, held_back, np.searchsorted(used, public), seen

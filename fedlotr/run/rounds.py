@@ -213,7 +213,7 @@ class Rounds:
             base=self.prepared.checked.base_name,
             source=Path(self.prepared.checked.spec.path).resolve(),
             method=config.method,
-            max_length=config.max_length,
+            max_length=config.longest,
             labels=self.prepared.checked.task.label_names,
             pair=len(self.prepared.checked.task.columns) == 2,
             tokenizer=self.prepared.checked.tokenizer,

@@ -50,6 +50,7 @@ from fedlotr.run.privacy_plan import EXAMPLE_BOUND, check_delta, example_noise, 
 from fedlotr.run.processes import CLIENT_APP, threads_of
 from fedlotr.run.resumption import continue_from, saved_configuration
 from fedlotr.run.rounds import Rounds
+from fedlotr.run.shown import shown_examples
 from fedlotr.run.summary import facts
 from fedlotr.run.unmet import feedback, unmet, unmet_links
 from fedlotr.run.world import leaving_no_trace
@@ -190,6 +191,8 @@ def _run_in(
         display.begin(directory.path, finished)
         for line in said:
             say(line)
+        for line in shown_examples(checked, config.show_examples):
+            display.show(line)
         mark = None if checkpoint is None else checkpoint.extra.get("privacy")
         guard = guard_of(checked, directory.path, mark, display.stage)
         stack.enter_context(limited_threads(config.threads))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ class Examples:
     target (1 for plain text, the length of the prompt for prompt and answer).
     segments: (total,) int8 token type ids of sentence pairs, or None.
     causal: whether the labels mean the second.
+    targets: (total,) bool, of a causal language model: which tokens are targets; None: all from the first one on.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -51,6 +53,7 @@ class Examples:
     labels: npt.NDArray[np.int64]
     segments: npt.NDArray[np.int8] | None = None
     causal: bool = False
+    targets: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,6 +81,8 @@ class Examples:
             if self.causal:
                 first = max(int(self.labels[row]), 1)
                 targets[position, first - 1 : count - 1] = ids[position, first:count]
+                if self.targets is not None:
+                    targets[position, : count - 1][~self.targets[start + 1 : stop]] = IGNORED
         labels = targets if self.causal else np.asarray(self.labels[np.asarray(rows)])
         return Batch(
             torch.from_numpy(ids),
@@ -97,14 +102,10 @@ class Examples:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
             causal = (file.metadata() or {}).get("causal") == "True"
-        return cls(arrays["tokens"], arrays["offsets"], arrays["labels"], arrays.get("segments"), causal)
+        beside = {"segments": arrays.get("segments"), "targets": arrays.get("targets")}
+        return cls(arrays["tokens"], arrays["offsets"], arrays["labels"], causal=causal, **beside)
 
-    def _arrays(self) -> dict[str, npt.NDArray[np.int32] | npt.NDArray[np.int64] | npt.NDArray[np.int8]]:
-        arrays: dict[str, npt.NDArray[np.int32] | npt.NDArray[np.int64] | npt.NDArray[np.int8]] = {
-            "tokens": self.tokens,
-            "offsets": self.offsets,
-            "labels": self.labels,
-        }
-        if self.segments is not None:
-            arrays["segments"] = self.segments
-        return arrays
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        arrays: dict[str, npt.NDArray[Any]] = {"tokens": self.tokens, "offsets": self.offsets, "labels": self.labels}
+        beside = {"segments": self.segments, "targets": self.targets}
+        return arrays | {name: array for name, array in beside.items() if array is not None}

@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedlotr import SimulationConfig
 from fedlotr.commands import doctor
-from fedlotr.data import Shares, Task, encode, encode_seen
+from fedlotr.data import Encoded, Shares, Task, encode_rows
 from fedlotr.data.seen import Seen
 from fedlotr.run.fitting_texts import seen_in_words, unseen, what_is_seen
 from fedlotr.simulate import main
+from fedlotr.training.examples import Examples
 from tests.support import read_run
 
 
@@ -26,10 +27,7 @@ def words(*known: str, **special: str) -> hf.PreTrainedTokenizerBase:
 
 
 def seen(task: Task, columns: dict[str, Any], tokenizer: Any, max_length: int) -> Seen:
-    rows = Dataset.from_dict(columns)
-    examples, found = encode_seen(task, rows, tokenizer, max_length)
-    assert examples.tokens.tolist() == encode(task, rows, tokenizer, max_length).tokens.tolist()
-    return found
+    return encode_rows(task, Dataset.from_dict(columns), tokenizer, max_length).seen
 
 
 def test_tokens_are_counted_as_known_unknown_and_cut() -> None:
@@ -58,7 +56,7 @@ def test_a_text_that_leaves_no_token_is_not_seen() -> None:
     made = Tokenizer(models.BPE({"a": 0, "b": 1}, []))  # which drops what it does not know
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made)  # type: ignore[no-untyped-call]
     found = seen(Task("causal-lm", ("text",), ()), {"text": ["ab", "\u0623\u0628", " "]}, tokenizer, 8)
-    assert found.unknown.tolist() == [0, 1, 0] and found.tokens.tolist() == [2, 1, 0]
+    assert found.unknown.tolist() == [0] and found.tokens.tolist() == [2]
 
 
 def test_where_one_token_frames_texts_and_is_unknown_nothing_is_called_unknown() -> None:
@@ -69,8 +67,9 @@ def test_where_one_token_frames_texts_and_is_unknown_nothing_is_called_unknown()
     assert seen(Task("causal-lm", ("text",), ()), {"text": ["a a", "a"]}, gpt, 8).unknown.tolist() == [0, 0]
 
 
-def counts(*rows: tuple[int, int, int]) -> Seen:
-    return Seen(*np.array(rows).T)
+def counts(*rows: tuple[int, int, int]) -> Encoded:
+    examples = Examples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    return Encoded(examples, Seen(*np.array(rows).T), np.arange(len(rows)), len(rows))
 
 
 def test_a_tenth_of_all_or_of_one_client_is_warned_of() -> None:

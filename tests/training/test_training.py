@@ -229,6 +229,19 @@ def test_a_language_models_loss_is_on_the_answer_alone() -> None:
     assert batch.labels.tolist() == [[IGNORED, IGNORED, IGNORED, 4, 5, IGNORED], [7, 8, 9, IGNORED, IGNORED, IGNORED]]
 
 
+def test_of_a_conversation_only_what_is_marked_is_learnt(tmp_path: Path) -> None:
+    marked = np.array([0, 0, 1, 0, 1, 1, 0, 1], np.bool_)
+    examples = Examples(
+        np.arange(8, dtype=np.int32), np.array([0, 6, 8]), np.array([2, 1]), causal=True, targets=marked
+    )
+    examples.save(tmp_path / "examples.safetensors")
+    for held in (examples, Examples.load(tmp_path / "examples.safetensors")):
+        assert held.batch([0, 1]).labels.tolist() == [
+            [IGNORED, 2, IGNORED, 4, 5, IGNORED],
+            [7, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED],
+        ]
+
+
 def test_examples_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
     examples = Examples(
         np.arange(5, dtype=np.int32), np.array([0, 2, 5]), np.array([1, 0]), np.array([0, 1, 0, 0, 1], np.int8)
