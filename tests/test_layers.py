@@ -72,12 +72,13 @@ INSIDE = {
     ),
     "run": (
         *(
-            "base_head baselines brought contents directory export fitting_texts log processes public_rows skeleton"
+            "base_head baselines brought contents directory examples export fitting_texts log processes public_rows skeleton"
             " unmet world",
         ),
         *(
             "callbacks devices resumption warm_start",
             "checking",
+            "shown",
             "preparation privacy_plan",
             "federation",
             "summary",

@@ -116,7 +116,7 @@ def test_a_token_without_an_embedding_is_found_by_run_and_doctor_before_the_run(
         assert f"{rows / 'train.jsonl'}, line 64: {beyond}" in said
     assert not (tmp_path / "run").exists()
     private = ["--privacy", "example", "--noise-multiplier", "1", "--quiet"]
-    few = [{"text": "w3 w4", "label": n % 2} for n in range(40)]
+    few = [{"text": f"w{n} w{n + 1} w{n + 2}", "label": n % 2} for n in range(40)]
     (rows / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in few), encoding="utf-8")
     assert main([*given, *private]) == 2
     said = capsys.readouterr().err
