@@ -36,7 +36,16 @@ ROOMS = (
 The second floor has tables that a configuration needs: they import nothing that is heavy.
 """
 INSIDE = {
-    "config": ("own plain", "values", "preflight", "yaml_file", "command_line", "schema", "rules", "configuration"),
+    "config": (
+        "own partitions plain",
+        "values",
+        "preflight",
+        "yaml_file",
+        "command_line",
+        "schema",
+        "rules",
+        "configuration",
+    ),
     "adapters": (
         "bases kinds methods packed quantised",
         "carry cores",

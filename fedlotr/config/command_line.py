@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from fedlotr.adapters.kinds import BASES, TIES
 from fedlotr.adapters.methods import METHODS
+from fedlotr.config.partitions import PARTITIONS
 from fedlotr.config.yaml_file import key_of
 
 _PLACEHOLDERS = {
@@ -23,7 +24,7 @@ _PLACEHOLDERS = {
     "max_examples": "int|none",
     "model": "ID|PATH",
     "data": "NAME|PATH",
-    "partition": "iid|dirichlet:ALPHA|shards:K|natural[:COLUMN]",
+    "partition": "|".join(form.form for form in PARTITIONS.values()),
     "method": "|".join(METHODS),
     "basis": "|".join(BASES),
     "tie": "|".join(TIES),

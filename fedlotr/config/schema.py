@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
+from fedlotr.config.partitions import PARTITIONS
 from fedlotr.config.plain import deeply, plain
 from fedlotr.config.values import (
     LARGEST,
@@ -123,8 +124,9 @@ class Fields(BaseModel):
     )
     partition: Annotated[str, AfterValidator(check_partition)] | None = Field(
         default=None,
-        description="how the examples are dealt to the clients; a smaller ALPHA is more uneven (default: "
-        "dirichlet:0.5; without labels natural where there is a column client, else iid)",
+        description="how the examples are dealt to the clients: "
+        + "; ".join(f"{form.form}: {form.text}" for form in PARTITIONS.values())
+        + " (default: dirichlet:0.5; without labels natural where there is a column client, else iid)",
     )
     max_length: Annotated[Literal["auto"] | int, BeforeValidator(read_max_length)] = Field(
         default=128,

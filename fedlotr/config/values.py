@@ -11,12 +11,9 @@ from typing import Any
 from pydantic import AfterValidator
 
 from fedlotr.config.own import is_own
+from fedlotr.config.partitions import read_partition
 from fedlotr.config.plain import deeply, plain
 from fedlotr.errors import nearest, shorten, written
-
-PARTITIONS = ("iid", "dirichlet:0.5", "shards:2", "natural")
-"""One example of each form of `partition`."""
-
 
 BUILT_IN_DATA = ("pydoc", "pydoc-chat")
 """Data sets that need no files."""
@@ -115,21 +112,7 @@ def check_date(given: str) -> str:
 
 def check_partition(given: str) -> str:
     """Raises ValueError for what is no partition, with the form that was meant."""
-    kind, colon, argument = given.partition(":")
-    if kind == "iid":
-        valid, expected = not colon, "'iid' takes no argument"
-    elif kind == "dirichlet":
-        valid = re.fullmatch(r"\d*\.?\d+", argument) is not None and float(argument) > 0
-        expected = "expected dirichlet:ALPHA with ALPHA above 0, such as 'dirichlet:0.5'"
-    elif kind == "shards":
-        valid = re.fullmatch(r"\d{1,9}", argument) is not None and int(argument) > 0
-        expected = "expected shards:K with K shards a client, such as 'shards:2'"
-    elif kind == "natural":
-        valid, expected = bool(argument) or not colon, "expected natural or natural:COLUMN"
-    else:
-        valid, expected = False, f"not a partition{nearest(given, PARTITIONS)}"
-    if not valid:
-        raise ValueError(expected)
+    read_partition(given)
     return given
 
 

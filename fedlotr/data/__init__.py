@@ -1,8 +1,9 @@
 """Data: sources of rows, tasks over them, and their division among clients."""
 
+from fedlotr.config.partitions import PARTITIONS
 from fedlotr.data.conversation import Style
+from fedlotr.data.groups import Groups, groups_of
 from fedlotr.data.partition import (
-    PARTITIONS,
     Holding,
     client_names,
     default_partition,
@@ -21,6 +22,7 @@ from fedlotr.data.user_task import OwnTask, apply_task, check_task, measure, tas
 __all__ = [
     "PARTITIONS",
     "Encoded",
+    "Groups",
     "Holding",
     "Names",
     "OwnData",
@@ -39,6 +41,7 @@ __all__ = [
     "describe",
     "encode",
     "encode_rows",
+    "groups_of",
     "load_source",
     "measure",
     "parse_partition",

@@ -31,6 +31,7 @@ from flwr_datasets.partitioner import (  # noqa: E402 (what comes before is for 
     IidPartitioner,
     Partitioner,
     ShardPartitioner,
+    SizePartitioner,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "IidPartitioner",
     "Partitioner",
     "ShardPartitioner",
+    "SizePartitioner",
 ]

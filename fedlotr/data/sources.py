@@ -99,7 +99,8 @@ class Names:
 
     text: one name or two; label: one. causal: whether two texts are a prompt and its answer though there are labels.
     client: the column that names the clients, where one does; client_if_unlabelled: it does so in data without labels
-    alone. told: whether numbers of rows may be said. nested: whether columns of lists and objects are wanted.
+    alone. grouped: the column that `dirichlet` deals by, where it does not deal by the label. told: whether numbers of
+    rows may be said. nested: whether columns of lists and objects are wanted.
     """
 
     text: tuple[str, ...] = ()
@@ -107,6 +108,7 @@ class Names:
     causal: bool = False
     client: str | None = None
     client_if_unlabelled: bool = False
+    grouped: str | None = None
     told: bool = True
     nested: bool = False
 
@@ -122,11 +124,12 @@ class Names:
         asked = [("--text-column ", name) for name in self.text]
         asked += [("--label-column ", self.label)] if self.label else []
         asked += [("--partition natural:", self.client)] if self.client and not self.client_if_unlabelled else []
+        asked += [("--partition dirichlet:ALPHA:", self.grouped)] if self.grouped else []
         return [
             f"{option}{name}: '{name}' is {INSTEAD_OF_CHAT}"
             if kinds[name] == CHAT
             else f"{option}{name}: '{name}' is {kinds[name]}, which is not read; expected text or numbers"
-            + (", dates or times" if name == self.client else "")
+            + (", dates or times" if name in (self.client, self.grouped) else "")
             for option, name in asked
             if name in kinds
         ]
@@ -159,7 +162,7 @@ class Names:
     def beside(self, table: Table) -> dict[str, str]:
         """The columns of a table that no task reads, and the texts that none reads which is not told so."""
         label = None if self.causal else self.label or label_among(table.columns)
-        known = {*self.text, label, self.client_of(table.columns), *table.odd, *table.nested}
+        known = {*self.text, label, self.client_of(table.columns), self.grouped, *table.odd, *table.nested}
         texts = [name for name, values in table.columns.items() if name not in known and _are_texts(values)]
         return {name: TEXT for name in texts} | table.unread
 
@@ -167,7 +170,7 @@ class Names:
         """The columns of a table that may be of labels, where none is said or called so."""
         if self.causal or (self.label or label_among(table.columns)) is not None:
             return ()
-        known = {*self.text, self.client_of(table.columns), "client", *table.odd}
+        known = {*self.text, self.client_of(table.columns), self.grouped, "client", *table.odd}
         return tuple(name for name, values in table.columns.items() if name not in known and may_be_classes(values))
 
 
@@ -310,7 +313,7 @@ def _as_json(column: Nested) -> list[str | None] | None:
 def _asked_for(table: Table, names: Names, split: str) -> Table:
     """Without the columns that no task learns from, where they are not asked for; that is said."""
     table = _with_nested(table, names, split)
-    wanted = {*names.text, names.label or label_among(table.columns), names.client_of(table.columns)}
+    wanted = {*names.text, names.label or label_among(table.columns), names.client_of(table.columns), names.grouped}
     left_out = {name: kind for name, kind in table.odd.items() if name not in wanted}
     if not left_out:
         return table

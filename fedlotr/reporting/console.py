@@ -22,7 +22,7 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import visible
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
-from fedlotr.reporting.documents import Facts, Held, Summary, under
+from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, kinds_of, under
 from fedlotr.reporting.escaping import lines as plain_lines
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 
@@ -104,7 +104,7 @@ class Console(Callbacks):
             lines.stylize("bold", 0, len(title))
             self._out.print(lines, soft_wrap=True)
         if facts.get("partition"):
-            self._show_partition(facts["partition"], facts.get("labels", ()))
+            self._show_partition(facts["partition"], kinds_of(facts))
 
     def stage(self, text: str) -> None:
         """Say what the run is doing now."""
@@ -214,16 +214,16 @@ class Console(Callbacks):
         shown = wrapped(text, self._out.width, indent="    ") if self._live else text
         self._out.print(shown, style=style, soft_wrap=True)
 
-    def _show_partition(self, partition: Sequence[Held], labels: Sequence[str]) -> None:
-        """Examples a client, and of each label where these have room."""
-        labels = labels if all("labels" in client for client in partition) else ()  # else they are not told
-        labels = [visible(label) for label in labels]
-        for names in (list(labels), []):
+    def _show_partition(self, partition: Sequence[Held], kinds: Kinds) -> None:
+        """Examples a client, and of each label, or group that rows were dealt by, where these have room."""
+        kinds = kinds._replace(names=[visible(name) for name in kinds.names])
+        for names in (kinds.names, []):
             if len(names) <= SHOWN_LABELS:
-                head, rows, summed = _partition_rows(partition, labels, names)
+                head, rows, summed = _partition_rows(partition, kinds, names)
                 if not names or fits([head, *rows], self._out.width):
                     break
         title = f"Examples of the {_count(len(partition), 'client')}"
+        title += f" by {visible(kinds.by)}" if kinds.key == "groups" else ""
         show_table(
             self._out, head, rows, title=title, right=range(1, len(head)), sections=[SHOWN_CLIENTS] if summed else []
         )
@@ -416,17 +416,17 @@ def _wire(config: SimulationConfig) -> list[tuple[str, str]]:
 
 
 def _partition_rows(
-    partition: Sequence[Held], labels: Sequence[str], names: Sequence[str]
+    partition: Sequence[Held], kinds: Kinds, names: Sequence[str]
 ) -> tuple[list[str], list[list[str]], bool]:
     """Head and rows, and whether they are summed up: many clients are cut to the first few and the spread of all.
 
-    names: labels that have a column each; where there are none, their number has one.
+    names: labels or groups that have a column each; where there are none, their number has one.
     """
-    head = ["client", "examples", *(names or (["labels"] if labels else []))]
+    head = ["client", "examples", *(names or ([kinds.key] if kinds.names else []))]
     rows = []
     for client in partition:
-        counts = {visible(label): count for label, count in client.get("labels", {}).items()}
-        details = [counts.get(name, 0) for name in names] if names else [len(counts)] if labels else []
+        counts = {visible(label): count for label, count in client.get(kinds.key, {}).items()}
+        details = [counts.get(name, 0) for name in names] if names else [len(counts)] if kinds.names else []
         rows.append((_cut(str(client["client"])), [int(client["examples"]), *details]))
     summed = len(rows) > SHOWN_CLIENTS + 4
     shown = [[name, *(f"{number:,}" for number in numbers)] for name, numbers in rows]

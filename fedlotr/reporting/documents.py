@@ -6,7 +6,7 @@ and links of the caller's own give stands beside these keys under their own name
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired
+from typing import Any, Literal, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -158,6 +158,8 @@ class Held(TypedDict):
     examples: int
     labels: NotRequired[Mapping[str, int]]
     """Label -> examples, the most frequent first; absent where examples are hidden."""
+    groups: NotRequired[Mapping[str, int]]
+    """The same of the groups that rows were dealt by; absent where they were not, and where examples are hidden."""
 
 
 class Fingerprint(TypedDict):
@@ -183,6 +185,10 @@ class FactsOfSome(TypedDict, total=False):
     """What counts as public of the rows it is tested on; only with privacy."""
     largest_class: float
     """Its share of the test split; only where there are labels."""
+    grouped_by: str
+    """What rows were dealt by: a column, "length" or "cluster"; absent as `Held.groups` is."""
+    groups: Sequence[str]
+    """The names of its groups, in their order."""
     privacy: str
     """The promise in a line."""
     chain: str
@@ -223,6 +229,25 @@ class Facts(Fingerprint, FactsOfSome):
     shapes: AdaptedShapes
     partition: list[Held]
     """A client each, in the order of their numbers; empty where whole clients are hidden."""
+
+
+class Kinds(NamedTuple):
+    """What the examples of clients are told apart by.
+
+    key: of `Held`. names: in their order; none where they are not told apart. by: "label", or what groups them.
+    """
+
+    key: Literal["labels", "groups"]
+    names: Sequence[str]
+    by: str
+
+
+def kinds_of(facts: Facts) -> Kinds:
+    """The groups that rows were dealt by, or else labels; no names where what clients hold of them is not told."""
+    by, names = facts.get("grouped_by"), facts.get("labels") or ()
+    kinds = Kinds("labels", names, "label") if by is None else Kinds("groups", facts.get("groups") or (), by)
+    told = all(kinds.key in held for held in facts.get("partition") or ())
+    return kinds if told else kinds._replace(names=())
 
 
 class Communication(TypedDict):

@@ -13,7 +13,7 @@ from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.plugins import built_in
 from fedlotr.reporting.console import readable_bytes
-from fedlotr.reporting.documents import under
+from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, number, read_run
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
@@ -26,7 +26,7 @@ LABEL_COLUMNS = 24
 CARRYING = ("flora", "fedex-lora")
 """Strategies over LoRA that merge, and so have a bill of their own."""
 
-NOT_LISTED = ("partition", "labels", "versions", "shapes", "losses")
+NOT_LISTED = ("partition", "labels", "groups", "versions", "shapes", "losses")
 """Facts that have tables of their own, or are none for the eye."""
 BILL = "The bill under other methods"
 NOT_TOLD = "Not told: it would tell which clients took part, and they are hidden."
@@ -336,31 +336,30 @@ def _clients(run: RunRecord) -> Section:
             "Data of the clients", text="The run directory has no facts.json, which tells what clients hold."
         )
     facts = run.facts
-    held, labels = facts["partition"], list(facts.get("labels") or ())
-    if any("labels" not in client for client in held):  # where examples are hidden
-        labels = []
-    sums = {label: sum(client["labels"].get(label, 0) for client in held) for label in labels}
+    held, kinds = facts["partition"], kinds_of(facts)
+    labels, key = list(kinds.names), kinds.key
+    sums = {label: sum(client[key].get(label, 0) for client in held) for label in labels}
     drawn = labels
     if len(labels) > COLOURS:
         drawn = sorted(labels, key=lambda label: -sums[label])[: COLOURS - 1]
     bars: list[tuple[str, dict[str, float]]] = []
     for client in sorted(held, key=lambda client: -client["examples"]):
-        parts = {label: float(client["labels"].get(label, 0)) for label in drawn}
+        parts = {label: float(client[key].get(label, 0)) for label in drawn}
         if len(drawn) < len(labels):
-            parts["all other labels"] = client["examples"] - sum(parts.values())
+            parts[f"all other {key}"] = client["examples"] - sum(parts.values())
         bars.append((str(client["client"]), parts or {"examples": float(client["examples"])}))
     narrow = len(labels) <= LABEL_COLUMNS
     rows: list[list[Any]] = []
     for at, client in enumerate(held):
-        counts = client.get("labels", {})
+        counts = client.get(key, {})
         most = ", ".join(f"{label}: {count}" for label, count in list(counts.items())[:4])
         details = [counts.get(label, 0) for label in labels] if narrow else [len(counts), most]
         rows.append([at, str(client["client"]), client["examples"], *details])
-    columns = ["client", "name", "examples", *(labels if narrow else ["labels", "most frequent"])]
+    columns = ["client", "name", "examples", *(labels if narrow else [key, "most frequent"])]
     figures = [
         Figure(
             "clients",
-            "Examples and labels of each client",
+            "Examples and labels of each client" if key == "labels" else f"Examples of each client by {kinds.by}",
             bar_plot(_spread(bars), what="examples", form=lambda value: f"{value:,.0f}"),
             Table(columns, rows),
             _spread_note(len(bars)),
@@ -368,9 +367,11 @@ def _clients(run: RunRecord) -> Section:
     ]
     if labels:
         bars = [(label, {"examples": float(sums[label])}) for label in drawn]
-        table = Table(["label", "examples"], [[label, sums[label]] for label in labels])
+        table = Table([kinds.by, "examples"], [[label, sums[label]] for label in labels])
         figures.append(
-            Figure("labels", "Labels", bar_plot(bars, what="examples", form=lambda value: f"{value:,.0f}"), table)
+            Figure(
+                "labels", key.capitalize(), bar_plot(bars, what="examples", form=lambda value: f"{value:,.0f}"), table
+            )
         )
     return Section("Data of the clients", figures)
 

@@ -200,6 +200,7 @@ def _is_partition(found: object) -> bool:
         and {"client"} <= held.keys()
         and _is_count(held.get("examples"))
         and _counts(held.get("labels", {}))
+        and _counts(held.get("groups", {}))
         for held in found
     )
 
@@ -236,7 +237,10 @@ SUMMARY: dict[str, Callable[[object], bool]] = {
 }
 FACTS: dict[str, Callable[[object], bool]] = {
     "partition": _is_partition,
-    "labels": lambda found: isinstance(found, list) and all(isinstance(label, str) for label in found),
+    **dict.fromkeys(
+        ("labels", "groups"), lambda found: isinstance(found, list) and all(isinstance(label, str) for label in found)
+    ),
+    "grouped_by": _of(str),
     "metric": _of(str),
     "higher_is_better": _of(bool),
     "clients_per_round": _is_count,

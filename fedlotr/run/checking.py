@@ -15,8 +15,10 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import CoreConfig, check_one_shape
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.own import HIDDEN, other_than_named
+from fedlotr.config.partitions import CLIENT, column_of
 from fedlotr.config.preflight import if_moved
 from fedlotr.data import (
+    Groups,
     Names,
     OwnData,
     OwnTask,
@@ -25,6 +27,7 @@ from fedlotr.data import (
     apply_task,
     check_task,
     default_partition,
+    groups_of,
     load_source,
     parse_partition,
     partition,
@@ -34,7 +37,6 @@ from fedlotr.data import (
     withhold_public,
 )
 from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT
-from fedlotr.data.partition import CLIENT
 from fedlotr.errors import InputError
 from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import known_tokens, most_positions
@@ -76,6 +78,7 @@ class Checked:
     source: of its train the rows that are used, one for each example. public: those withheld from all clients, or,
     where there is one, examples of `public_source`; parts: each client's to train on; held_back: those it is evaluated
     on by itself. examples: all of them, as tokens. test_rows: the rows of the test split, one for each example.
+    groups: of all rows of train, where they were dealt by groups.
     """
 
     config: SimulationConfig
@@ -96,6 +99,7 @@ class Checked:
     held_back: list[Rows] = field(default_factory=list)
     public_source: Source | None = None
     adapted: Adapted = field(default_factory=Adapted)
+    groups: Groups | None = None
 
     @cached_property
     def contents(self) -> dict[str, Content]:
@@ -139,13 +143,15 @@ class Checked:
 def columns_of(config: SimulationConfig, *, own_task: bool = False) -> Names:
     """What the configuration says of the data's columns. own_task: whether a task of the caller's own reads them."""
     text = tuple(config.text_column.split(",")) if config.text_column else ()
-    rule, column = parse_partition(config.partition or f"natural:{CLIENT}")
+    rule = parse_partition(config.partition or f"natural:{CLIENT}")[0]
+    column = column_of(config.partition or f"natural:{CLIENT}")
     return Names(
         text,
         config.label_column,
         config.task == "causal-lm",
-        client=str(column) if rule == "natural" else None,
+        client=column if rule == "natural" else None,
         client_if_unlabelled=config.partition is None,
+        grouped=column if rule == "dirichlet" else None,
         told=config.privacy != "client",
         nested=own_task,
     )
@@ -204,7 +210,7 @@ def check(
     assert source is not None and task is not None and tokenizer is not None and spec is not None
     assert labels is not None and dealt is not None
     config = found.config
-    public, parts = dealt
+    public, parts, groups = dealt
     if public_source is not None:
         public = generator(config.seed, "public-data").permutation(len(public_source.train))[: config.public_examples]
     parts, held_back = hold_back(parts, config.client_eval or 0.0, config.seed)
@@ -216,6 +222,7 @@ def check(
         held_back=held_back,
         test_rows=_test_rows(config, len(source.test)),
         public_source=public_source,
+        groups=groups,
     )
     examples, rows, limit = tokenised(config, task, tokenizer, rows, found.positions)
     check_tokens(config, rows, examples, tokenizer, found.tokens)
@@ -242,6 +249,7 @@ def check(
         held_back=list(rows.held_back),
         public_source=public_source,
         adapted=adapted,
+        groups=rows.groups,
     )
 
 
@@ -336,8 +344,8 @@ def _left_out(
 
 def _clients(
     found: _Findings, source: Source | None, task: Task | None
-) -> tuple[Rows | None, tuple[Rows, list[Rows]] | None]:
-    """The labels of the rows to train on, and these as they are dealt out: public ones, and each client's."""
+) -> tuple[Rows | None, tuple[Rows, list[Rows], Groups | None] | None]:
+    """The labels of the rows to train on, and these as they are dealt out, as `_deal` has it."""
     if source is None or task is None:
         return None, None
     config = found.config
@@ -361,7 +369,7 @@ def _clients(
     chosen = config.partition or default_partition(source.train.column_names, labelled=bool(task.label_names))
     found.config = config.model_copy(update={"partition": chosen})
     fields = ("partition", "clients", "max_examples", "public_examples")
-    return labels, found.attempt(lambda: _deal(config, chosen, source, labels), *fields)
+    return labels, found.attempt(lambda: _deal(config, chosen, source, labels, task.columns), *fields)
 
 
 def _public(found: _Findings, source: Source | None, task: Task | None, own_task: OwnTask | None) -> Source | None:
@@ -523,7 +531,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
     """What --public-data names, fit for the task. Raises InputError where it is not."""
     name = f"--public-data {config.public_data}"
     try:
-        names = replace(columns_of(config, own_task=own_task is not None), client=None)
+        names = replace(columns_of(config, own_task=own_task is not None), client=None, grouped=None)
         source = load_source(str(config.public_data), seed=config.seed, names=names)
         if own_task is not None:
             source, _ = apply_task(own_task, source)
@@ -537,14 +545,20 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
     return source
 
 
-def _deal(config: SimulationConfig, rule: str, source: Source, labels: Rows) -> tuple[Rows, list[Rows]]:
+def _deal(
+    config: SimulationConfig, rule: str, source: Source, labels: Rows, texts: Sequence[str] = ()
+) -> tuple[Rows, list[Rows], Groups | None]:
+    """The public rows, those of each client, and the groups of all where they are dealt by groups.
+
+    texts: the columns that the task reads, for rules that look at them.
+    """
     # Rows withheld from private data are as private as the rest: they would be no public examples.
     withheld = config.public_examples if config.privacy == "none" and config.public_data is None else 0
     tested = {"held out to test": len(source.test) if source.drawn else 0}
     public, private = withhold_public(withheld, len(source.train), config.seed, tested)
-    kind, column = parse_partition(rule)
+    by, column = groups_of(rule, source.train, texts, config.seed), column_of(rule)
     whole = [source.train, *([source.test] if source.drawn else [])]
-    named = kind == "natural" and all(str(column) in rows.column_names for rows in whole)
+    named = by is None and column is not None and all(column in rows.column_names for rows in whole)
     try:
         parts = partition(
             rule,
@@ -555,13 +569,14 @@ def _deal(config: SimulationConfig, rule: str, source: Source, labels: Rows) -> 
             max_examples=config.max_examples,
             withheld=tested | {"public examples": withheld},
             groups=[value for rows in whole for value in rows[str(column)][:]] if named else (),
+            by=None if by is None else replace(by, of=by.of[private]),
         )
     except InputError as error:
         if config.partition is not None or rule != "natural":
             raise
         unasked = "; natural is the default where there is a column client, or give --partition iid"
         raise InputError([f"{problem}{unasked}" for problem in error.problems]) from error
-    return public, [private[part] for part in parts]
+    return public, [private[part] for part in parts], by
 
 
 def hold_back(parts: Sequence[Rows], share: float, seed: int) -> tuple[list[Rows], list[Rows]]:

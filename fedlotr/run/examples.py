@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedlotr.config.configuration import SimulationConfig
-from fedlotr.data import Encoded, Source, Style, Task, encode_rows
+from fedlotr.data import Encoded, Groups, Source, Style, Task, encode_rows
 from fedlotr.errors import InputError, shorten
 from fedlotr.models.limits import tokens_beyond
 from fedlotr.training.examples import Examples
@@ -18,7 +18,8 @@ from fedlotr.training.packing import Rows
 
 @dataclass(frozen=True, kw_only=True)
 class Dealt:
-    """Rows of a source's train split, and who has them. labels: (rows,) class indices, of all rows.
+    """Rows of a source's train split, and who has them. labels: (rows,) class indices, of all rows; groups: theirs, if
+    they were dealt by some.
 
     public: those withheld from all clients, unless `public_source` has them; parts: each client's to train on;
     held_back: each client's to be evaluated on by itself. test_rows: of the test split.
@@ -31,6 +32,7 @@ class Dealt:
     held_back: Sequence[Rows]
     test_rows: Rows
     public_source: Source | None = None
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def tokenised(
         parts=parts,
         held_back=held_back,
         test_rows=dealt.test_rows[test.owner],
+        groups=None if dealt.groups is None else replace(dealt.groups, of=dealt.groups.of[rows]),
     )
     return Tokenised(train, test, shown[0] if shown else None), known, limit
 

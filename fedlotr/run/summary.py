@@ -102,6 +102,8 @@ def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
     if names := checked.task.label_names:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
+    if checked.groups is not None and checked.config.privacy == "none":
+        found |= {"grouped_by": checked.groups.by, "groups": checked.groups.names}
     if promise is not None:
         found["privacy"] = promise
     return found
@@ -118,10 +120,12 @@ def _partition(checked: Checked) -> list[Held]:
     if config.baseline != "central":  # whose only part is of all clients
         clients = client_names(str(config.partition), checked.source.train, checked.parts)
     found: list[Held] = []
-    for one in describe(checked.parts, checked.labels, checked.task.label_names):
+    for one in describe(checked.parts, checked.labels, checked.task.label_names, checked.groups):
         found.append({"client": clients[one.client] if clients else one.client, "examples": one.examples})
         if config.privacy == "none":
             found[-1]["labels"] = one.labels
+            if checked.groups is not None:
+                found[-1]["groups"] = one.groups
     return found
 
 

@@ -17,13 +17,14 @@ from fedlotr.data import (
     Holding,
     client_names,
     describe,
+    groups_of,
     load_source,
     parse_partition,
     partition,
     resolve_task,
     withhold_public,
 )
-from fedlotr.data.partition import _nobody_empty
+from fedlotr.data.dealing import _nobody_empty
 from fedlotr.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -37,7 +38,9 @@ def rows_of(clients: Sequence[object]) -> Dataset:
 def divide(
     rule: str, labels: Sequence[int], clients: int, *, seed: int = 0, max_examples: int | None = None
 ) -> list[list[int]]:
-    parts = partition(rule, rows_of(labels), np.array(labels), clients=clients, seed=seed, max_examples=max_examples)
+    rows = rows_of(labels)
+    by = groups_of(rule, rows, ["client"], seed)
+    parts = partition(rule, rows, np.array(labels), clients=clients, seed=seed, max_examples=max_examples, by=by)
     return [part.tolist() for part in parts]
 
 
@@ -47,17 +50,25 @@ def test_rules_are_parsed_to_their_name_and_value() -> None:
     assert parse_partition("shards:2") == ("shards", 2)
     assert parse_partition("natural") == ("natural", "client")
     assert parse_partition("natural:a:b") == ("natural", "a:b")
+    assert parse_partition("dirichlet:0.3:a:b") == ("dirichlet", 0.3, "a:b")
+    assert parse_partition("clusters:0.3") == ("clusters", 0.3, 10)
+    assert parse_partition("clusters:0.3:4") == ("clusters", 0.3, 4)
+    assert parse_partition("lengths:0.3") == ("lengths", 0.3)
+    assert parse_partition("quantity:0.3") == ("quantity", 0.3)
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("dirichet:0.3", "did you mean 'dirichlet'"),
+        ("dirichet:0.3", "did you mean 'dirichlet:0.5'"),
         ("IID", "did you mean 'iid'"),
-        ("", "choose one of: dirichlet, iid, natural, shards"),
+        (
+            "",
+            "choose one such as iid, dirichlet:0.5, lengths:0.5, clusters:0.5, quantity:0.5, shards:2, natural:client",
+        ),
         ("iid:3", "takes no value"),
         ("natural:", "name of a column"),
-        ("dirichlet", "such as dirichlet:0.3"),
+        ("dirichlet", "such as dirichlet:0.5"),
         ("dirichlet:", "concentration above 0"),
         ("dirichlet:0", "concentration above 0"),
         ("dirichlet:-1", "concentration above 0"),
@@ -67,6 +78,13 @@ def test_rules_are_parsed_to_their_name_and_value() -> None:
         ("shards", "such as shards:2"),
         ("shards:0", "1 or more"),
         ("shards:1.5", "1 or more"),
+        ("dirichlet:0.3:", "name of a column"),
+        ("dirichlet:source", "concentration above 0"),
+        ("length:0.5", "did you mean 'lengths:0.5'"),
+        ("lengths:0.5:source", "concentration above 0"),
+        ("quantity:0", "concentration above 0"),
+        ("clusters:0.5:1", "2 to 1,000 clusters"),
+        ("clusters:0.5:many", "2 to 1,000 clusters"),
     ],
 )
 def test_a_wrong_rule_names_the_option_and_the_nearest_right_one(rule: str, message: str) -> None:
@@ -76,7 +94,12 @@ def test_a_wrong_rule_names_the_option_and_the_nearest_right_one(rule: str, mess
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rule=st.sampled_from(["iid", "dirichlet:0.5", "dirichlet:100", "shards:1", "shards:3", "natural"]),
+    rule=st.sampled_from(
+        [
+            *("iid", "dirichlet:0.5", "dirichlet:100", "dirichlet:1:client", "quantity:0.01", "quantity:2"),
+            *("shards:1", "shards:3", "natural"),
+        ]
+    ),
     labels=st.lists(st.integers(0, 4), max_size=40).map(
         lambda more: [0, 1, 2, 3] * 10 + more
     ),  # more rows than clients
@@ -99,7 +122,7 @@ def test_parts_are_sorted_disjoint_in_range_never_empty_and_repeatable(
     assert set(taken) <= set(range(len(labels)))
     if max_examples is not None:
         assert max(map(len, parts)) <= max_examples
-    elif rule == "iid" or rule.startswith("dirichlet"):
+    elif rule.startswith(("iid", "dirichlet", "quantity")):
         assert len(taken) == len(labels)
     elif rule.startswith("shards"):
         assert len(labels) - len(taken) < clients * int(rule[-1])
@@ -237,7 +260,7 @@ def test_public_examples_leave_some_for_the_clients(count: int) -> None:
         withhold_public(count, 10, seed=0)
 
 
-@pytest.mark.parametrize("rule", ["iid", "dirichlet:0.3", "shards:2", "natural"])
+@pytest.mark.parametrize("rule", ["iid", "dirichlet:0.3", "dirichlet:1:client", "quantity:0.1", "shards:2", "natural"])
 def test_nothing_is_printed_nor_warned(rule: str, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
