@@ -174,6 +174,11 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         device = next((p.device for p in self.base_layer.parameters()), torch.device("cpu"))
         self.core_carry[adapter] = Carried(*tensors).to(device)
 
+    def drop_carry(self, adapter: str) -> None:
+        """Let an adapter contain no constant."""
+        if adapter in self.core_carry:
+            del self.core_carry[adapter]
+
     def carry(self, adapter: str) -> Carried | None:
         """The carried term of an adapter, or None."""
         return cast(Carried, self.core_carry[adapter]) if adapter in self.core_carry else None

@@ -173,6 +173,8 @@ class TrainableModel:
         """Let the layers carry these terms, and no others. Raises KeyError for a layer that is not adapted."""
         self.carried = carry
         layers = factored_layers(self.module)
+        for name in layers.keys() - carry.terms.keys():
+            layers[name].drop_carry("default")
         for name, term in carry.terms.items():
             layers[name].add_carry("default", *term.tensors())
 

@@ -144,3 +144,14 @@ def test_all_that_ends_a_turn_is_a_stop(stories: Path) -> None:
     for template in (CHAT.replace("<|over|>", " the end "), "{{ raise_exception('no') }}", "{{ messages[0].content }}"):
         tokenizer.chat_template = template
         assert end_of_turn(tokenizer) is None
+
+
+def test_a_model_that_goes_back_to_an_earlier_carried_term_says_what_it_said_then(stories: Path) -> None:
+    model, prompts = build(stories), prompts_of(stories)
+    before = generate(model, prompts, 12, [2])
+    some = {name: layer for name, layer in list(factored_layers(model.module).items())[::2]}
+    parts = {n: Factors(torch.randn(2, of.in_features), torch.randn(of.out_features, 2)) for n, of in some.items()}
+    model.carry(Carry().grown(parts))
+    assert generate(model, prompts, 12, [2]) != before
+    model.carry(Carry())
+    assert generate(model, prompts, 12, [2]) == before
