@@ -73,7 +73,7 @@ INSIDE = {
     "commands": ("door", "compare cost forecast ls report simulate", "doctor grid supervised"),
     "reporting": (
         "documents",
-        "callbacks escaping run_record svg",
+        "callbacks escaping run_record samples svg",
         "fitting page",
         "console loggers",
         "bill grid_table report",
@@ -89,7 +89,7 @@ INSIDE = {
             "checking",
             "shown",
             "preparation privacy_plan",
-            "federation",
+            "federation prompts samples",
             "summary",
             "rounds",
         ),

@@ -122,6 +122,7 @@ GRADIENT = "the basis {c.chosen_basis!r} takes its gradient from public examples
 NESTED = " or ".join(map(repr, cores_that(lambda kind: kind.nested)))
 NO_BLOCK = f"the core {{c.chosen_core!r}} has no leading block; choose {NESTED}"
 ALONE = "a baseline's clients keep no factors and are tested on the test split alone"
+NO_COMMON = "each client has a model of its own, and there is no common one to ask; leave it out"
 PLAIN = (
     "Opacus' hooks are for plain matrices: a method with the core "
     f"{' or '.join(cores_that(lambda kind: kind.plain))}, such as fed-sb or lora"
@@ -195,6 +196,10 @@ TABLE = {
     "baseline method:personal": ALONE,
     "baseline client_eval (method:shared)": ALONE,
     "client_rank method:personal": "factors that stay with the clients have the run's rank",
+    "samples method:personal": NO_COMMON,
+    "samples baseline=local": NO_COMMON,
+    "samples privacy!=none (public_eval=false public_data=none)": "a sample shows the text of a row, and no row is "
+    "said to be nobody's secret; give --public-eval or --public-data, or leave it out",
     "client_adapters method:shared": "no factors stay with the clients: all have the one in adapter/",
     "alpha, basis, tie, core, client_rank, targets!=all-linear method:bare": "this method adapts no layer",
     "alpha, basis, tie, core, client_rank method:whole": "this method trains whole matrices, without factors",

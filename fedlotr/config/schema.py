@@ -337,6 +337,16 @@ class Fields(BaseModel):
         description="split to evaluate on; held-out: a seeded tenth of train, to choose rates by (default: test, else "
         "a validation split, else a tenth of train)",
     )
+    samples: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,  # they are for people to read
+        description="prompts of the test split that a language model answers before training, at its best round and at "
+        "the end, in samples.md; 0: none (default: 3; with --privacy of public rows alone)",
+    )
+    sample_tokens: int = Field(
+        default=64, ge=1, le=LARGEST, description="tokens of such an answer at most, and no more than the model takes"
+    )
 
     engine: Literal["ray", "local", "flower"] = Field(
         default="ray",

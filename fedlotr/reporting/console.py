@@ -25,6 +25,7 @@ from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, Star
 from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, kinds_of, under
 from fedlotr.reporting.escaping import lines as plain_lines
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
+from fedlotr.reporting.samples import MARKDOWN, in_short, samples_in
 
 SHOWN_CLIENTS = 8
 """Rows of the partition table when there are more clients than `SHOWN_CLIENTS + 4`; four rows then sum up the rest."""
@@ -169,6 +170,9 @@ class Console(Callbacks):
                     f"adapter  {self.run_dir / 'adapter'}",
                     "         (README.md there has the lines that use it)",
                 ]
+            if (samples := samples_in(self.run_dir)) is not None:
+                lines.append(f"samples  {self.run_dir / MARKDOWN}")
+                lines += [f"         {title:7}{text}" for title, text in in_short(samples)]
             self._out.print("\n".join(lines), soft_wrap=True)
 
     def close(self) -> None:
@@ -361,6 +365,8 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
         rows.append(("privacy", facts["privacy"]))
     if facts.get("scored_on"):
         rows.append(("scored on", facts["scored_on"]))
+    if facts.get("samples"):
+        rows.append(("samples", facts["samples"]))
     return rows
 
 

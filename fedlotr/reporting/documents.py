@@ -178,8 +178,59 @@ class AdaptedShapes(TypedDict):
     """Numbers in each tensor of the head."""
 
 
+class Asked(TypedDict):
+    """A prompt of samples.json."""
+
+    row: int
+    """Of the rows that it is one of, from 1."""
+    asked: str
+    """What a person asks there: the last turn before the answer, or the beginning of a text."""
+    prompt: str
+    """All that the model goes on from, special tokens among it."""
+    left_out: int
+    """Tokens cut out of its middle."""
+    reference: str
+    """How the data go on."""
+
+
+class Said(TypedDict):
+    """An answer of samples.json."""
+
+    text: str
+    ended: bool
+    """Whether the model ended it, before it had as many tokens as it may have."""
+
+
+class SaidAfter(TypedDict):
+    """What the model of a round says to each prompt."""
+
+    round: int
+    """0: before training."""
+    said: list[Said]
+
+
+class Samples(TypedDict):
+    """samples.json: what a language model says to the same prompts as it learns."""
+
+    rows_of: str
+    """What the prompts were drawn from, in words."""
+    tokens: int
+    """That an answer may have."""
+    prompts: list[Asked]
+    answers: list[SaidAfter]
+    """In the order of their rounds."""
+    best: int | None
+    """The round that was best; None before the end."""
+    last: int | None
+    notes: list[str]
+    """What is not as it should be."""
+
+
 class FactsOfSome(TypedDict, total=False):
     """What is told of some runs alone."""
+
+    samples: str
+    """Which prompts a language model is asked, or why it is asked none."""
 
     scored_on: str
     """What counts as public of the rows it is tested on; only with privacy."""

@@ -31,7 +31,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot with the table behind it; either may be missing. note: one sentence under it. open: the table is shown."""
+    """A plot with the table behind it, and texts; any may be missing.
+
+    note: one sentence under it. open: the table is shown. texts: whole ones, line by line, each under its title.
+    """
 
     name: str
     title: str
@@ -40,6 +43,7 @@ class Figure:
     note: str = ""
     open: bool = False
     wide: bool = False
+    texts: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)

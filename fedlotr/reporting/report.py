@@ -16,6 +16,7 @@ from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, number, read_run
+from fedlotr.reporting.samples import TITLE, about, name, texts
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
 
 BARS = 60
@@ -60,6 +61,7 @@ def report_page(run: RunRecord) -> str:
     sections = [
         _outcome(run),
         _learning(run),
+        *_samples(run),
         _communication(run, traffic),
         *_bill(run),
         *([] if run.baseline else [_certificate(run)]),
@@ -161,6 +163,17 @@ def _learning(run: RunRecord) -> Section:
     losses = run.facts.get("losses") or {}
     text = " ".join(f"{key}, in nats, is {words}." for key, words in losses.items())
     return Section("Learning", figures, text)
+
+
+def _samples(run: RunRecord) -> list[Section]:
+    """What a language model says; nothing of a run that has asked nothing."""
+    if run.samples is None:
+        return []
+    figures = [
+        Figure(f"sample-{at}", name(run.samples, at), texts=texts(run.samples, at), wide=True)
+        for at in range(len(run.samples["prompts"]))
+    ]
+    return [Section(TITLE, figures, " ".join([about(run.samples), *run.samples["notes"]]))]
 
 
 def _over_bytes(run: RunRecord, *keys: str) -> Table:

@@ -17,7 +17,8 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.config.yaml_file import read_yaml
 from fedlotr.errors import InputError, shorten
 from fedlotr.files import finite
-from fedlotr.reporting.documents import Facts, MetricsRow, Summary, under
+from fedlotr.reporting.documents import Facts, MetricsRow, Samples, Summary, under
+from fedlotr.reporting.samples import samples_in
 
 METRICS = ("accuracy", "perplexity")
 """The metrics of the tasks that come with fedlotr."""
@@ -46,7 +47,7 @@ class RunRecord:
     """config: config.yaml. rows: metrics.jsonl. summary, facts: empty where there is none.
 
     Numbers of rows are finite, or None; of summary and facts, what reports look into is as a run writes it, or is not
-    there. notes: what had to be left out.
+    there. samples: samples.json, where there is one. notes: what had to be left out.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class RunRecord:
     summary: Summary
     facts: Facts
     notes: tuple[str, ...] = ()
+    samples: Samples | None = None
 
     @property
     def name(self) -> str:
@@ -178,7 +180,8 @@ def read_run(folder: Path) -> RunRecord:
         )
     summary = _fitting(summary or {}, SUMMARY, folder / "summary.json", notes)
     facts = _fitting(facts or {}, FACTS, folder / "facts.json", notes)
-    return RunRecord(folder, dict(config), rows, cast(Summary, summary), cast(Facts, facts), tuple(notes))
+    samples = samples_in(folder, notes)
+    return RunRecord(folder, dict(config), rows, cast(Summary, summary), cast(Facts, facts), tuple(notes), samples)
 
 
 def number(value: object) -> float | int | None:

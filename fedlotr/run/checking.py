@@ -360,6 +360,11 @@ def _clients(
             for field in ("template", "train_on", "template_date", "eos")
             if getattr(config, field) != type(config).model_fields[field].default
         ]
+    if task.kind != "causal-lm" and config.samples:
+        found.problems.append(
+            f"--samples {config.samples}: a classifier says nothing that could be shown; leave it out (--sample is the "
+            "number or share of the clients that train in a round)"
+        )
     labels = found.attempt(lambda: task.labels(source.train, partial(source.place, "train")))
     for line in unshared_classes(source, task, told=config.privacy == "none") if labels is not None else ():
         say(line)

@@ -33,6 +33,8 @@ KEPT_CHECKPOINTS = 2
 """The last one, and the one before in case that is damaged."""
 FORMAT = 2
 """Of the checkpoints; another number is another version's."""
+DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+"""What reading a checkpoint raises that is not whole."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -223,7 +225,7 @@ class RunDirectory:
         for path in sorted((path for path in paths if _round_of(path)), key=lambda path: -(_round_of(path) or 0)):
             try:
                 return self._read_checkpoint(path)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            except DAMAGE as error:
                 problems.append(f"{path.name}: {error}")
                 say(f"checkpoint {path.name} is damaged and passed over: {error}")
         if problems:
@@ -232,6 +234,13 @@ class RunDirectory:
                 "bring back what is damaged from a copy, or start a new run with another --out"
             )
         return None
+
+    def whole_checkpoint(self, server_round: int) -> Checkpoint | None:
+        """That of a round; None where it is not kept, or is damaged."""
+        try:
+            return self._read_checkpoint(self.checkpoints / f"round-{server_round:05d}.json")
+        except DAMAGE:
+            return None
 
     def rounds(self) -> list[int]:
         """The rounds that a checkpoint is kept of."""
@@ -246,7 +255,7 @@ class RunDirectory:
             raise InputError(f"--resume-round {server_round}: no checkpoint of that round is kept; {others}")
         try:
             return self._read_checkpoint(path)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        except DAMAGE as error:
             raise InputError(f"--resume-round {server_round}: {path.name} is damaged ({error}); {others}") from error
 
     def drop_results(self) -> None:

@@ -62,6 +62,16 @@ def _shared(one: set[str], other: set[str]) -> float:
     return len(one & other) / max(1, min(len(one), len(other)))
 
 
+def shown(config: SimulationConfig, source: Source, public: Source | None) -> tuple[datasets.Dataset, str] | None:
+    """Rows whose very text may be shown, and what they are, in words; None where a run hides its data and has none.
+
+    public: what --public-data names. A test split that is only assumed public may be scored, and is not shown.
+    """
+    if config.privacy == "none" or config.public_eval:
+        return source.test, source.test_split
+    return None if public is None else (public.train, "the public data (--public-data)")
+
+
 def scored_on(config: SimulationConfig, source: Source) -> str:
     """What a run that hides its data is evaluated on, in words."""
     said = "said to be public (--public-eval)" if config.public_eval else "assumed public: a split that no client holds"

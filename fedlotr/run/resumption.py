@@ -29,6 +29,8 @@ MAY_CHANGE = {
     "tensorboard",
     "mlflow",
     "wandb",
+    "samples",
+    "sample_tokens",
 }
 """What changes nothing in the results."""
 ROWS = ("data", "eval_data")

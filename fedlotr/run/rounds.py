@@ -19,6 +19,7 @@ from fedlotr.engines.flower import FlowerGrid
 from fedlotr.files import finite
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain
+from fedlotr.flower.links.carry import carried_in
 from fedlotr.flower.links.personal import personal
 from fedlotr.flower.norms import Watch
 from fedlotr.flower.records import to_record, to_tensors
@@ -36,7 +37,8 @@ from fedlotr.run.export import OwnBase, write_adapter
 from fedlotr.run.federation import federation
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.resumption import ROWS, changed_defences, check_model, fixed_values
-from fedlotr.run.summary import metrics_of, summarise
+from fedlotr.run.samples import Model, Sampling
+from fedlotr.run.summary import best_of, metrics_of, summarise
 from fedlotr.said import Heard, say
 
 log = logging.getLogger("fedlotr")
@@ -68,6 +70,7 @@ class Rounds:
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
         self.federation = federation(config, prepared, guard)
         self.contents = prepared.checked.contents
+        self.sampling = Sampling(prepared, directory.path)
 
     def begin(self, strategy: FlowerStrategy, checkpoint: Checkpoint | None) -> State:
         """The state before the next round: from the start, or from a checkpoint. Raises InputError for other bases."""
@@ -83,6 +86,7 @@ class Rounds:
             type(strategy).__name__,
         )
         self.directory.open_round_folders()
+        self.sampling.begin((to_tensors(state.arrays), self.prepared.model.carried))
         if checkpoint is None:
             self.directory.go_back_to(None)  # a run that was killed in its first round has left something
             self.initial = self._evaluate(state)
@@ -147,6 +151,7 @@ class Rounds:
             state = replace(state, arrays=strategy.all(config.clients, state.arrays))
         else:
             self._write_adapters(state)
+            self._sample(state)
         self.audience.tell(TrainedEvent(state.round))
         loads = self.prepared.workplace.loads()
         log.info("the frozen base was loaded %d times, by %d processes", len(loads), len(set(loads)))
@@ -228,6 +233,30 @@ class Rounds:
                 model.assign(shared | personal(self.grid.client_states.get(client, {})))
                 write(self.directory.adapter_of(client), client=client)
 
+    def _sample(self, state: State) -> None:
+        """Have the models of the best and of the last round answer the run's prompts."""
+
+        def model_of(number: int) -> Model | None:
+            if number == state.round:
+                return to_tensors(state.arrays), state.carry
+            if (checkpoint := self.directory.whole_checkpoint(number)) is None:
+                return None
+            trained = {name: checkpoint.arrays[name] for name in state.arrays}
+            return to_tensors(to_record(trained)), carried_in(
+                checkpoint.extra["links"], checkpoint.arrays, self.federation.carried
+            )
+
+        best = best_of(self.prepared, self.history)
+        self.sampling.finish(state.round, state.round if best is None else best["round"], model_of)
+
+    def _best_rounds(self) -> set[int]:
+        """The rounds whose models may yet be asked: the best one so far, and as of the round before this one.
+
+        Of that too, since a run goes on from there where the newest checkpoint is damaged.
+        """
+        so_far = [self.history, self.history[:-1]] if self.sampling.wanted else []
+        return {best["round"] for rows in so_far if (best := best_of(self.prepared, rows)) is not None}
+
     def _own_base(self) -> OwnBase | None:
         own = self.prepared.checked.own_model
         segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
@@ -287,6 +316,7 @@ class Rounds:
             "watch": state.watch.state(),
         }
         every = {**arrays, **client_arrays, **link_arrays, **trained}
-        before_harm = [] if state.watch.first is None else [state.watch.first - 1]
-        self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, before_harm)
+        before_harm = set() if state.watch.first is None else {state.watch.first - 1}
+        keep = before_harm | self._best_rounds()
+        self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, keep)
         log.info("round %d: %s", state.round, {k: v for k, v in done.metrics.items() if v is not None})

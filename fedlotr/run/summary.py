@@ -51,6 +51,7 @@ from fedlotr.run.checking import Checked
 from fedlotr.run.federation import federation, ranks_of
 from fedlotr.run.fitting_texts import seen_in_words
 from fedlotr.run.preparation import Prepared
+from fedlotr.run.prompts import in_words
 from fedlotr.run.public_rows import scored_on
 from fedlotr.training.model import TrainableModel
 
@@ -99,6 +100,8 @@ def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
     checked = prepared.checked
     if checked.config.privacy != "none":
         found["scored_on"] = scored_on(checked.config, checked.source)
+    if (asked := in_words(checked)) is not None:
+        found["samples"] = asked
     if names := checked.task.label_names:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
@@ -188,9 +191,8 @@ def summarise(
     evaluated = [row for row in history if row["evaluate_seconds"] is not None]
     last = evaluated[-1]
     metrics = metrics_of(prepared)
-    metric, better = next(iter(metrics.items()))
-    known = [row for row in evaluated if under(row, metric) is not None]
-    best = better(known or [last], key=lambda row: under(row, metric))
+    metric, best = next(iter(metrics)), best_of(prepared, history)
+    assert best is not None
     errors = [row["aggregation_error"] for row in history if row["aggregation_error"] is not None]
     hides_clients = config.privacy == "client"
     return {
@@ -271,6 +273,15 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}
+
+
+def best_of(prepared: Prepared, history: Sequence[MetricsRow]) -> MetricsRow | None:
+    """The first row with the best value of the decisive metric; where none has a value, the last that was evaluated."""
+    metric, better = next(iter(metrics_of(prepared).items()))
+    known = [row for row in history if under(row, metric) is not None]
+    evaluated = [row for row in history if row["evaluate_seconds"] is not None]
+    best: MetricsRow | None = better(known or evaluated[-1:], key=lambda row: under(row, metric), default=None)
+    return best
 
 
 def texts_in_words(prepared: Prepared) -> Texts:

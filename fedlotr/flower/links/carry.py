@@ -14,6 +14,7 @@ from fedlotr.flower.certificate import Layer, Matrix, Product
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply, Turn
 from fedlotr.flower.records import Arrays, arrays_sha256, to_record, to_tensors
+from fedlotr.flower.serialize import unpack
 from fedlotr.flower.workplace import Workplace
 from fedlotr.training.model import TrainableModel
 
@@ -119,6 +120,13 @@ class CarriedTerm(Link):
     def send(self, job: Job) -> None:
         if self._sha256:
             job.identity[SAYS] = self._sha256
+
+
+def carried_in(links: Mapping[str, Any], arrays: Mapping[str, Any], start: Carry) -> Carry:
+    """The carried term in a checkpoint's links and arrays. start: version 0, which no checkpoint holds."""
+    link = CarriedTerm(start)
+    link.load_state(unpack(links.get(link.name, {}), arrays))
+    return link.carry
 
 
 def additions(carry: Mapping[str, Product], layers: Sequence[Layer], start: Arrays) -> dict[str, Product]:
