@@ -88,7 +88,7 @@ def texts(samples: Samples, at: int) -> list[tuple[str, str]]:
         (f"{after(samples, one['round'])}{_cut(one['said'][at])}", one["said"][at]["text"])
         for one in samples["answers"]
     ]
-    found = [(f"Prompt{_short(asked)}", asked["prompt"]), ("The data go on", asked["reference"]), *answers]
+    found = [(f"Prompt{_short(asked)}", asked["prompt"]), ("In the data", asked["reference"]), *answers]
     return [(title, text if text.strip() else NOTHING) for title, text in found]
 
 
@@ -97,7 +97,7 @@ def _short(asked: Asked) -> str:
 
 
 def _cut(said: Said) -> str:
-    return "" if said["ended"] else ", not at its end"
+    return "" if said["ended"] else ", cut off"
 
 
 def name(samples: Samples, at: int) -> str:

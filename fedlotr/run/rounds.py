@@ -86,12 +86,13 @@ class Rounds:
             type(strategy).__name__,
         )
         self.directory.open_round_folders()
-        self.sampling.begin((to_tensors(state.arrays), self.prepared.model.carried))
+        base = to_tensors(state.arrays), self.prepared.model.carried
         if checkpoint is None:
             self.directory.go_back_to(None)  # a run that was killed in its first round has left something
             self.initial = self._evaluate(state)
             log.info("before the first round: %s", self.initial)
             self.audience.tell(evaluated(0, self.initial))
+            self.sampling.begin(base)
             return state
         check_model(checkpoint, self.prepared.bases_sha256, state.arrays)
         with blaming(strategy, checkpoint.round, self.config.method, "load_state"):
@@ -121,6 +122,7 @@ class Rounds:
         state.chain.load(checkpoint.extra["links"], checkpoint.arrays, self.grid.client_states)
         if state.carry.version:
             self.prepared.workplace.save_carry(state.carry)  # as it would still be on the clients' own disks
+        self.sampling.begin(base)
         watch = Watch.restored(checkpoint.extra.get("watch", {}))
         return State(to_record(trained), checkpoint.round, state.chain, watch)
 

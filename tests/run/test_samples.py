@@ -137,7 +137,7 @@ def test_the_base_the_best_round_and_the_exported_adapter_answer_the_same_prompt
     assert "At the end (round 2, the best)" in (tmp_path / "short" / "samples.md").read_text(encoding="utf-8")
 
     text, page = ((run / name).read_text(encoding="utf-8") for name in ("samples.md", "report.html"))
-    for title in ("Before training", "At the best round (2)", "At the end (round 4)", "The data go on"):
+    for title in ("Before training", "At the best round (2)", "At the end (round 4)", "In the data"):
         assert text.count(title) == 3 and page.count(title) == 3
     assert "samples   3 prompts of test, answered before training" in done.stderr
     assert re.search(r"samples  run/samples.md\n\s+asked  Who has .*\n\s+before .*\n\s+after  ", done.stderr)
