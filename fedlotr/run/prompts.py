@@ -1,16 +1,18 @@
 """Which prompts a language model is asked: rows whose text may be shown, and what it goes on from in each."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fedlotr.adapters.methods import METHODS
+from fedlotr.data import Style
+from fedlotr.data.language import conversations
+from fedlotr.data.templates import prompt_of
 from fedlotr.evaluation.generation import positions
 from fedlotr.run.checking import Checked
+from fedlotr.run.examples import style_of
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.public_rows import shown
 from fedlotr.streams import generator
@@ -96,24 +98,24 @@ def chosen(prepared: Prepared) -> list[Prompt]:
     rows = shown(checked.config, checked.source, checked.public_source)
     if not count or rows is None:
         return []
-    most, places = checked.config.max_length, positions(prepared.model.module)
+    most, places = checked.config.longest, positions(prepared.model.module)
     if places is not None:
         most = min(most, max(1, places - answer_tokens(prepared)))
     order = generator(checked.config.seed, "samples").permutation(len(rows[0]))[: LOOKED_AT * count]
-    asked = list(_asked(rows[0], order, checked.task.columns, checked.tokenizer))
+    asked = list(_asked(rows[0], order, checked))
     fit = [prompt for prompt in asked if len(prompt.tokens) <= most]
     others = [prompt.within(most) for prompt in asked if len(prompt.tokens) > most]
     return (fit + others)[:count]
 
 
-def _asked(
-    rows: Any, order: Sequence[int] | np.ndarray[Any, Any], columns: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Prompt]:
+def _asked(rows: Any, order: Iterable[int], checked: Checked) -> Iterator[Prompt]:
     """Of the rows in this order those that make a prompt."""
-    for row in order:
-        at = int(row)
-        held = {name: rows[at][name] for name in columns}
-        found = _of_text(at, held["text"], tokenizer) if "text" in held else _of_turns(at, held, tokenizer)
+    for row in map(int, order):
+        held = {name: rows[row][name] for name in checked.task.columns}
+        if "text" in held:
+            found = _of_text(row, held["text"], checked.tokenizer)
+        else:
+            found = _of_turns(row, held, checked.tokenizer, style_of(checked.config))
         if found is not None and found.tokens:
             yield found
 
@@ -127,31 +129,21 @@ def _of_text(row: int, text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt 
     return Prompt(row, _text(ids[:half], tokenizer), _begin(tokenizer) + ids[:half], _text(ids[half:], tokenizer))
 
 
-def _of_turns(row: int, held: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+def _of_turns(row: int, held: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, style: Style) -> Prompt | None:
     """All that stands before an assistant's last turn; nothing of a conversation without one, or with nothing before.
 
     A prompt and its answer are two turns.
     """
-    if "messages" in held:
-        turns: list[dict[str, Any]] = json.loads(held["messages"])
-    else:
-        turns = [
-            {"role": "user", "content": held["prompt"]},
-            {"role": "assistant", "content": held["answer"]},
-        ]
+    ((turns, tools),) = conversations({name: [value] for name, value in held.items()})
     last = max((at for at, turn in enumerate(turns) if turn.get("role") == "assistant"), default=0)
     if not last:
         return None
     before = turns[:last]
-    return Prompt(row, _content(before[-1]), _until_answer(before, tokenizer), _content(turns[last]))
-
-
-def _until_answer(turns: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens up to where the assistant begins to answer the last turn, as training has them."""
-    (turn,) = turns
-    text = _content(turn)
-    line = text if not text or text[-1].isspace() else f"{text}\n"
-    return _begin(tokenizer) + _plain(line, tokenizer)
+    try:
+        tokens = prompt_of(before, tokenizer, style, tools)
+    except ValueError:  # a template that does not open such a conversation
+        return None
+    return Prompt(row, _content(before[-1]), tokens, _content(turns[last]))
 
 
 def _content(turn: Mapping[str, Any]) -> str:
