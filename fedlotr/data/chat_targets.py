@@ -34,8 +34,7 @@ def render_chat(
     chat = Chat.of(tokenizer, style.date, tools)
     messages, text = chat.fit(messages if style.train_on == "all" else messages[: last + 1])
     if style.train_on == "all":
-        text, targets = _closed(chat, text, ((0, _end(chat, text)),))
-        return [Rendered(text, targets, (), whole=True)]
+        return [Rendered(*_closed(chat, text, ((0, _end(chat, text)),)), (), whole=True)]
     targets = _marked(chat, messages, text) or _answers(chat, messages, text)
     if targets is not None:
         return [Rendered(*_closed(chat, text, targets), _contents(chat, messages, text, targets), whole=True)]
@@ -69,12 +68,20 @@ def _answers(chat: Chat, messages: Sequence[Message], text: str) -> tuple[Span, 
 
 def _start(chat: Chat, before: Sequence[Message], text: str) -> int | None:
     head = chat.tried(before, prompt=True)
-    if head is None or not text.startswith(head):
-        try:
-            head = _opening(chat, before, head)
-        except ValueError:
-            return None
-    return len(head) if text.startswith(head) else None
+    if head is not None and text.startswith(head):
+        return len(head)
+    for dropped, instead in chat.gaps.items():
+        if head is not None and head.endswith(dropped) and text.startswith(head[: -len(dropped)] + instead):
+            return len(head) - len(dropped) + len(instead)
+    try:
+        opening = _opening(chat, before, head)
+    except ValueError:
+        return None
+    if not text.startswith(opening):
+        return None
+    if head is not None and (same := common(head, opening)) < len(head):
+        chat.gaps[head[same:]] = opening[same:]
+    return len(opening)
 
 
 def _turn_end(chat: Chat, through: Sequence[Message], text: str, *, last: bool) -> int | None:
@@ -153,7 +160,7 @@ def _marked(chat: Chat, messages: Sequence[Message], text: str) -> tuple[Span, .
         return None
     spans = [(start, chat.trimmed(text, end)) for start, end in marks if start < end]
     answer = text_of(messages[-1]).split(REASONED)[-1].strip()
-    held = bool(spans) and answer in text[spans[-1][0] : spans[-1][1]]
+    held = any(answer in text[start:end] for start, end in spans)
     return tuple(spans) if held and all(a[1] <= b[0] for a, b in pairwise(spans)) else None
 
 

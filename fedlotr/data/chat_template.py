@@ -55,7 +55,7 @@ class Chat:
     """A chat template at work, for conversations with the same tools.
 
     special: the texts that are one token wherever they stand. marks: whether the template says itself what is the
-    assistant's.
+    assistant's. gaps: ends of generation prompts that no answer follows, and what precedes answers instead.
     """
 
     def __init__(
@@ -65,14 +65,16 @@ class Chat:
         self.special = _special(tokenizer, len(tokenizer))
         self._dated, self._variables = _dated(template, date)
         self.marks = _MARKS.search(template) is not None
+        self.gaps: dict[str, str] = {}
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, date: datetime.date, tools: Any = None) -> Chat:
         """By the tokenizer's own template. Raises ValueError where it has none, or several and no default."""
         try:
-            return cls(tokenizer, tokenizer.get_chat_template(None, tools), date, tools)
+            template = tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise ValueError(f"the tokenizer has no chat template to use ({' '.join(str(error).split())})") from None
+        return cls(tokenizer, template, date, tools) if tools else _chat(tokenizer, template, date)
 
     def render(self, messages: Sequence[Message], prompt: bool = False, **variables: Any) -> str:
         """The template's text. prompt: with what an assistant's turn begins with. RefusedError has its words."""
@@ -144,6 +146,11 @@ class Chat:
         """Without white space after a special token."""
         shown = text[:end].rstrip()
         return len(shown) if shown.endswith(self.special) else end
+
+
+@lru_cache(maxsize=16)
+def _chat(tokenizer: PreTrainedTokenizerBase, template: str, date: datetime.date) -> Chat:
+    return Chat(tokenizer, template, date)
 
 
 @lru_cache(maxsize=16)

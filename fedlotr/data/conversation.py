@@ -115,7 +115,7 @@ def _with_object(call: Any) -> Any:
 
 
 def _joined(message: Message) -> dict[str, Any]:
-    return {**message, "content": text_of(message)} if isinstance(message.get("content"), list) else dict(message)
+    return dict(message) if isinstance(message.get("content"), str) else {**message, "content": text_of(message)}
 
 
 def _parted(message: Message) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +56,10 @@ def encode_language(
     """
     rows = len(next(iter(columns.values())))
     found = Encoded(prompt_cut=[0] * rows, answer_cut=[0] * rows, dropped=[0] * rows)
-    for owner, rendered, example in _examples(columns, tokenizer, style, place):
-        long = max_length is not None and len(example.tokens) > max_length
-        if long and not example.contents:
-            example.contents = _content_tokens(rendered, example, tokenizer)
-        kept = cut(example, max_length) if long and max_length is not None else example
+    for owner, rendered, borders, example in _examples(columns, tokenizer, style, place):
+        kept: Example | None = example
+        if max_length is not None and len(example.tokens) > max_length:
+            kept = cut(replace(example, contents=_content_tokens(rendered, borders, example)), max_length)
         if kept is None or not any(kept.targets):
             found.dropped[owner] += 1
             continue
@@ -81,7 +80,7 @@ def lengths(
     place: Callable[[int], str] | None = None,
 ) -> list[int]:
     """The tokens of every example that the rows give, uncut. Raises InputError as `encode_language`."""
-    return [len(example.tokens) for _, _, example in _examples(columns, tokenizer, style, place)]
+    return [len(example.tokens) for *_, example in _examples(columns, tokenizer, style, place)]
 
 
 def rendered_rows(
@@ -122,7 +121,7 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase,
     style: Style,
     place: Callable[[int], str] | None,
-) -> Iterator[tuple[int, Rendered, Example]]:
+) -> Iterator[tuple[int, Rendered, Borders, Example]]:
     plain = "text" in columns
     rows = rendered_rows(columns, tokenizer, style, place)
     for start in range(0, len(rows), AT_ONCE):
@@ -133,20 +132,20 @@ def _examples(
         )
         places = encoded["offset_mapping"] if tokenizer.is_fast else [None] * len(batch)
         for (row, rendered), ids, offsets in zip(batch, encoded["input_ids"], places, strict=True):
-            yield row, rendered, _example(rendered, ids, offsets, tokenizer, plain=plain, eos=style.eos or not plain)
+            borders = Borders(rendered.text, ids, offsets, tokenizer)
+            yield (
+                row,
+                rendered,
+                borders,
+                _example(rendered, borders, tokenizer, plain=plain, eos=style.eos or not plain),
+            )
 
 
 def _example(
-    rendered: Rendered,
-    ids: list[int],
-    offsets: Sequence[tuple[int, int]] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    plain: bool,
-    eos: bool,
+    rendered: Rendered, borders: Borders, tokenizer: PreTrainedTokenizerBase, *, plain: bool, eos: bool
 ) -> Example:
     """The tokens with BOS and EOS around them once, and which are learnt; none follows the last of these."""
-    borders = Borders(rendered.text, ids, offsets, tokenizer)
+    ids = borders.ids
     targets = [False] * len(ids)
     for start, end in rendered.targets:
         first, after = borders.first(start), borders.after(end)
@@ -167,18 +166,8 @@ def _example(
     return Example(ids[:length], targets[:length], (), len(begin))
 
 
-def _content_tokens(
-    rendered: Rendered, example: Example, tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[int, int], ...]:
+def _content_tokens(rendered: Rendered, borders: Borders, example: Example) -> tuple[tuple[int, int], ...]:
     """The tokens that lie wholly within messages' contents and are not learnt."""
-    if not rendered.contents:
-        return ()
-    ids = encode(tokenizer, rendered.text)
-    offsets = None
-    if tokenizer.is_fast:
-        encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = encoded["offset_mapping"]
-    borders = Borders(rendered.text, ids, offsets, tokenizer)
     spans = [
         (example.begin + borders.within(start), min(len(example.tokens), example.begin + borders.until(end)))
         for start, end in rendered.contents
@@ -196,7 +185,7 @@ class Borders:
         offsets: Sequence[tuple[int, int]] | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._text, self._ids, self._tokenizer = text, ids, tokenizer
+        self._text, self.ids, self._tokenizer = text, ids, tokenizer
         self._starts = [start for start, _ in offsets] if offsets is not None else []
         self._ends = [end for _, end in offsets] if offsets is not None else []
         self._told = offsets is not None
@@ -212,19 +201,19 @@ class Borders:
         spaced = self._text[start - 1].isspace()
         if self._told and not (spaced and _trims(self._tokenizer)):
             index = bisect_right(self._ends, start)
-            if index == len(self._ids) or self._starts[index] >= start:
+            if index == len(self.ids) or self._starts[index] >= start:
                 return index
         context = encode(self._tokenizer, self._text[:start])
-        if spaced and not self._text[start : start + 1].isspace() and self._ids[: len(context)] != context:
+        if spaced and not self._text[start : start + 1].isspace() and self.ids[: len(context)] != context:
             bare = encode(self._tokenizer, self._text[:start].rstrip())
-            if self._ids[: len(bare)] == bare:
+            if self.ids[: len(bare)] == bare:
                 return len(bare)
-        return min(len(context), len(self._ids))
+        return min(len(context), len(self.ids))
 
     def after(self, end: int) -> int:
         """The first token of what does not begin before this character."""
         if end >= len(self._text):
-            return len(self._ids)
+            return len(self.ids)
         if self._told:
             return bisect_left(self._starts, end)
         return self._alone(end)
@@ -238,7 +227,7 @@ class Borders:
         return bisect_right(self._ends, end) if self._told else self._alone(end)
 
     def _alone(self, position: int) -> int:
-        return min(len(encode(self._tokenizer, self._text[:position])), len(self._ids))
+        return min(len(encode(self._tokenizer, self._text[:position])), len(self.ids))
 
 
 @lru_cache(maxsize=16)
