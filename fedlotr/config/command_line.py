@@ -24,6 +24,8 @@ _PLACEHOLDERS = {
     "max_examples": "int|none",
     "model": "ID|PATH",
     "data": "NAME|PATH",
+    "format": "NAME|module:function|file.py:function",
+    "columns": "NAME=COLUMN[,...]",
     "partition": "|".join(form.form for form in PARTITIONS.values()),
     "method": "|".join(METHODS),
     "basis": "|".join(BASES),

@@ -10,6 +10,7 @@ from fedlotr.adapters.kinds import BASES, CORES, bases_made_of, cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.wire_form import read_form
 from fedlotr.config.schema import Fields
+from fedlotr.config.values import columns_of
 
 TESTS: Mapping[str, Callable[[Any], object]] = {
     "any": lambda value: True,
@@ -17,6 +18,7 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     "zero": lambda value: value == 0,
     "several": lambda least: isinstance(least, int) and least > 1,
     "url": lambda address: "://" in (address or ""),
+    "label": lambda columns: "label" in (columns_of(columns) or {}) if columns else False,
     # of a codec
     "coded": lambda codec: read_form(codec).coded,
     "exact": lambda codec: not read_form(codec).lossy,
@@ -185,6 +187,9 @@ TABLE = {
     "public_data public_examples:zero": "no row of it would be used; give some, or leave it out",
     "eval_data eval_split=held-out": "the latter is a tenth of --data's train; give one of them",
     "show_examples privacy!=none": "it would print rows that are hidden; leave it out",
+    "format, columns text_column": "both say which columns are the texts; name them all by --columns, as text=NAME or "
+    "prompt=NAME,answer=NAME",
+    "columns:label label_column": "both say which column has the labels; give one of them",
     "label_names, join_labels task=causal-lm": "a language model has no labels",
     "resume out:absent": "name the folder of the run to go on with",
     "resume_round resume=false": "it says where --resume goes on; give that too",

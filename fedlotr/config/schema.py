@@ -26,12 +26,14 @@ from fedlotr.config.values import (
     check_template,
     check_text,
     check_text_columns,
+    columns_of,
     expand,
     label_names_of,
     one_of,
     read_arguments,
     read_client_rank,
     read_cohort,
+    read_columns,
     read_label_names,
     read_max_length,
     read_sample,
@@ -101,6 +103,15 @@ class Fields(BaseModel):
         default="pydoc",
         description="pydoc (paragraphs of Python's own documentation, built in), pydoc-chat (questions and answers of "
         "it, for chat models), a folder or a file of JSON, CSV or Parquet, or an id on the Hugging Face hub",
+    )
+    format: str | None = Field(
+        default=None,
+        description="how the rows are read: messages, sharegpt, trl, choice, alpaca, dolly, pair, text+label, "
+        "prompt+answer, text, an installed one's name, or a function of your own (default: seen from the columns)",
+    )
+    columns: Annotated[str, BeforeValidator(read_columns)] | None = Field(
+        default=None,
+        description="what the format calls a column, and what the data do: answer=output,prompt=instruction",
     )
     text_column: Annotated[str, AfterValidator(check_text_columns)] | None = Field(
         default=None,
@@ -458,6 +469,11 @@ class Fields(BaseModel):
     def labels(self) -> tuple[str, ...] | None:
         """The classes in their order, where they are given."""
         return None if self.label_names is None else label_names_of(self.label_names)
+
+    @property
+    def renamed(self) -> tuple[tuple[str, str], ...]:
+        """What formats call columns, and what the data do, where that is said."""
+        return tuple((columns_of(self.columns or "") or {}).items()) if self.columns else ()
 
     @property
     def loggers(self) -> list[str]:

@@ -124,6 +124,41 @@ def check_text_columns(given: str) -> str:
     return given
 
 
+def read_columns(given: object) -> object:
+    """What formats call columns, and what the data do, as one text: NAME=COLUMN with commas.
+
+    given: such a text, or a mapping. As JSON where a name has a comma or a sign of equality.
+    """
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return None
+    pairs = deeply(given) if isinstance(given, Mapping) else columns_of(given) if isinstance(given, str) else None
+    if not isinstance(pairs, dict) or not all(
+        isinstance(name, str) and name for pair in pairs.items() for name in pair
+    ):
+        raise ValueError("expected names of columns, such as answer=output,prompt=instruction")
+    for name in (name for pair in pairs.items() for name in pair):
+        check_text(name, lines=False)
+    if twice := next((column for column in pairs.values() if list(pairs.values()).count(column) > 1), None):
+        raise ValueError(f"the column {shorten(twice)} stands there twice")
+    plainly = not any(mark in name for pair in pairs.items() for name in pair for mark in ",={")
+    return ",".join(f"{name}={column}" for name, column in pairs.items()) if plainly else json.dumps(pairs)
+
+
+def columns_of(text: str) -> dict[str, str] | None:
+    """The names in a text of `read_columns`, and the columns they stand for; None where it is not of the form."""
+    if text.startswith("{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+    parts = [part.partition("=") for part in text.split(",")]
+    names = [name.strip() for name, _, _ in parts]
+    if len(set(names)) < len(names):
+        return None
+    return {name: column.strip() for name, (_, _, column) in zip(names, parts, strict=True)}
+
+
 def check_task(given: str) -> str:
     """A task of ours, or the name of one that the caller brings."""
     if given not in TASKS and not is_own(given):

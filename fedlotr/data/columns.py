@@ -43,10 +43,6 @@ UNREAD = {"a list", "an object", "an array", CHAT, NO_TEXT}
 SPEAKER = {"role", "from", "speaker", "author", "sender"}
 SAID = {"content", "value", "text", "message", "utterance"}
 """What the parts of a message are called, in the forms in which chat is published."""
-INSTEAD_OF_CHAT = (
-    "chat, which cannot be trained on yet; write it as columns prompt and answer, a row for each answer that is to be "
-    "learnt, or read it by an OwnTask"
-)
 FIT = {"text", "a number", "true or false"}
 """Kinds that a text or a label may be of."""
 FIT_LABEL = FIT | {"a decimal number"}
@@ -279,13 +275,14 @@ def undecoded() -> list[Any]:
 
 def but_unread(unread: Mapping[str, str]) -> str:
     """What is to be added to a message that says what is missing: which columns are there and no task reads."""
-    if not unread:
-        return ""
-    chats = [f"'{name}'" for name, kind in unread.items() if kind == CHAT]
     told = [f"'{name}' is {kind}" for name, kind in unread.items() if kind != CHAT][:PROBLEMS_SHOWN]
-    if chats:
-        told.append(f"{', '.join(chats[:PROBLEMS_SHOWN])} {'is' if len(chats) == 1 else 'are'} {INSTEAD_OF_CHAT}")
-    return f"; {'; '.join(told)}"
+    told += [f"'{name}' is {instead_of_chat(name)}" for name, kind in unread.items() if kind == CHAT][:PROBLEMS_SHOWN]
+    return "".join(f"; {words}" for words in told)
+
+
+def instead_of_chat(name: str) -> str:
+    """What is to be said of a column of chat that nothing reads, in words that fit after "is"."""
+    return f"chat, which --columns messages={name} reads, without any classes (--task causal-lm)"
 
 
 def too_many(where: str, rows: int, columns: int) -> list[str]:

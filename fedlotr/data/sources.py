@@ -14,8 +14,11 @@ import numpy as np
 from fedlotr.config.own import own_name
 from fedlotr.config.values import is_data_id
 from fedlotr.data.built_in import BUILT_IN, split_built_in
+from fedlotr.data.canonical import alike, as_turns
 from fedlotr.data.clients import one_client_each
-from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT, Columns, Nested, Places, Table, but_unread
+from fedlotr.data.columns import CHAT, TEXT, Columns, Nested, Places, Table, but_unread, instead_of_chat
+from fedlotr.data.formats import FORMATS, recognised, renamed
+from fedlotr.data.formatted import Form, form_named, form_seen, held
 from fedlotr.data.hub import fetch_data
 from fedlotr.data.labels import are_numbers, label_among, may_be_classes
 from fedlotr.data.layouts import Layout, layout_of, train_splits
@@ -43,6 +46,8 @@ class Source:
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     drawn: whether test is a part of what is otherwise trained on, and no split of its own.
     nested: the columns that are JSON.
+    format: how the rows were read, where that was seen or said; texts: the columns that a task reads then; causal:
+    whether it has no classes; instead: how they would be read if they had none.
     trained: the split or file that train is, in words. unread: files and splits that are neither. beside: columns of
     train of a kind that no task reads, or of text that is not named, and their kind; left_out: those that the task
     which is chosen leaves out. unnamed: columns that may be of labels, and are not said to be. notes: what the user
@@ -65,6 +70,10 @@ class Source:
     train_places: Places | None = None
     test_places: Places | None = None
     nested: tuple[str, ...] = ()
+    format: str = ""
+    texts: tuple[str, ...] = ()
+    causal: bool = False
+    instead: str = ""
 
     @property
     def splits(self) -> str:
@@ -79,6 +88,14 @@ class Source:
     def read_by(self, columns: Collection[str]) -> Source:
         """As a task leaves it that reads these columns."""
         return replace(self, left_out={name: kind for name, kind in self.beside.items() if name not in columns})
+
+    def as_conversations(self) -> Source:
+        """With pairs of prompt and answer as turns; itself where it has none, or turns already."""
+        if "messages" in self.texts or not {"prompt", "answer"} <= {*self.train.column_names}:
+            return self
+        train, test = (as_turns(rows.to_dict()) for rows in (self.train, self.test))
+        made = source_of(self.name, train, test, self.test_split, self.label_names, self.drawn)
+        return replace(self, train=made.train, test=made.test, sha256=made.sha256, texts=("messages",))
 
     def place(self, split: str, row: int) -> str:
         """Where a row of "train" or "test" stands, as a message begins: its file and line, if it has any."""
@@ -101,6 +118,8 @@ class Names:
     client: the column that names the clients, where one does; client_if_unlabelled: it does so in data without labels
     alone. grouped: the column that `dirichlet` deals by, where it does not deal by the label. told: whether numbers of
     rows may be said. nested: whether columns of lists and objects are wanted.
+    format: how the rows are read, where that is said. columns: (what a format calls a column, what the files do).
+    classifies: whether classes are asked for. hidden: whether nothing may be said of single rows.
     """
 
     text: tuple[str, ...] = ()
@@ -111,6 +130,32 @@ class Names:
     grouped: str | None = None
     told: bool = True
     nested: bool = False
+    format: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    classifies: bool = False
+    hidden: bool = False
+
+    @property
+    def label_in_files(self) -> str | None:
+        """What the column of the labels is called there, where that is said."""
+        return self.label or dict(self.columns).get("label")
+
+    def form_of(self, table: Table) -> Form | None:
+        """How the rows of train are read, where that is said or seen and they have no classes. Raises InputError."""
+        if self.nested or self.text:
+            return None
+        label = self.label or label_among([*table.columns, *table.nested])
+        if self.format is not None:
+            labels = {"label": table.columns[label]} if label in table.columns else {}
+            form = form_named(self.format, table._replace(columns=table.columns | labels), self.hidden)
+            if form.labelled and self.causal:
+                raise InputError(f"--format {self.format} with --task causal-lm: its rows have classes; leave one out")
+            if not form.labelled and self.classifies:
+                raise InputError(f"--format {self.format} with --task classification: its rows have no classes")
+            return form
+        if self.classifies or (label is not None and not self.causal):
+            return None
+        return form_seen(table, self.hidden)
 
     def client_of(self, columns: Columns) -> str | None:
         """Which of the columns names the clients, if any does."""
@@ -126,7 +171,7 @@ class Names:
         asked += [("--partition natural:", self.client)] if self.client and not self.client_if_unlabelled else []
         asked += [("--partition dirichlet:ALPHA:", self.grouped)] if self.grouped else []
         return [
-            f"{option}{name}: '{name}' is {INSTEAD_OF_CHAT}"
+            f"{option}{name}: '{name}' is {instead_of_chat(name)}"
             if kinds[name] == CHAT
             else f"{option}{name}: '{name}' is {kinds[name]}, which is not read; expected text or numbers"
             + (", dates or times" if name in (self.client, self.grouped) else "")
@@ -202,6 +247,9 @@ def load_source(
     if not isinstance(data, str):
         return _load_own(data, seed, eval_split, names, eval_data)
     if data in BUILT_IN:
+        if told := names.format or ",".join(map("=".join, names.columns)):
+            option = "format" if names.format else "columns"
+            raise InputError(f"--{option} {told}: --data {data} is built in, and read as it is; leave it out")
         return _load_built_in(data, eval_split, seed, names, eval_data)
     path, given = Path(data).expanduser(), f"--data {data}"
     name = path.resolve().name.split(".")[0] if path.is_file() else path.resolve().name
@@ -211,7 +259,7 @@ def load_source(
     return _assemble(
         name,
         layout,
-        lambda split: read_files(layout.files[split], given, names.label),
+        lambda split: read_files(layout.files[split], given, names.label_in_files),
         seed,
         eval_split,
         names,
@@ -231,22 +279,19 @@ def _assemble(
     eval_data: str | None,
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
-    table = _asked_for(read("train"), names, "train")
-    if problems := names.unread(table.unread):
-        raise InputError(problems)
-    if (client := names.client_of(table.columns)) is not None:
-        clients, notes = one_client_each(client, table.columns[client], told=names.told)
-        table = table._replace(columns={**table.columns, client: clients}, notes=(*table.notes, *notes))
+    names, form, table, texts = _train(read("train"), names, given)
     about: dict[str, Any] = {"trained": layout.trained, "beside": names.beside(table), "unnamed": names.unnamed(table)}
+    about |= _format_of(names, form, texts, table)
     table = table._replace(columns=names.apply(table.columns, "train"))
     if eval_data is not None:
-        source = _evaluated_on(eval_data, eval_split, names, name, table)
-        return replace(source, unread=(*(s for s in layout.files if s != "train"), *layout.others), **about)
+        source = _evaluated_on(eval_data, eval_split, names, name, table, form)
+        unread = (*(s for s in layout.files if s != "train"), *layout.others)
+        return _with_turns(replace(source, unread=unread, **about))
     others = [split for split in layout.files if split != "train"]
     tables: dict[str, Table] = {}
 
     def columns_of(split: str) -> Columns:
-        tables[split] = _asked_for(read(split), names, split)
+        tables[split] = _scored(read(split), names, form, split)
         return _named(names, tables[split], split)
 
     test, words = choose_test(others, columns_of, table.columns, eval_split)
@@ -255,14 +300,68 @@ def _assemble(
     else:
         scored = list(tables)[-1]
         others.remove(scored)
-        source = _located(source_of(name, table.columns, test, words, table.label_names), table, tables[scored])
+        train, test = alike(table.columns, test)
+        source = _located(source_of(name, train, test, words, table.label_names), table, tables[scored])
     told = source.notes
     if test is None and others and eval_split is None and not tables:
         told += (
             f"{given}: no split there is called as one to test on is, so {words} is scored; left unread: "
             f"{', '.join(others[:SHOWN])} (--eval-split names one)",
         )
-    return replace(source, unread=(*others, *layout.others), notes=told, **about)
+    return _with_turns(replace(source, unread=(*others, *layout.others), notes=told, **about))
+
+
+def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, Table, tuple[str, ...]]:
+    """The rows to train on as their format reads them, with its texts, and the names as they are then."""
+    table = renamed(table, names.columns, "train")
+    names = replace(
+        names, client=next((known for known, there in names.columns if there == names.client), names.client)
+    )
+    form, texts = names.form_of(table), ()
+    if form is not None:
+        names = replace(names, causal=names.causal or (names.format is not None and not form.labelled))
+        if words := form.in_words(table):
+            table = table._replace(notes=(f"{given}: {words}", *table.notes))
+        table, texts = form.read(table, "train", [names.client or ""])
+        if not any(table.columns.values()):
+            raise InputError(f"{given}: no row of train has an answer to learn ({words or form.name})")
+    table = _asked_for(table, names, "train")
+    if problems := names.unread(table.unread):
+        raise InputError(problems)
+    if (client := names.client_of(table.columns)) is not None:
+        clients, notes = one_client_each(client, table.columns[client], told=names.told)
+        table = table._replace(columns={**table.columns, client: clients}, notes=(*table.notes, *notes))
+    return names, form, table, texts
+
+
+def _scored(table: Table, names: Names, form: Form | None, where: str) -> Table:
+    """The rows of another split, read as those of train are, or by their own format where they have another."""
+    table = renamed(table, names.columns, where, strict=False)
+    if form is not None:
+        form = form if form.fits(table) else form_seen(table, names.hidden)
+        table = form.read(table, where, [names.client or ""])[0] if form is not None else table
+    return _asked_for(table, names, where)
+
+
+def _format_of(names: Names, form: Form | None, texts: tuple[str, ...], table: Table) -> dict[str, Any]:
+    """What a source says of its format. table: as it was read, under the files' names of texts and labels."""
+    if names.nested:
+        return {}
+    if form is not None:
+        return {"format": form.name, "texts": texts, "causal": not form.labelled}
+    named = names.apply(table.columns, "train")
+    there = held(table._replace(columns=named))
+    seen = recognised(there, labelled=True) if "label" in named and not names.causal else None
+    if seen is None:
+        return {"instead": recognised(there, labelled=False) or ""}
+    return {"format": seen, "texts": tuple(FORMATS[seen].gives)}
+
+
+def _with_turns(source: Source) -> Source:
+    """With its texts as they are where pairs have become conversations."""
+    if source.texts == ("prompt", "answer") and "prompt" not in source.train.column_names:
+        return replace(source, texts=("messages", *(["tools"] if "tools" in source.train.column_names else [])))
+    return source
 
 
 def _located(source: Source, train: Table, test: Table) -> Source:
@@ -338,8 +437,10 @@ def _named(names: Names, table: Table, split: str) -> Columns:
     return names.apply(table.columns, split)
 
 
-def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: str, table: Table) -> Source:
-    """A source whose test split comes from elsewhere. table: train, under the tasks' names."""
+def _evaluated_on(
+    eval_data: str, eval_split: str | None, names: Names, name: str, table: Table, form: Form | None = None
+) -> Source:
+    """A source whose test split comes from elsewhere. table: train, under the tasks' names; form: how it was read."""
     given, train, labels = f"--eval-data {eval_data}", table.columns, table.label_names
     if eval_data in BUILT_IN:
         public = split_built_in(eval_data, 0, None)
@@ -351,7 +452,7 @@ def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: st
         files = layout_of(path, given, train=False).files
         chosen = [split for split in files if eval_split in (None, split)] or list(files)
         there = {
-            split: _asked_for(read_files(files[split], given, names.label), names, f"{given}, {split}")
+            split: _scored(read_files(files[split], given, names.label_in_files), names, form, f"{given}, {split}")
             for split in chosen
         }
     read = {split: _named(names, found, f"{given}, {split}") for split, found in there.items()}
@@ -362,6 +463,7 @@ def _evaluated_on(eval_data: str, eval_split: str | None, names: Names, name: st
         raise InputError(
             f"{given}: its classes are {', '.join(own[:5])}…, and those of --data {', '.join(labels[:5])}…"
         )
+    train, test = alike(train, test)
     source = source_of(name, train, test, f"{words} of {given}", labels)
     return _located(source, table, there.get(scored, Table({})))
 
@@ -387,7 +489,7 @@ def _load_own(data: OwnData, seed: int, eval_split: str | None, names: Names, ev
 
     def read(split: str) -> Table:
         split = trained[0] if split == "train" else split
-        return read_rows(f"data['{split}']", splits[split], names.label)
+        return read_rows(f"data['{split}']", splits[split], names.label_in_files)
 
     layout = Layout({"train": [], **{split: [] for split in splits if split != trained[0]}}, trained[0])
     source = _assemble("", layout, read, seed, eval_split, names, "data", eval_data)

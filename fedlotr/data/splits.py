@@ -33,21 +33,33 @@ def choose_test(
         test = read(eval_split)
         if labelled(train) and not labelled(test):
             raise InputError(f"--eval-split {eval_split}: it has no labels; train has")
+        if _is_empty(test):
+            raise InputError(f"--eval-split {eval_split}: none of its rows has an answer")
         return test, eval_split
-    passed_over: list[str] = []
+    passed_over: dict[str, str] = {}
     ranked = sorted((rank, at, name) for at, name in enumerate(splits) if (rank := test_rank(name)) is not None)
     for *_, name in ranked:
         test = read(name)
-        if labelled(test) or not labelled(train):
+        if _is_empty(test):
+            passed_over[name] = "answers"
+        elif labelled(test) or not labelled(train):
             return test, " ".join([name, *_reasons(passed_over)])
-        passed_over.append(name)
+        else:
+            passed_over[name] = "labels"
     return None, " ".join(["a seeded tenth of train", *_reasons(passed_over)])
 
 
-def _reasons(passed_over: list[str]) -> list[str]:
+def _reasons(passed_over: Mapping[str, str]) -> list[str]:
+    """Why splits were passed over. passed_over: the name of each, and what it lacks."""
     if not passed_over:
         return []
-    return [f"({' and '.join(passed_over)} {'has' if len(passed_over) == 1 else 'have'} no labels)"]
+    lacking = " or ".join(dict.fromkeys(passed_over.values()))
+    return [f"({' and '.join(passed_over)} {'has' if len(passed_over) == 1 else 'have'} no {lacking})"]
+
+
+def _is_empty(columns: Columns) -> bool:
+    """Whether no row is left, as of a split whose answers are kept secret."""
+    return not any(columns.values())
 
 
 def choose_only(

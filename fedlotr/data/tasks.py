@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "classification": (("text",), ("text_a", "text_b")),
     "causal-lm": (("prompt", "answer"), ("text",)),
 }
-"""Task -> the text columns it can read, the preferred ones first."""
+"""Task -> the text columns it can read, the preferred ones first, where no format says which."""
 COLUMNS_SHOWN = 5
 """That a message names."""
 
@@ -83,16 +83,17 @@ def resolve_task(
 ) -> Task:
     """The task that `kind` ("auto", "classification" or "causal-lm") is on this source, every row checked.
 
-    "auto" is classification where train has a column `label`. Whole numbers as labels are indices of the names that the
-    source has, or else the classes that there are, in their order and named by their numbers; names as labels are
-    classes in sorted order. label_names: the classes in their order, where they are settled whatever the rows hold.
+    "auto" is classification where train has a column `label`, unless a format without classes was asked for. Whole
+    numbers as labels are indices of the names that the source has, or else the classes that there are, in their order
+    and named by their numbers; names as labels are classes in sorted order. label_names: the classes in their order,
+    where they are settled whatever the rows hold.
     joined: whether labels that are equal but for case, white space or Unicode form are one class. told: whether a
     message may say which labels rows have.
     Raises InputError for an unknown kind, missing columns, rows without text and rows without a valid label.
     """
     if kind not in ("auto", *COLUMNS):
         raise InputError(f"--task {kind}: no such task{nearest(kind, ['auto', *COLUMNS])}")
-    if kind == "causal-lm" or (kind == "auto" and "label" not in source.train.column_names):
+    if kind == "causal-lm" or (kind == "auto" and (source.causal or "label" not in source.train.column_names)):
         if label_names is not None:
             raise InputError("--label-names: a language model has no labels; leave it out, or give --label-column")
         columns = _text_columns("causal-lm", (), source)
@@ -132,13 +133,17 @@ def _splits(source: Source) -> list[tuple[str, datasets.Dataset, Place]]:
 def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[str, ...]:
     """The text columns of this kind of task: in both splits, with text in every row."""
     present = source.train.column_names
-    usable = [columns for columns in COLUMNS[kind] if {*columns, *others} <= set(present)]
+    settled = source.texts and source.causal == (kind == "causal-lm")
+    usable = [
+        columns for columns in ([source.texts] if settled else COLUMNS[kind]) if {*columns, *others} <= {*present}
+    ]
     if not usable:
         expected = " or ".join(" + ".join([*columns, *others]) for columns in COLUMNS[kind])
+        instead = f"; --task causal-lm reads it as {source.instead}" if source.instead and kind != "causal-lm" else ""
         unread = {name: what for name, what in source.beside.items() if what != TEXT}
         raise InputError(
             f"--data {source.name}: --task {kind} needs the columns {expected}; train has {', '.join(present)}; "
-            f"say which are which by --text-column and --label-column{but_unread(unread)}"
+            f"say which are which by --columns, or --text-column and --label-column{instead}{but_unread(unread)}"
         )
     problems: list[str] = []
     for where, rows, place in _splits(source):
@@ -146,6 +151,8 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
         if missing:
             problems.append(f"{where}: no column {' or '.join(missing)}, unlike train; choose another --eval-split")
         for column in (column for column in usable[0] if column not in missing):
+            if column == "tools":  # where a conversation has some
+                continue
             bad = {row: text for row, text in enumerate(rows[column][:]) if not isinstance(text, str)}
             problems += row_problems(where, column, bad, "text", place)
     if problems:

@@ -36,7 +36,7 @@ from fedlotr.data import (
     unshared_classes,
     withhold_public,
 )
-from fedlotr.data.columns import CHAT, INSTEAD_OF_CHAT, TEXT
+from fedlotr.data.columns import CHAT, TEXT, instead_of_chat
 from fedlotr.errors import InputError
 from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import known_tokens, most_positions
@@ -154,6 +154,10 @@ def columns_of(config: SimulationConfig, *, own_task: bool = False) -> Names:
         grouped=column if rule == "dirichlet" else None,
         told=config.privacy != "client",
         nested=own_task,
+        format=config.format,
+        columns=config.renamed,
+        classifies=config.task == "classification",
+        hidden=config.privacy != "none",
     )
 
 
@@ -286,7 +290,7 @@ class _Findings:
 def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task | None, OwnTask | None]:
     """The rows, and what is learnt from them. source: where they have been read."""
     config, brought = found.config, found.brought
-    fields = ("data", "eval_data", "eval_split", "text_column", "label_column")
+    fields = ("data", "eval_data", "eval_split", "format", "columns", "text_column", "label_column")
     source = source or found.attempt(
         lambda: read_source(config, brought.data, own_task=brought.task is not None), *fields
     )
@@ -299,7 +303,7 @@ def _data(found: _Findings, source: Source | None) -> tuple[Source | None, Task 
     own_task = found.attempt(lambda: check_task(brought.task)) if brought.task is not None else None
     if own_task is not None:
         found.name("task", task_name(own_task))
-        options = ("text_column", "label_column", "label_names", "join_labels")
+        options = ("format", "columns", "text_column", "label_column", "label_names", "join_labels")
         if unread := [option for option in options if getattr(config, option) not in (None, False)]:
             found.problems.append(f"{unread[0]}: the task given to run_simulation reads the rows itself; leave it out")
         if METHODS[config.method].personal and own_task.metric_name is not None:
@@ -337,8 +341,8 @@ def _left_out(
         return source
     texts = [name for name, kind in source.beside.items() if kind == TEXT] if own else columns
     source = source.read_by(texts)
-    if chats := [f"'{name}'" for name, kind in source.left_out.items() if kind == CHAT]:
-        say(f"--data {source.name}: {', '.join(chats)} left out: {INSTEAD_OF_CHAT}")
+    for name in (name for name, kind in source.left_out.items() if kind == CHAT):
+        say(f"--data {source.name}: '{name}' left out: {instead_of_chat(name)}")
     return source
 
 
@@ -540,6 +544,8 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
         source = load_source(str(config.public_data), seed=config.seed, names=names)
         if own_task is not None:
             source, _ = apply_task(own_task, source)
+        if "messages" in task.columns:
+            source = source.as_conversations()
         missing = [column for column in task.columns if column not in source.train.column_names]
         if missing or (task.kind == "classification" and "label" not in source.train.column_names):
             raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")

@@ -54,7 +54,7 @@ def check_public(config: SimulationConfig, public: Source, source: Source, task:
 def _texts(rows: datasets.Dataset, task: Task) -> set[str]:
     """The different texts, whatever their labels, capitals and white space."""
     columns: Iterable[tuple[str, ...]] = zip(*(rows[column][:] for column in task.columns), strict=True)
-    return {"\0".join(" ".join(text.casefold().split()) for text in texts) for texts in columns}
+    return {"\0".join(" ".join((text or "").casefold().split()) for text in texts) for texts in columns}
 
 
 def _shared(one: set[str], other: set[str]) -> float:

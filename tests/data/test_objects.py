@@ -258,7 +258,7 @@ def test_chat_is_called_chat(form: str, tmp_path: Path) -> None:
             return load_source(str(tmp_path))
         return load_source({"train": rows if form == "rows" else pa.Table.from_pylist(rows)})
 
-    chat = "'dialogue' is chat, which cannot be trained on yet; write it as columns prompt and answer, a row for each"
+    chat = "'dialogue' is chat, which --columns messages=dialogue reads, without any classes"
     with pytest.raises(InputError, match=f"no column of text or numbers; an OwnTask can read such columns; {chat}"):
         given([{"dialogue": HIDDEN_CHAT}] * 4)
     with pytest.raises(InputError, match=f"needs the columns prompt . answer or text; train has topic;.*; {chat}"):
@@ -278,7 +278,7 @@ def test_a_run_on_objects_says_what_it_left_out(tiny_bert: Path, tmp_path: Path)
     result = run_simulation(config, data={"train": frame}, model=tiny_bert)
     summary, _ = read_run(tmp_path / "run")
     assert summary["splits"].endswith("; columns not read: 'title', 'talk' (chat)")
-    assert any("'talk' left out: chat, which cannot be trained on yet" in line for line in summary["warnings"])
+    assert any("'talk' left out: chat, which --columns messages=talk reads" in line for line in summary["warnings"])
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert kept["model"] == str(tiny_bert) and kept["clients"] == 3 and result.accuracy is not None
     frame.drop(columns="talk").to_csv(tmp_path / "d.csv", index=False)
