@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.conversation import Message, Span, forms, texts_of
+from fedlotr.errors import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,8 @@ _TODAY = """\
 {% set told.text = told.text | replace(code, value) %}{% endfor %}{{ told.text }}{% endmacro %}
 """
 """Before a template that asks for today's date: transformers lets no function in, a template may bring its own."""
+WORDS_SHOWN = 300
+"""Characters of what a template says of what it refuses."""
 REASONED = "</think>"
 """What ends a reasoning."""
 
@@ -90,7 +93,7 @@ class Chat:
                 **variables,
             )
         except Exception as error:  # a template is a program of others
-            words = " ".join(str(error).split()) or type(error).__name__
+            words = visible(" ".join(str(error).split())[:WORDS_SHOWN]) or type(error).__name__
             raise RefusedError(f"the chat template refuses: {words}") from error
         if not isinstance(text, str):
             raise RefusedError("the chat template gives no text")

@@ -338,6 +338,16 @@ def test_names_choose_the_template(stories: Path) -> None:
     assert all(entry.text for entry in TEMPLATES.values())
 
 
+def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_any() -> None:
+    tokenizer = byte_level(template("qwen2_5"))
+    tokenizer.chat_template = {"default": CHATML, "tool_use": template("qwen2_5")}
+    assert only(ASKED, tokenizer).text.startswith("<|im_start|>user")
+    assert "of a town" in only(ASKED, tokenizer, TODAY, [TOOL]).text
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(ValueError, match="the tokenizer has no chat template to use"):
+        render(ASKED, tokenizer, TODAY)
+
+
 def test_the_plain_template_of_several_turns_says_whose_they_are(stories: Path) -> None:
     messages = alternating(["Hi", "Hello", "Bye", "So long"], "Be kind.")
     rendered = only(messages, sentence_piece(stories, ""))
