@@ -138,12 +138,11 @@ def _of_turns(row: int, held: Mapping[str, str], tokenizer: PreTrainedTokenizerB
     last = max((at for at, turn in enumerate(turns) if turn.get("role") == "assistant"), default=0)
     if not last:
         return None
-    before = turns[:last]
-    try:
-        tokens = prompt_of(before, tokenizer, style, tools)
+    try:  # with its answer, which is left out: a turn of the assistant's before it would be taken for that
+        tokens = prompt_of(turns[: last + 1], tokenizer, style, tools)
     except ValueError:  # a template that does not open such a conversation
         return None
-    return Prompt(row, _content(before[-1]), tokens, _content(turns[last]))
+    return Prompt(row, _content(turns[last - 1]), tokens, _content(turns[last]))
 
 
 def _content(turn: Mapping[str, Any]) -> str:

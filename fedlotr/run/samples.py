@@ -69,7 +69,7 @@ class Sampling:
         if not self.wanted:
             return
         found = samples_in(self._folder)
-        same = found is not None and all(found[key] == self._samples[key] for key in ("rows_of", "tokens", "prompts"))  # type: ignore[literal-required]
+        same = found is not None and all(found[key] == self._samples[key] for key in ("rows_of", "tokens", "prompts"))
         if same and found is not None and found["answers"] and found["answers"][0]["round"] == 0:
             self._samples["answers"] = found["answers"][:1]
         else:

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedlotr import SimulationConfig, cli, run_simulation
 from fedlotr.config.configuration import load
 from fedlotr.errors import InputError
+from fedlotr.files import finite
 from fedlotr.reporting.samples import as_markdown, samples_in
+from fedlotr.run.directory import RunDirectory
 from fedlotr.run.prompts import LOOKED_AT, PLAIN_TOKENS
+from fedlotr.run.rounds import Rounds
 from fedlotr.simulate import main
 from tests.evaluation.test_generation import plainly
 from tests.run.test_simulation import assert_same_results, flags, tree
@@ -49,7 +53,7 @@ class Spoilt(Strategy):
             carry[layer] = Product(draw.normal(size=(left, 1)) * size / 20, draw.normal(size=(1, right)) / 20)
         return Combined(new, carry) if carry else new
 """
-HOSTILE = "Who?\x1b[31m ```\n# No heading\n<script>alert(1)</script> | [x](y) \u202e `` ````\r\n"
+HOSTILE = "Who?\x1b[31m ```\n```\n````\n# No heading\n<script>alert(1)</script> | [x](y) \u202e `` ````\r\n"
 
 
 def write(folder: Path, made: Any) -> Path:
@@ -181,19 +185,24 @@ def test_a_finished_run_says_the_same_again_and_more_where_more_is_asked(
     assert "The best round (2) is left out" in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
 
 
-def test_the_best_rounds_model_is_there_where_the_newest_checkpoint_is_damaged(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
-    config = SimulationConfig(**options, out=tmp_path / "run", quiet=True, eval_every=1)
-    run_simulation(config)
-    summary, _ = read_run(tmp_path / "run")
-    kept = summary["checkpoints"]
-    assert summary["best"]["round"] in kept and set(kept) >= {3, 4}
-    saved = files_of(tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "round-00004.json"
-    path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
-    run_simulation(config.model_copy(update={"resume": True}))
-    assert files_of(tmp_path / "run") == saved
+def test_the_checkpoint_of_the_best_round_stays_and_of_the_one_that_was_best_a_round_ago(tmp_path: Path) -> None:
+    """Which is the best again where the newest checkpoint is damaged, and a private round comes out otherwise."""
+    losses = [3.0, 2.0, None, 2.5, 1.0, float("nan"), 4.0]
+    checked = SimpleNamespace(own_task=None, task=SimpleNamespace(kind="causal-lm"))
+    prepared, directory = SimpleNamespace(checked=checked), RunDirectory(tmp_path)
+    directory.open_round_folders()
+    kept = []
+    for number in range(1, len(losses) + 1):
+        history = [
+            {"round": at, "perplexity": loss, "evaluate_seconds": None if loss is None else 1.0}
+            for at, loss in enumerate(map(finite, losses[:number]), 1)
+        ]
+        run: Any = SimpleNamespace(history=history, prepared=prepared, sampling=SimpleNamespace(wanted=True))
+        directory.write_checkpoint(number, {}, history, [], {}, Rounds._best_rounds(run))  # type: ignore[arg-type]
+        kept.append(directory.rounds())
+        run.sampling.wanted = False
+        assert Rounds._best_rounds(run) == set()
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [5, 6, 7]]
 
 
 def test_plain_text_goes_on_from_its_first_half_and_too_short_a_one_is_not_asked(
