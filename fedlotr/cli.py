@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "cost": (cost.main, "the bill of a model before any run: bytes of every method and strategy"),
     "compare": (compare.main, "put runs side by side: metric, bytes, what differs"),
     "report": (report.main, "make the report of a run again, also of one that is not finished"),
-    "ls": (ls.main, "list the methods or the strategies there are: fedlotr ls methods"),
+    "ls": (ls.main, "list the methods, the strategies or the forms of rows there are: fedlotr ls methods"),
 }
 """What each command runs, with the words after it, and what it is for."""
 

@@ -1,4 +1,4 @@
-"""`fedlotr ls methods` and `fedlotr ls strategies`: what there is to choose from, what each costs, and a template."""
+"""`fedlotr ls methods`, `strategies`, `formats`: what there is to choose from, what each costs, and a template."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.cost.formulas import PAIR, SEED_AND_HASH, in_words
 from fedlotr.errors import nearest
 
-USAGE = "usage: fedlotr ls methods|strategies [--json], or: fedlotr ls strategies --template"
+USAGE = "usage: fedlotr ls methods|strategies|formats [--json], or: fedlotr ls strategies --template"
 TEMPLATE = Path(__file__).parents[1] / "flower" / "template.py"
 """A strategy to copy, with a word on each of its methods."""
 
@@ -64,7 +64,21 @@ def strategies() -> list[Row]:
     return found
 
 
-KINDS = {"methods": methods, "strategies": strategies}
+def formats() -> list[Row]:
+    """One row a form of rows, in the order in which they are recognised, and those that installed packages announce."""
+    from fedlotr.data.formats import FORMATS
+    from fedlotr.data.own_format import GROUP
+
+    ours = [{"format": name, "for": _task(entry.labelled), "what": entry.text} for name, entry in FORMATS.items()]
+    others = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    return [*ours, *({"format": point.name, "for": _task(False), "what": point.value} for point in others)]
+
+
+def _task(labelled: bool) -> str:
+    return "classification" if labelled else "causal-lm"
+
+
+KINDS = {"methods": methods, "strategies": strategies, "formats": formats}
 
 
 def main(argv: Sequence[str]) -> int:

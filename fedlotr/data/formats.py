@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fedlotr.data import row_formats
 from fedlotr.data.columns import Table
 from fedlotr.data.row_formats import Read, Row
 from fedlotr.errors import InputError, nearest
+
+_T = TypeVar("_T")
 
 OF_THE_FILES = " (of the files)"
 """Ends the name of a column where another takes its own."""
@@ -73,7 +75,7 @@ class Format:
     def in_words(self, columns: Mapping[str, str]) -> str:
         """What is made of which columns, such as "instruction + input -> prompt, output -> answer"."""
         made = {text: [columns[known] for known in names if known in columns] for text, names in self.gives.items()}
-        return ", ".join(f"{' + '.join(names)} -> {text}" for text, names in made.items() if names)
+        return ", ".join(f"{' + '.join(names)} -> {text}" for text, names in made.items() if names not in ([], [text]))
 
 
 _SYSTEM, _TOOLS = column("system", "system_prompt"), column("tools", holds="either")
@@ -180,7 +182,8 @@ def renamed(table: Table, names: Iterable[tuple[str, str]], where: str, *, stric
         raise InputError(problems)
     new = {column: name for name, column in names if column in there}
     new |= {name: f"{name}{OF_THE_FILES}" for name in there if name in new.values() and name not in new}
-    columns, nested, odd = (
-        {new.get(name, name): it for name, it in part.items()} for part in (table.columns, table.nested, table.odd)
-    )
-    return table._replace(columns=columns, nested=nested, odd=odd)
+
+    def called(part: Mapping[str, _T]) -> dict[str, _T]:
+        return {new.get(name, name): held for name, held in part.items()}
+
+    return table._replace(columns=called(table.columns), nested=called(table.nested), odd=called(table.odd))

@@ -58,8 +58,8 @@ class Form:
             return f"read by {self.name}"
         if self._as_they_are(table):
             return "" if self.hidden else _offers(self.name, table.columns)
-        made = "" if self.hidden else f": {self.entry.in_words(columns)}"
-        return f"read as {self.name}{made}"
+        made = "" if self.hidden else self.entry.in_words(columns)
+        return f"read as {self.name}{made and f': {made}'}"
 
     def read(self, table: Table, where: str, kept: Collection[str] = ()) -> tuple[Table, tuple[str, ...]]:
         """The table with the texts in the place of the columns that they are made of, without rows that have none; and

@@ -46,8 +46,9 @@ class Source:
     label_names: the classes where their names are known. sha256: of the rows of both, whatever the files' form.
     drawn: whether test is a part of what is otherwise trained on, and no split of its own.
     nested: the columns that are JSON.
-    format: how the rows were read, where that was seen or said; texts: the columns that a task reads then; causal:
-    whether it has no classes; instead: how they would be read if they had none.
+    format: how the rows were read, where that was seen or said, and read_as: that in words, where it is not plain;
+    texts: the columns that a task reads then; causal: whether it has no classes; instead: how the rows would be read if
+    they had none.
     trained: the split or file that train is, in words. unread: files and splits that are neither. beside: columns of
     train of a kind that no task reads, or of text that is not named, and their kind; left_out: those that the task
     which is chosen leaves out. unnamed: columns that may be of labels, and are not said to be. notes: what the user
@@ -71,6 +72,7 @@ class Source:
     test_places: Places | None = None
     nested: tuple[str, ...] = ()
     format: str = ""
+    read_as: str = ""
     texts: tuple[str, ...] = ()
     causal: bool = False
     instead: str = ""
@@ -83,7 +85,8 @@ class Source:
         columns = [f"'{name}'" if kind == TEXT else f"'{name}' ({kind})" for name, kind in self.left_out.items()]
         left = f"; columns not read: {', '.join(columns[:SHOWN])}" if columns else ""
         left += f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
-        return f"trained on {self.trained}, scored on {self.test_split}{unread}{more}{left}"
+        read = self.read_as and f" ({self.read_as})"
+        return f"trained on {self.trained}{read}, scored on {self.test_split}{unread}{more}{left}"
 
     def read_by(self, columns: Collection[str]) -> Source:
         """As a task leaves it that reads these columns."""
@@ -279,9 +282,9 @@ def _assemble(
     eval_data: str | None,
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
-    names, form, table, texts = _train(read("train"), names, given)
-    about: dict[str, Any] = {"trained": layout.trained, "beside": names.beside(table), "unnamed": names.unnamed(table)}
-    about |= _format_of(names, form, texts, table)
+    names, form, table, about = _train(read("train"), names, given)
+    about |= {"trained": layout.trained, "beside": names.beside(table), "unnamed": names.unnamed(table)}
+    about |= _seen(names, table) if form is None else {}
     table = table._replace(columns=names.apply(table.columns, "train"))
     if eval_data is not None:
         source = _evaluated_on(eval_data, eval_split, names, name, table, form)
@@ -311,18 +314,18 @@ def _assemble(
     return _with_turns(replace(source, unread=(*others, *layout.others), notes=told, **about))
 
 
-def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, Table, tuple[str, ...]]:
-    """The rows to train on as their format reads them, with its texts, and the names as they are then."""
+def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, Table, dict[str, Any]]:
+    """The rows to train on as their format reads them, what a source says of that, and the names as they are then."""
     table = renamed(table, names.columns, "train")
     names = replace(
         names, client=next((known for known, there in names.columns if there == names.client), names.client)
     )
-    form, texts = names.form_of(table), ()
+    form, about = names.form_of(table), {}
     if form is not None:
         names = replace(names, causal=names.causal or (names.format is not None and not form.labelled))
-        if words := form.in_words(table):
-            table = table._replace(notes=(f"{given}: {words}", *table.notes))
+        words = form.in_words(table)
         table, texts = form.read(table, "train", [names.client or ""])
+        about = {"format": form.name, "read_as": words, "texts": texts, "causal": not form.labelled}
         if not any(table.columns.values()):
             raise InputError(f"{given}: no row of train has an answer to learn ({words or form.name})")
     table = _asked_for(table, names, "train")
@@ -331,7 +334,7 @@ def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, 
     if (client := names.client_of(table.columns)) is not None:
         clients, notes = one_client_each(client, table.columns[client], told=names.told)
         table = table._replace(columns={**table.columns, client: clients}, notes=(*table.notes, *notes))
-    return names, form, table, texts
+    return names, form, table, about
 
 
 def _scored(table: Table, names: Names, form: Form | None, where: str) -> Table:
@@ -343,12 +346,10 @@ def _scored(table: Table, names: Names, form: Form | None, where: str) -> Table:
     return _asked_for(table, names, where)
 
 
-def _format_of(names: Names, form: Form | None, texts: tuple[str, ...], table: Table) -> dict[str, Any]:
-    """What a source says of its format. table: as it was read, under the files' names of texts and labels."""
+def _seen(names: Names, table: Table) -> dict[str, Any]:
+    """What a source says of the format of rows that have classes, or may have. table: under the files' own names."""
     if names.nested:
         return {}
-    if form is not None:
-        return {"format": form.name, "texts": texts, "causal": not form.labelled}
     named = names.apply(table.columns, "train")
     there = held(table._replace(columns=named))
     seen = recognised(there, labelled=True) if "label" in named and not names.causal else None

@@ -219,20 +219,24 @@ def test_each_column_is_read_or_named_or_a_number(shape: str) -> None:
 
 
 SAID = {
-    "alpaca": "data: read as alpaca: instruction + input -> prompt, output -> answer",
-    "dolly": "data: read as dolly: instruction + context -> prompt, response -> answer",
-    "openorca": "data: read as prompt+answer: system_prompt + question -> prompt, response -> answer",
-    "sharegpt that calls": "data: read as sharegpt: conversations -> messages, tools -> tools",
-    "arc": "data: read as choice: question + choices -> prompt, answerKey -> answer",
+    "alpaca": "read as alpaca: instruction + input -> prompt, output -> answer",
+    "dolly": "read as dolly: instruction + context -> prompt, response -> answer",
+    "openorca": "read as prompt+answer: system_prompt + question -> prompt, response -> answer",
+    "sharegpt that calls": "read as sharegpt: conversations -> messages",
+    "messages": "read as messages",
+    "arc": "read as choice: question + choices -> prompt, answerKey -> answer",
 }
 
 
 @pytest.mark.parametrize("shape", [*SAID, "text", "prompt and answer"])
 def test_how_rows_are_read_is_said_in_a_line_where_it_is_not_plain(shape: str) -> None:
-    notes = load_source({"train": [SHAPES[shape][0]] * N}).notes
-    assert notes == ((SAID[shape],) if shape in SAID else ())
-    private = load_source({"train": [SHAPES[shape][0]] * N}, names=Names(hidden=True)).notes
-    assert private == ((SAID[shape].partition(": ")[0] + f": read as {SHAPES[shape][1]}",) if shape in SAID else ())
+    source = load_source({"train": [SHAPES[shape][0]] * N})
+    assert source.read_as == SAID.get(shape, "") and source.notes == ()
+    assert source.splits.startswith(
+        f"trained on train ({SAID[shape]}), scored" if shape in SAID else "trained on train, s"
+    )
+    private = load_source({"train": [SHAPES[shape][0]] * N}, names=Names(hidden=True))
+    assert private.read_as == (SAID[shape].partition(":")[0] if shape in SAID else "")
 
 
 def test_columns_that_are_not_read_stay_for_partitions() -> None:
@@ -246,14 +250,14 @@ def test_columns_that_are_not_read_stay_for_partitions() -> None:
 
 def test_a_set_whose_prompts_offer_their_answers_is_said_to_be_one(shared: Path) -> None:
     source = load_source(str(shared / "data" / "commonsense"))
-    assert source.notes == (
-        f"--data {shared / 'data' / 'commonsense'}: read as prompt+answer, a multiple choice: each answer is one "
-        "of those that its prompt offers after 'Answer format:'",
+    assert source.read_as == (
+        "read as prompt+answer, a multiple choice: each answer is one of those that its prompt offers after "
+        "'Answer format:'"
     )
     assert resolve_task("auto", source) == Task("causal-lm", ("prompt", "answer"), ())
     assert source.read_by(("prompt", "answer")).left_out == {"task": "text"}
     gsm = load_source(str(shared / "data" / "gsm8k"))
-    assert gsm.format == "prompt+answer" and gsm.notes == ()
+    assert gsm.format == "prompt+answer" and gsm.read_as == ""
 
 
 LABELLED: dict[str, tuple[Row, str, tuple[str, ...]]] = {
@@ -433,14 +437,14 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None
     path = lines(tmp_path, rows)
     source = load_source(path)
     assert len(source.train) + len(source.test) == 10
-    assert source.notes[1:] == (
+    assert source.notes == (
         f"train: 3 rows without any answer to learn left out, the first of them --data: {path}, line 6",
     )
     places = {source.place("train", at) for at in range(len(source.train))}
     assert all(f"line {number}" not in " ".join(places).split(", ") for number in (6, 7, 8))
     hidden = load_source(path, names=Names(hidden=True)).notes
-    assert hidden[1:] == ("train: some rows without any answer to learn left out",)
-    with pytest.raises(InputError, match="no row of train has an answer to learn .read as messages: messages"):
+    assert hidden == ("train: some rows without any answer to learn left out",)
+    with pytest.raises(InputError, match="no row of train has an answer to learn .read as messages.$"):
         load_source(lines(tmp_path, [empty] * 5))
 
 
@@ -493,7 +497,7 @@ def test_a_function_of_ones_own_reads_rows(tmp_path: Path, monkeypatch: pytest.M
     assert learnt(named(rows, format=f"{tmp_path / 'mine_of_formats.py'}:turns")) == CHAT[1:3]
     source = named(rows, format="mine_of_formats:texts")
     assert learnt(source) == "2+2? 4" and len(source.train) + len(source.test) == N - 1
-    assert source.notes[0] == "data: read by mine_of_formats:texts"
+    assert source.read_as == "read by mine_of_formats:texts"
     with pytest.raises(InputError) as refused:
         named(rows, format="mine_of_formats:bad")
     assert refused.value.problems[0].startswith(
@@ -504,8 +508,9 @@ def test_a_function_of_ones_own_reads_rows(tmp_path: Path, monkeypatch: pytest.M
 
 def test_columns_of_a_configuration_are_kept_as_text_and_read_back(tmp_path: Path) -> None:
     for given in ("answer=output, prompt=a b", {"answer": "output", "prompt": "a b"}):
-        config = SimulationConfig(columns=given)  # type: ignore[arg-type]
+        config = SimulationConfig.model_validate({"columns": given})
         assert config.columns == "answer=output,prompt=a b"
         assert columns_of(config).columns == (("answer", "output"), ("prompt", "a b"))
-    odd = SimulationConfig(columns={"answer": "a,b=c"})  # type: ignore[arg-type]
-    assert odd.renamed == (("answer", "a,b=c"),) and SimulationConfig(columns=odd.columns).renamed == odd.renamed
+    odd = SimulationConfig.model_validate({"columns": {"answer": "a,b=c"}})
+    again = SimulationConfig.model_validate({"columns": odd.columns})
+    assert odd.renamed == (("answer", "a,b=c"),) == again.renamed
