@@ -160,6 +160,16 @@ class Names:
             return None
         return form_seen(table, self.hidden)
 
+    def passed_over(self, table: Table) -> str:
+        """What to say of columns that a format would read beside the named texts; nothing where there are none."""
+        seen = form_seen(table) if len(self.text) == 2 and not self.nested else None
+        read = list(seen.columns(table).values()) if seen is not None else []
+        lost = ", ".join(f"'{name}'" for name in read if name not in self.text)
+        if seen is None or not lost or not {*self.text} < {*read}:
+            return ""
+        named = f"--text-column {','.join(self.text)}"
+        return f"{named} leaves {lost} out, which the format {seen.name} reads; without it all are read"
+
     def client_of(self, columns: Columns) -> str | None:
         """Which of the columns names the clients, if any does."""
         labelled = not self.causal and (self.label or label_among(columns)) is not None
@@ -328,6 +338,8 @@ def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, 
         about = {"format": form.name, "read_as": words, "texts": texts, "causal": not form.labelled}
         if not any(table.columns.values()):
             raise InputError(f"{given}: no row of train has an answer to learn ({words or form.name})")
+    elif (lost := names.passed_over(table)) and not names.hidden:
+        table = table._replace(notes=(*table.notes, f"{given}: {lost}"))
     table = _asked_for(table, names, "train")
     if problems := names.unread(table.unread):
         raise InputError(problems)

@@ -113,6 +113,7 @@ class Checked:
             "strategy": code_content([config.strategy] if config.strategy else []),
             "add_link": code_content(config.links),
             "template": code_content([config.template]),
+            "format": code_content([config.format] if config.format else []),
         }
         if self.config.eval_data is not None:
             found["eval_data"] = found["data"]

@@ -35,7 +35,7 @@ MAY_CHANGE = {
 """What changes nothing in the results."""
 ROWS = ("data", "eval_data")
 """Options of which one hash tells: that of the rows of train and of the test split together."""
-CODE = ("strategy", "add_link", "template")
+CODE = ("strategy", "add_link", "template", "format")
 """Options that name classes: their code may be mended as a run goes on, which is said."""
 BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", *CODE)
 """Options that name files. Disks and folders get other names, so what counts is what is in them."""

@@ -248,6 +248,19 @@ def test_columns_that_are_not_read_stay_for_partitions() -> None:
     assert "context" in own.train.column_names and set(own.train["context"]) == {"in base 10"}
 
 
+def test_two_columns_that_are_named_do_not_lose_a_third_without_a_word() -> None:
+    for shape, texts, lost in (
+        ("alpaca", "instruction,output", "'input'"),
+        ("dolly", "instruction,response", "'context'"),
+    ):
+        source = named([SHAPES[shape][0]] * N, text_column=texts)
+        assert source.notes == (
+            f"data: --text-column {texts} leaves {lost} out, which the format {shape} reads; without it all are read",
+        )
+        assert lost in source.read_by(()).splits and learnt(source) == ("2+2?", "4")
+    assert named([SHAPES["gsm8k of the hub"][0]] * N, text_column="question,answer").notes == ()
+
+
 def test_a_set_whose_prompts_offer_their_answers_is_said_to_be_one(shared: Path) -> None:
     source = load_source(str(shared / "data" / "commonsense"))
     assert source.read_as == (
