@@ -81,8 +81,8 @@ INSIDE = {
     ),
     "run": (
         *(
-            "base_head baselines brought contents directory examples export fitting_texts log processes public_rows skeleton"
-            " unmet world",
+            "base_head baselines brought contents directory examples export fitting_texts log processes public_rows"
+            " skeleton unmet world",
         ),
         *(
             "callbacks devices resumption warm_start",
