@@ -21,7 +21,7 @@ from fedlotr.run.directory import RunDirectory
 from fedlotr.run.prompts import LOOKED_AT, PLAIN_TOKENS
 from fedlotr.run.rounds import Rounds
 from fedlotr.simulate import main
-from tests.evaluation.test_generation import plainly
+from tests.evaluation.test_generation import CHAT, plainly
 from tests.run.test_simulation import assert_same_results, flags, tree
 from tests.support import Simulate, read_run
 
@@ -130,7 +130,7 @@ def test_the_base_the_best_round_and_the_exported_adapter_answer_the_same_prompt
     for at, prompt in enumerate(samples["prompts"]):
         row = rows[prompt["row"] - 1]
         assert (prompt["asked"], prompt["reference"], prompt["left_out"]) == (row["prompt"], row["answer"], 0)
-        ids = [1, *tokenizer(row["prompt"] + "\n", add_special_tokens=False)["input_ids"]]
+        ids = [1, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]  # the line break is learnt
         assert prompt["prompt"] == tokenizer.decode(ids)
         assert found[0][at] == tokenizer.decode(plainly(base, ids, 10, [2]))
         assert found[4][at] == tokenizer.decode(plainly(there, ids, 10, [2]))
@@ -226,6 +226,31 @@ def test_plain_text_goes_on_from_its_first_half_and_too_short_a_one_is_not_asked
         assert prompt["reference"] == tokenizer.decode(whole[half:])
 
 
+def test_a_conversation_goes_on_from_where_its_template_lets_the_assistant_answer_last(
+    options: dict[str, Any], stories: Path, tmp_path: Path
+) -> None:
+    model: Any = shutil.copytree(stories, tmp_path / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model)
+
+    def turns(number: int) -> list[dict[str, str]]:
+        words = ("Be kind.", f"Who is {number}?", "Tim.", "And then?", f"Lily {number}.")
+        roles = ("system", "user", "assistant", "user", "assistant")
+        return [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
+
+    data = write(tmp_path / "chat", lambda number: {"messages": turns(number)})
+    own = {**options, "model": str(model), "data": str(data), "rounds": 1, "max_length": 256, "partition": "iid"}
+    run_simulation(SimulationConfig(**own, out=tmp_path / "run", quiet=True))
+    samples = samples_in(tmp_path / "run")
+    assert samples is not None and len(samples["prompts"]) == 3
+    for prompt in samples["prompts"]:
+        row = turns(99 + prompt["row"])
+        ids = tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, tokenize=True)["input_ids"]
+        assert prompt["prompt"] == tokenizer.decode(ids)
+        assert (prompt["asked"], prompt["reference"]) == ("And then?", row[-1]["content"])
+
+
 def test_too_long_a_prompt_loses_its_middle_where_no_other_row_has_a_shorter_one(
     options: dict[str, Any], tiny_gpt2: Path, tmp_path: Path
 ) -> None:
@@ -241,7 +266,7 @@ def test_too_long_a_prompt_loses_its_middle_where_no_other_row_has_a_shorter_one
     rows = {prompt["row"]: prompt["left_out"] for prompt in samples["prompts"]}
     assert LOOKED_AT * 4 > 12 and [at % 4 for at in rows][:3] == [1, 1, 1] and not any(list(rows.values())[:3])
     (cut,) = [prompt for prompt in samples["prompts"] if prompt["left_out"]]
-    assert "begins." in cut["prompt"] and cut["prompt"].endswith("Who is it?\n") and cut["prompt"].count("saw") < 10
+    assert "begins." in cut["prompt"] and cut["prompt"].endswith("Who is it?") and cut["prompt"].count("saw") < 10
     assert f"({cut['left_out']} tokens of its middle left out)" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
