@@ -51,12 +51,15 @@ class Form:
             return {name: name for name in there}
         return self.entry.columns(there) or {}
 
-    def in_words(self, table: Table) -> str:
-        """How this table is read, to be said; nothing where the columns are the texts already."""
-        columns = self.columns(table)
+    def in_words(self, table: Table, called: Mapping[str, str]) -> str:
+        """How this table is read, to be said; nothing where the columns are the texts already.
+
+        called: what columns of the table were called before they were renamed.
+        """
+        columns = {known: called.get(name, name) for known, name in self.columns(table).items()}
         if self.entry is None:
             return f"read by {self.name}"
-        if self._as_they_are(table):
+        if self._as_they_are(table) and not {*columns.values()} & {*called.values()}:
             return "" if self.hidden else _offers(self.name, table.columns)
         made = "" if self.hidden else self.entry.in_words(columns)
         return f"read as {self.name}{made and f': {made}'}"

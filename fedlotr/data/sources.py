@@ -160,15 +160,18 @@ class Names:
             return None
         return form_seen(table, self.hidden)
 
-    def passed_over(self, table: Table) -> str:
-        """What to say of columns that a format would read beside the named texts; nothing where there are none."""
-        seen = form_seen(table) if len(self.text) == 2 and not self.nested else None
-        read = list(seen.columns(table).values()) if seen is not None else []
-        lost = ", ".join(f"'{name}'" for name in read if name not in self.text)
-        if seen is None or not lost or not {*self.text} < {*read}:
+    def passed_over(self, table: Table, read: Collection[str]) -> str:
+        """What to say of columns that a format would read beside those that are named; nothing where there are none.
+
+        table: under the files' own names. read: the columns that are read, by these names.
+        """
+        option = "--text-column" if len(self.text) == 2 else "--columns" if self.columns else ""
+        seen = form_seen(table) if option and not self.nested else None
+        whole = list(seen.columns(table).values()) if seen is not None else []
+        lost = ", ".join(f"'{name}'" for name in whole if name not in read)
+        if seen is None or not lost or not {*read} < {*whole}:
             return ""
-        named = f"--text-column {','.join(self.text)}"
-        return f"{named} leaves {lost} out, which the format {seen.name} reads; without it all are read"
+        return f"{option} leaves {lost} out, which the format {seen.name} reads; without it all are read"
 
     def client_of(self, columns: Columns) -> str | None:
         """Which of the columns names the clients, if any does."""
@@ -293,7 +296,8 @@ def _assemble(
 ) -> Source:
     """Read the splits that are used, under the tasks' names of columns."""
     names, form, table, about = _train(read("train"), names, given)
-    about |= {"trained": layout.trained, "beside": names.beside(table), "unnamed": names.unnamed(table)}
+    beside = names.beside(table) if form is None or form.entry is not None else {}  # a function of one's own gets all
+    about |= {"trained": layout.trained, "beside": beside, "unnamed": names.unnamed(table)}
     about |= _seen(names, table) if form is None else {}
     table = table._replace(columns=names.apply(table.columns, "train"))
     if eval_data is not None:
@@ -304,7 +308,7 @@ def _assemble(
     tables: dict[str, Table] = {}
 
     def columns_of(split: str) -> Columns:
-        tables[split] = _scored(read(split), names, form, split)
+        tables[split] = _scored(read(split), names, form, split, f"{given}, ")
         return _named(names, tables[split], split)
 
     test, words = choose_test(others, columns_of, table.columns, eval_split)
@@ -326,19 +330,23 @@ def _assemble(
 
 def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, Table, dict[str, Any]]:
     """The rows to train on as their format reads them, what a source says of that, and the names as they are then."""
-    table = renamed(table, names.columns, "train")
+    given_so, table = table, renamed(table, names.columns, "train")
     names = replace(
         names, client=next((known for known, there in names.columns if there == names.client), names.client)
     )
     form, about = names.form_of(table), {}
+    read = (
+        names.text if form is None else [dict(names.columns).get(name, name) for name in form.columns(table).values()]
+    )
+    lost = names.passed_over(given_so, read)
     if form is not None:
         names = replace(names, causal=names.causal or (names.format is not None and not form.labelled))
-        words = form.in_words(table)
-        table, texts = form.read(table, "train", [names.client or ""])
+        words = form.in_words(table, dict(names.columns))
+        table, texts = form.read(table, f"{given}, train", [names.client or ""])
         about = {"format": form.name, "read_as": words, "texts": texts, "causal": not form.labelled}
         if not any(table.columns.values()):
             raise InputError(f"{given}: no row of train has an answer to learn ({words or form.name})")
-    elif (lost := names.passed_over(table)) and not names.hidden:
+    if lost and not names.hidden:
         table = table._replace(notes=(*table.notes, f"{given}: {lost}"))
     table = _asked_for(table, names, "train")
     if problems := names.unread(table.unread):
@@ -349,12 +357,15 @@ def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, 
     return names, form, table, about
 
 
-def _scored(table: Table, names: Names, form: Form | None, where: str) -> Table:
-    """The rows of another split, read as those of train are, or by their own format where they have another."""
+def _scored(table: Table, names: Names, form: Form | None, where: str, whose: str = "") -> Table:
+    """The rows of another split, read as those of train are, or by their own format where they have another.
+
+    where: the split, for messages; whose: begins it where it does not say of what data.
+    """
     table = renamed(table, names.columns, where, strict=False)
     if form is not None:
         form = form if form.fits(table) else form_seen(table, names.hidden)
-        table = form.read(table, where, [names.client or ""])[0] if form is not None else table
+        table = form.read(table, f"{whose}{where}", [names.client or ""])[0] if form is not None else table
     return _asked_for(table, names, where)
 
 

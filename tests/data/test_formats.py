@@ -255,9 +255,13 @@ def test_two_columns_that_are_named_do_not_lose_a_third_without_a_word() -> None
     ):
         source = named([SHAPES[shape][0]] * N, text_column=texts)
         assert source.notes == (
-            f"data: --text-column {texts} leaves {lost} out, which the format {shape} reads; without it all are read",
+            f"data: --text-column leaves {lost} out, which the format {shape} reads; without it all are read",
         )
         assert lost in source.read_by(()).splits and learnt(source) == ("2+2?", "4")
+        prompt, answer = texts.split(",")
+        source = named([SHAPES[shape][0]] * N, columns={"prompt": prompt, "answer": answer})
+        assert source.notes[0].startswith(f"data: --columns leaves {lost} out, which the format {shape} reads")
+        assert source.read_as == f"read as prompt+answer: {prompt} -> prompt, {answer} -> answer"
     assert named([SHAPES["gsm8k of the hub"][0]] * N, text_column="question,answer").notes == ()
 
 
@@ -431,7 +435,9 @@ def test_a_row_that_is_not_of_the_format_is_named_and_private_ones_are_not(
     (problem,) = refused.value.problems
     if hidden:
         assert "secret" not in problem and "line 7" not in problem and "narrator" not in problem, problem
-        assert problem.startswith("train: not of the format ") and problem.endswith("in some row (which, is private)")
+        assert problem.startswith(f"--data {path}, train: not of the format ") and problem.endswith(
+            "in some row (which, is private)"
+        )
     else:
         assert problem.startswith(f"--data: {path}, line 7: "), problem
         with pytest.raises(InputError, match=message):
@@ -451,12 +457,12 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None
     source = load_source(path)
     assert len(source.train) + len(source.test) == 10
     assert source.notes == (
-        f"train: 3 rows without any answer to learn left out, the first of them --data: {path}, line 6",
+        f"--data {path}, train: 3 rows without any answer to learn left out, the first of them --data: {path}, line 6",
     )
     places = {source.place("train", at) for at in range(len(source.train))}
     assert all(f"line {number}" not in " ".join(places).split(", ") for number in (6, 7, 8))
     hidden = load_source(path, names=Names(hidden=True)).notes
-    assert hidden == ("train: some rows without any answer to learn left out",)
+    assert hidden == (f"--data {path}, train: some rows without any answer to learn left out",)
     with pytest.raises(InputError, match="no row of train has an answer to learn .read as messages.$"):
         load_source(lines(tmp_path, [empty] * 5))
 
@@ -510,7 +516,7 @@ def test_a_function_of_ones_own_reads_rows(tmp_path: Path, monkeypatch: pytest.M
     assert learnt(named(rows, format=f"{tmp_path / 'mine_of_formats.py'}:turns")) == CHAT[1:3]
     source = named(rows, format="mine_of_formats:texts")
     assert learnt(source) == "2+2? 4" and len(source.train) + len(source.test) == N - 1
-    assert source.read_as == "read by mine_of_formats:texts"
+    assert source.read_as == "read by mine_of_formats:texts" and source.beside == {}
     with pytest.raises(InputError) as refused:
         named(rows, format="mine_of_formats:bad")
     assert refused.value.problems[0].startswith(
