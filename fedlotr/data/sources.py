@@ -92,13 +92,15 @@ class Source:
         """As a task leaves it that reads these columns."""
         return replace(self, left_out={name: kind for name, kind in self.beside.items() if name not in columns})
 
-    def as_conversations(self) -> Source:
-        """With pairs of prompt and answer as turns; itself where it has none, or turns already."""
-        if "messages" in self.texts or not {"prompt", "answer"} <= {*self.train.column_names}:
+    def as_conversations(self, columns: tuple[str, ...] = ("messages",)) -> Source:
+        """With pairs of prompt and answer as turns, and with these columns; itself where it has none, or has them."""
+        pairs = "messages" not in self.texts and {"prompt", "answer"} <= {*self.train.column_names}
+        if not pairs and not ("messages" in self.texts and {*columns} - {*self.train.column_names} == {"tools"}):
             return self
-        train, test = (as_turns(rows.to_dict()) for rows in (self.train, self.test))
+        found = [rows.to_dict() for rows in (self.train, self.test)]
+        train, test = (alike({name: [] for name in columns}, as_turns(rows) if pairs else rows)[1] for rows in found)
         made = source_of(self.name, train, test, self.test_split, self.label_names, self.drawn)
-        return replace(self, train=made.train, test=made.test, sha256=made.sha256, texts=("messages",))
+        return replace(self, train=made.train, test=made.test, sha256=made.sha256, texts=columns)
 
     def place(self, split: str, row: int) -> str:
         """Where a row of "train" or "test" stands, as a message begins: its file and line, if it has any."""

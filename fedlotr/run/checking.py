@@ -546,7 +546,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
         if own_task is not None:
             source, _ = apply_task(own_task, source)
         if "messages" in task.columns:
-            source = source.as_conversations()
+            source = source.as_conversations(task.columns)
         missing = [column for column in task.columns if column not in source.train.column_names]
         if missing or (task.kind == "classification" and "label" not in source.train.column_names):
             raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")

@@ -489,6 +489,12 @@ def test_splits_of_two_formats_are_made_alike(tmp_path: Path) -> None:
     assert learnt(other) == ONE and other.train["messages"][0] == other.test["messages"][0]
     pairs = load_source({"train": alpaca}).as_conversations()
     assert learnt(pairs) == ONE and pairs.as_conversations() is pairs
+    called = load_source({"train": [SHAPES["messages that call"][0]] * N, "test": chat[:3]})
+    assert resolve_task("auto", called).columns == ("messages", "tools") and called.test["tools"][:] == [None] * 3
+    for source in (load_source({"train": alpaca}), one):
+        both = source.as_conversations(("messages", "tools"))
+        assert resolve_task("auto", both).columns == ("messages", "tools") and set(both.train["tools"]) == {None}
+        assert json.loads(both.train[0]["messages"]) == ONE
     with pytest.raises(InputError, match="test: no column prompt or answer, unlike train"):
         resolve_task("auto", load_source({"train": alpaca, "test": [{"text": "a"}] * 3}))
 
