@@ -63,10 +63,7 @@ def groups_of(rule: str, rows: datasets.Dataset, texts: Sequence[str], seed: int
 def by_column(rows: datasets.Dataset, column: str, given: str) -> Groups:
     """A group for each value of a column, in the order of their names; rows without a value are one more group."""
     if column not in rows.column_names:
-        raise InputError(
-            f"{given}: no column '{column}'{nearest(column, rows.column_names)}; train has the columns "
-            f"{', '.join(rows.column_names)}"
-        )
+        raise InputError(f"{given}: no column '{column}'{nearest(column, rows.column_names)}")
     names = [_called(value) for value in rows[column][:]]
     sizes = Counter(names)
     if len(sizes) > min(MOST, len(names) // LEAST):
