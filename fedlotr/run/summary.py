@@ -326,7 +326,9 @@ def _version(package: str) -> str:
 def versions(checked: Checked) -> dict[str, str]:
     """Of this program and of what a run stands on."""
     quantised = checked.config.quantize != "none" or form_of_weights(Path(checked.spec.path)) != "none"
-    packages = {name: _version(name) for name in (*PACKAGES, *(["bitsandbytes"] if quantised else []))}
+    clustered = checked.groups is not None and checked.groups.by == "cluster"
+    some = [*(["bitsandbytes"] if quantised else []), *(["scikit-learn"] if clustered else [])]
+    packages = {name: _version(name) for name in (*PACKAGES, *some)}
     return {"fedlotr": _version("fedlotr"), "python": platform.python_version(), **packages}
 
 

@@ -219,6 +219,7 @@ def test_a_run_tells_which_groups_its_clients_hold(
     assert main([*words, "--partition", rule]) == 0
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     names = facts["groups"]
+    assert ("scikit-learn" in facts["versions"]) == rule.startswith("clusters")
     assert facts["grouped_by"] == ("subject" if "subject" in rule else "cluster") and len(names) == 3
     held = [client["groups"] for client in facts["partition"]]
     assert [sum(groups.values()) for groups in held] == [client["examples"] for client in facts["partition"]]
