@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlotr.data.groups import Groups
+from fedlotr.data.columns import Rows
 from fedlotr.errors import InputError
 from fedlotr.streams import stream_key
 
@@ -26,8 +26,10 @@ TOLD = 3
 """Words that name a cluster."""
 
 
-def by_cluster(texts: Sequence[str], count: int, seed: int, given: str) -> Groups:
-    """At most `count` clusters, named by their number and the words that set them apart; the largest first.
+def by_cluster(texts: Sequence[str], count: int, seed: int, given: str) -> tuple[Rows, tuple[str, ...]]:
+    """(texts,) the cluster of each, of at most `count`, and their names: a number and the words that set one apart.
+
+    The largest cluster comes first.
 
     given: the option and its value, for messages. Raises InputError where scikit-learn is not there, for fewer than two
     rows a cluster, and for texts that have no word in common.
@@ -67,4 +69,4 @@ def by_cluster(texts: Sequence[str], count: int, seed: int, given: str) -> Group
     for number in range(len(present)):
         apart = np.asarray(weights[of == number].mean(axis=0)).ravel() - mean
         names.append(" ".join([f"{number + 1}:", *(str(terms[at]) for at in np.argsort(-apart, kind="stable")[:TOLD])]))
-    return Groups("cluster", of.astype(np.int64), tuple(names))
+    return of.astype(np.int64), tuple(names)

@@ -50,7 +50,7 @@ def groups_of(rule: str, rows: datasets.Dataset, texts: Sequence[str], seed: int
     elif kind == "clusters":
         from fedlotr.data.clusters import by_cluster
 
-        found = by_cluster(texts_of(rows, texts), int(arguments[1]), seed, f"--partition {rule}")
+        found = Groups("cluster", *by_cluster(texts_of(rows, texts), int(arguments[1]), seed, f"--partition {rule}"))
     else:
         return None
     if len(found.names) < 2:
