@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.chat_template import REASONED, Chat, written
-from fedlotr.data.conversation import Message, Rendered, Span, Style, common, forms, text_of, texts_of
+from fedlotr.data.conversation import Message, Rendered, Span, Style, common, forms, is_learnt, text_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ def render_chat(
     What comes after the last answer is left out. Raises ValueError where the template refuses, leaves words out, or
     does not show where an answer begins.
     """
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    last = max(index for index, message in enumerate(messages) if is_learnt(message))
     chat = Chat.of(tokenizer, style.date, tools)
     messages, text = chat.fit(messages if style.train_on == "all" else messages[: last + 1])
     if style.train_on == "all":
@@ -38,9 +38,7 @@ def render_chat(
     targets = _marked(chat, messages, text) or _answers(chat, messages, text)
     if targets is not None:
         return [Rendered(*_closed(chat, text, targets), _contents(chat, messages, text, targets), whole=True)]
-    return [
-        _alone(chat, messages[: index + 1]) for index, message in enumerate(messages) if message["role"] == "assistant"
-    ]
+    return [_alone(chat, messages[: index + 1]) for index, message in enumerate(messages) if is_learnt(message)]
 
 
 def open_chat(
@@ -56,7 +54,7 @@ def _answers(chat: Chat, messages: Sequence[Message], text: str) -> tuple[Span, 
     """The answers' characters, each from the generation prompt's end to that of its turn; None where none shows."""
     spans: list[Span] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not is_learnt(message):
             continue
         start = _start(chat, messages[:index], text)
         end = _turn_end(chat, messages[: index + 1], text, last=index + 1 == len(messages))
@@ -152,8 +150,9 @@ def _alone(chat: Chat, messages: Sequence[Message]) -> Rendered:
 
 
 def _marked(chat: Chat, messages: Sequence[Message], text: str) -> tuple[Span, ...] | None:
-    """The answers' characters by the template's own marks; None where it has none, or where they do not fit."""
-    if not chat.marks:
+    """The answers' characters by the template's own marks; None where it has none, they do not fit, or
+    some answer is not to be learnt, which no mark says."""
+    if not chat.marks or any(message["role"] == "assistant" and not is_learnt(message) for message in messages):
         return None
     shown, marks = chat.marked(messages)
     if shown != text:

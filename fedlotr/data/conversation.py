@@ -64,6 +64,11 @@ def check(messages: Sequence[Message]) -> None:
             raise ValueError(f"message {number} ({role}) has {type(content).__name__} as its content; expected text")
 
 
+def is_learnt(message: Message) -> bool:
+    """Whether an assistant's turn is there to be learnt: one of weight 0 is context, as OpenAI's format has it."""
+    return bool(message["role"] == "assistant" and message.get("weight") != 0)
+
+
 def text_of(message: Message) -> str:
     """Its content, the parts of a list one after the other."""
     return "".join(texts_of(message))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.chat_targets import open_chat, render_chat
 from fedlotr.data.chat_template import asks_for_date, has_template
-from fedlotr.data.conversation import FIXED, Message, Rendered, Span, Style, check, common, text_of
+from fedlotr.data.conversation import FIXED, Message, Rendered, Span, Style, check, common, is_learnt, text_of
 from fedlotr.errors import nearest
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def _plain(messages: Sequence[Message], eos: str) -> list[Piece]:
         elif role == "user":
             pieces += [("User: ", False, False), (said, False, True), ("\n", False, False)]
         else:
-            ended = [] if index + 1 == len(messages) else [(eos, True, False), ("\n", False, False)]
-            pieces += [("Assistant: ", False, False), (said, True, False), *ended]
+            ended = [] if index + 1 == len(messages) else [(eos, is_learnt(message), False), ("\n", False, False)]
+            pieces += [("Assistant: ", False, False), (said, is_learnt(message), False), *ended]
     return pieces
 
 
 def _none(messages: Sequence[Message], eos: str) -> list[Piece]:
     """The contents as they are, nothing between."""
-    return [(text_of(message), message["role"] == "assistant", message["role"] != "assistant") for message in messages]
+    return [(text_of(message), is_learnt(message), message["role"] != "assistant") for message in messages]
 
 
 TEMPLATES: dict[str, Template] = {
@@ -84,13 +84,18 @@ def render(
     Raises ValueError in words that follow "row 3: ".
     """
     check(messages)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message is an assistant's; there is nothing to learn an answer from")
+    if not any(map(is_learnt, messages)):
+        silent = any(message["role"] == "assistant" for message in messages)
+        raise ValueError(
+            "all of the assistant's messages have the weight 0; there is nothing to learn"
+            if silent
+            else "no message is an assistant's; there is nothing to learn an answer from"
+        )
     make = _made_by(style.template, tokenizer)
     if make is None:
         return render_chat(messages, tokenizer, style, tools)
     if style.train_on == "assistant":
-        messages = messages[: 1 + max(i for i, message in enumerate(messages) if message["role"] == "assistant")]
+        messages = messages[: 1 + max(i for i, message in enumerate(messages) if is_learnt(message))]
     return [_put_together(_pieces(messages, tokenizer, make, tools), style)]
 
 

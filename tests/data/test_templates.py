@@ -356,6 +356,23 @@ def test_the_plain_template_of_several_turns_says_whose_they_are(stories: Path) 
     assert [rendered.text[start:end] for start, end in rendered.contents] == ["Be kind.", "Hi", "Bye"]
 
 
+@pytest.mark.parametrize("name", ["", "chatml", "qwen3", "marks", "none"])
+def test_an_answer_of_weight_0_is_shown_and_not_learnt(name: str, stories: Path) -> None:
+    messages = alternating(["Hi", "Hello", "Bye", "So long"], None)
+    messages[1]["weight"] = 0
+    text = {"chatml": CHATML, "marks": template(MARKED[0]) if MARKED else None, "qwen3": template("qwen3")}.get(name)
+    tokenizer = byte_level(text) if text else sentence_piece(stories, "")
+    rendered = only(messages, tokenizer, Style(template="none") if name == "none" else TODAY)
+    (learnt,) = targets(rendered)
+    assert "So long" in learnt and "Hello" not in learnt and "Hello" in rendered.text
+    messages[3]["weight"], messages[1]["weight"] = 0, 1
+    (learnt,) = targets(only(messages, tokenizer))
+    assert "Hello" in learnt and "So long" not in only(messages, tokenizer).text
+    messages[1]["weight"] = 0
+    with pytest.raises(ValueError, match="have the weight 0; there is nothing to learn"):
+        render(messages, tokenizer, TODAY)
+
+
 def test_a_function_of_ones_own_is_a_template(tmp_path: Path, stories: Path) -> None:
     tokenizer = sentence_piece(stories, "")
     file = tmp_path / "own.py"
