@@ -73,16 +73,6 @@ def encode_language(
     return found
 
 
-def lengths(
-    columns: Mapping[str, Sequence[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    style: Style,
-    place: Callable[[int], str] | None = None,
-) -> list[int]:
-    """The tokens of every example that the rows give, uncut. Raises InputError as `encode_language`."""
-    return [len(example.tokens) for *_, example in _examples(columns, tokenizer, style, place)]
-
-
 def rendered_rows(
     columns: Mapping[str, Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,

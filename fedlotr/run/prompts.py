@@ -51,7 +51,9 @@ def wanted(checked: Checked) -> int:
     config = checked.config
     if checked.task.kind != "causal-lm" or why_none(checked) is not None:
         return 0
-    return USUAL if config.samples is None else config.samples
+    rows = shown(config, checked.source, checked.public_source)
+    there = 0 if rows is None else len(rows[0])
+    return min(there, USUAL if config.samples is None else config.samples)
 
 
 def why_none(checked: Checked) -> str | None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlotr.data.cutting import Example, cut
-from fedlotr.data.language import Borders, Encoded, encode_language, lengths
+from fedlotr.data.language import Borders, Encoded, encode_language
 from fedlotr.data.templates import Style
 from fedlotr.errors import InputError
 from tests.data.chat_templates import byte_level, sentence_piece, template
@@ -153,8 +153,8 @@ def test_a_conversations_answers_are_learnt_with_their_end_and_nothing_else() ->
 def test_a_row_may_give_several_examples_and_lengths_are_those_before_cutting() -> None:
     tokenizer = byte_level(template("qwen3"))
     rows = told(["Hi", "Hello", "Bye", "So long " * 30], ["Hi", "Yes"])
-    encoded = encode_language(rows, tokenizer, Style(), 40)
-    assert encoded.owner == [0, 0, 1] and encoded.whole == lengths(rows, tokenizer, Style())
+    encoded, whole = (encode_language(rows, tokenizer, Style(), limit) for limit in (40, None))
+    assert encoded.owner == [0, 0, 1] and encoded.whole == [len(ids) for ids in whole.tokens]
     assert max(encoded.whole) > 40 >= max(map(len, encoded.tokens)) and encoded.dropped == [0, 0]
     assert encoded.answer_cut[0] == encoded.whole[1] - 40 and encoded.answer_cut[1] == 0
 
@@ -260,14 +260,3 @@ def test_what_is_cut_keeps_its_promises(drawn: tuple[Example, int]) -> None:
         sizes.append((len(here), stop - start))
     largest = max((size for size, _ in sizes), default=0)
     assert all(size >= min(whole, largest - 1) for size, whole in sizes), "the longest lose first"
-
-
-def test_the_lengths_of_three_thousand_answers_take_little_time() -> None:
-    import time
-
-    tokenizer = byte_level(CHATML)
-    rows = told(*[[f"What does function {n} do?", "It plays with Lily in the garden. " * 4] for n in range(3000)])
-    encode_language(told(["a", "b"]), tokenizer, Style(), None)
-    start = time.process_time()
-    encode_language(rows, tokenizer, Style(), 128)
-    assert time.process_time() - start < 12, "seconds of one busy core; 1.5 where it is not"
