@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlotr.config.own import own_name
 from fedlotr.config.plain import plain, scalar
+from fedlotr.data.canonical import Written, checked
 from fedlotr.data.labels import MAX_CLASSES, ROWS_SHOWN
 from fedlotr.data.sources import Source, source_of
 from fedlotr.data.tasks import Task
+from fedlotr.data.turns import RowError
 from fedlotr.errors import FedlotrError, InputError, nearest
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ TAKEN = frozenset(
     | {"update_norm_largest", "update_norm_median"}
 )
 """Names that mean something else in a row of metrics.jsonl."""
-COLUMNS = ("text", "text_a", "text_b", "prompt", "answer", "label")
+COLUMNS = ("text", "text_a", "text_b", "prompt", "answer", "messages", "label")
 """What the built-in tasks read; a task of one's own writes them."""
 
 
@@ -65,7 +67,8 @@ class OwnTask:
         """What is learnt from a row of the data.
 
         A classifier: (text, label), where a text may be a pair (first, second) and a label is an index or a name.
-        A language model: the text, or a pair (prompt, answer).
+        A language model: the text, a pair (prompt, answer), or a list of messages, such as
+        [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}].
         """
         raise NotImplementedError
 
@@ -168,7 +171,7 @@ def _encoded(task: OwnTask, source: Source, split: str, rows: datasets.Dataset) 
                 raise ValueError("it is a pair and others are not, or the other way round")
             made.append(example)
         except Exception as error:
-            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            said = str(error) if type(error) in (ValueError, RowError) else f"{type(error).__name__}: {error}"
             problems.append(f"task {type(task).__name__}: encode, {source.place(split, number)}: {said}")
     if problems:
         more = [f"task {type(task).__name__}: {len(problems) - ROWS_SHOWN} more rows of {split} like these"]
@@ -180,8 +183,8 @@ def _example(task: OwnTask, given: Any) -> dict[str, Any]:
     """The columns of one row. Raises ValueError for what is no example of the task."""
     labels = labels_of(task)
     if not labels:
-        texts = _texts(given, ("prompt", "answer"))
-        return texts if texts is not None else _wrong(given, "a text or a pair (prompt, answer)")
+        texts = _texts(given, ("prompt", "answer")) or _conversation(given)
+        return texts if texts is not None else _wrong(given, "a text, a pair (prompt, answer) or a list of messages")
     if not isinstance(given, tuple | list) or len(given) != 2:
         _wrong(given, "(text, label)")
     text, label = given[0], scalar(given[1])
@@ -206,6 +209,15 @@ def _texts(given: Any, pair: tuple[str, str]) -> dict[str, Any] | None:
     if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(text, str) for text in given):
         return dict(zip(pair, map(plain, given), strict=True))
     return None
+
+
+def _conversation(given: Any) -> dict[str, Any] | None:
+    if not isinstance(given, tuple | list) or not given or not all(isinstance(turn, Mapping) for turn in given):
+        return None
+    written = checked(list(given))
+    if not isinstance(written, Written):
+        raise ValueError("it gave messages of which none is an assistant's that says something")
+    return {"messages": written.messages}
 
 
 def _wrong(given: Any, expected: str) -> NoReturn:

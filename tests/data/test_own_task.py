@@ -116,6 +116,19 @@ def test_a_language_models_metric_counts_its_target_tokens(stories: Path, tmp_pa
     assert result.summary["final"]["perplexity"] == pytest.approx(math.exp(result.loss))
 
 
+def test_a_language_models_row_may_be_a_conversation(stories: Path, tmp_path: Path) -> None:
+    def turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+        return [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": row["review"]},
+            {"role": "assistant", "content": "★" * row["stars"]},
+        ]
+
+    given = config(stories, tmp_path / "run", rounds=1, max_length=64)
+    result = run_simulation(given, data={"train": REVIEWS}, task=task(turns, labels=()))
+    assert math.isfinite(result.loss) and "Be brief." in (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
+
+
 def test_resume_goes_on_with_the_same_task_only(run: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = config(tiny_bert, run, rounds=3, resume=True)
     with pytest.raises(InputError, match=r"--task auto: the run in .* was begun with own:\w+, the caller's own"):
@@ -186,7 +199,15 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
         task(lambda row: (row["review"], 0) if row["stars"] > 3 else ((row["review"], ""), 0)),
         ["it is a pair and others are not"],
     ),
-    "no text": (task(lambda row: 3, labels=()), ["it gave 3; expected a text or a pair (prompt, answer)"]),
+    "no text": (task(lambda row: 3, labels=()), ["it gave 3; expected a text, a pair (prompt, answer) or a list"]),
+    "no answer": (
+        task(lambda row: [{"role": "user", "content": row["review"]}], labels=()),
+        ["it gave messages of which none is an assistant's that says something"],
+    ),
+    "no role": (
+        task(lambda row: [{"role": "who", "content": row["review"]}], labels=()),
+        ["row ", ": 'messages', message 1 is by 'who', which is no role that is known"],
+    ),
 }
 
 
