@@ -102,7 +102,7 @@ def ours() -> None:
             bases_sha256="none",
             layers=[],
             held_out=1,
-            causal=False,
+            task="classification",
             method="echo",
         )
         strategy, state = load_strategy("exact-average", {}, sampled), State(arrays())

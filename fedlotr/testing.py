@@ -193,7 +193,7 @@ class _Case:
             bases_sha256=self.bases,
             layers=self.layers,
             held_out=0,
-            causal=False,
+            task="classification",
             method=method,
             ranks=None if ranks is None else [ranks[k % len(ranks)] for k in range(clients or sampled)],
             rank=RANK,

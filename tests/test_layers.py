@@ -12,7 +12,7 @@ from tests import forks
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("errors", "files", "machine", "said", "streams", "reporting.documents"),
-    ("adapters.kinds", "adapters.methods", "communication.wire_form"),
+    ("adapters.kinds", "adapters.methods", "communication.wire_form", "models.kinds"),
     ("config",),
     ("adapters",),
     ("communication",),

@@ -16,7 +16,7 @@ from fedlotr.commands.simulate import DONE
 from fedlotr.engines.endings import exit_code, heeded, in_words
 from fedlotr.errors import FedlotrError, InputError, visible
 from fedlotr.files import write_atomically
-from fedlotr.reporting.console import METRICS
+from fedlotr.reporting.console import FORMS
 from fedlotr.reporting.escaping import lines as lines_of
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import Line, as_csv, as_markdown, cells, failures, spending
@@ -223,7 +223,7 @@ class _Display:
 
     def finished(self, summary: "Summary") -> None:
         final = summary["final"]
-        forms = {**METRICS, "loss": "{:.4f}"}
+        forms = {**FORMS, "loss": "{:.4f}"}
         results = [f"{name} {form.format(final[name])}" for name, form in forms.items() if final.get(name) is not None]
         told = summary["timing"]["seconds_total"] is not None  # it would tell how many hidden clients came
         seconds = [f"{time.monotonic() - self._began:.1f} s"] if told else []

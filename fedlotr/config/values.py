@@ -14,11 +14,12 @@ from fedlotr.config.own import is_own
 from fedlotr.config.partitions import read_partition
 from fedlotr.config.plain import deeply, plain
 from fedlotr.errors import nearest, shorten, written
+from fedlotr.models.kinds import TASK_KINDS
 
 BUILT_IN_DATA = ("pydoc", "pydoc-chat")
 """Data sets that need no files."""
 
-TASKS = ("auto", "classification", "causal-lm")
+TASKS = ("auto", *TASK_KINDS)
 TEMPLATES = ("auto", "chat", "plain", "none")
 
 LARGEST = 2**31 - 1

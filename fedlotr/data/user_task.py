@@ -18,6 +18,7 @@ from fedlotr.data.sources import Source, source_of
 from fedlotr.data.tasks import Task
 from fedlotr.data.turns import RowError
 from fedlotr.errors import FedlotrError, InputError, nearest
+from fedlotr.models.kinds import METRICS
 
 if TYPE_CHECKING:
     import datasets
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from fedlotr.evaluation.results import Results
 
 TAKEN = frozenset(
-    {"accuracy", "aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon"}
+    {"aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon", *METRICS}
     | {"evaluate_seconds", "failed", "simulated_seconds", "simulated_seconds_median_client", "simulated_slowest_client"}
-    | {"clipped", "failures", "loss", "perplexity", "round", "train_loss", "train_seconds", "transport_error"}
+    | {"clipped", "failures", "loss", "round", "train_loss", "train_seconds", "transport_error"}
     | {"update_norm_largest", "update_norm_median"}
 )
 """Names that mean something else in a row of metrics.jsonl."""

@@ -11,26 +11,38 @@ import torch
 
 from fedlotr.adapters.packed import Spans, packed
 from fedlotr.evaluation.results import Results
+from fedlotr.models.kinds import TASK_KINDS
 from fedlotr.training.examples import IGNORED, Examples
-from fedlotr.training.model import TrainableModel, example_losses
+from fedlotr.training.model import TrainableModel, example_losses, predicted
 from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
 from fedlotr.training.varlen import ragged_batches
+
+NO_MOMENTS = (0.0,) * 5
+ALIKE = 1e-12
+"""Variance over mean square below which numbers are all alike but for the rounding of their sums."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over some examples. units: examples of a classifier, target tokens of a language model."""
+    """Sums over some examples. units: examples, or target tokens of a language model.
+
+    moments: of a regression's predictions p and labels y, in the model's own unit, Σp, Σy, Σp², Σy² and Σpy.
+    """
 
     loss: float = 0.0
     units: int = 0
     correct: int = 0
+    moments: tuple[float, ...] = NO_MOMENTS
 
     def __add__(self, other: "Scores") -> "Scores":
-        return Scores(self.loss + other.loss, self.units + other.units, self.correct + other.correct)
+        moments = tuple(one + two for one, two in zip(self.moments, other.moments, strict=True))
+        return Scores(self.loss + other.loss, self.units + other.units, self.correct + other.correct, moments)
 
     @property
     def mean_loss(self) -> float:
-        """Nats an example (classifier) or a token (language model)."""
+        """Nats an example (classifier) or a token (language model); a regression's mean squared error, in its labels'
+        unit.
+        """
         return self.loss / max(self.units, 1)
 
     @property
@@ -42,6 +54,24 @@ class Scores:
     def perplexity(self) -> float:
         """Of a language model; bounded, where the loss is past all bounds."""
         return math.exp(min(self.mean_loss, 700))
+
+    @property
+    def rmse(self) -> float:
+        """Of a regression: the root of its mean squared error, in its labels' unit."""
+        return math.sqrt(self.mean_loss)
+
+    @property
+    def pearson(self) -> float | None:
+        """Of a regression: the correlation of its predictions and labels; None where either are all alike."""
+        p, y, pp, yy, py = (moment / max(self.units, 1) for moment in self.moments)
+        spread = (pp - p * p, yy - y * y)
+        if not all(one > ALIKE * whole for one, whole in zip(spread, (pp, yy), strict=True)):
+            return None
+        return max(-1.0, min(1.0, (py - p * y) / math.sqrt(spread[0] * spread[1])))
+
+    def metrics(self, task: str) -> dict[str, float | None]:
+        """What a model for this task is judged by beside the loss, by name."""
+        return {name: getattr(self, name) for name in TASK_KINDS[task].metrics}
 
 
 def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Results | None = None) -> Scores:
@@ -60,6 +90,11 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
                 if found is not None:
                     right = (predictions == labels) & targets
                     found.put(chosen, losses=losses.cpu(), targets=targets.sum(1).cpu(), correct=right.sum(1).cpu())
+            elif model.spec.scale:
+                p, y = predictions.double(), labels.double()
+                losses *= model.spec.step**2
+                sums = [float(one.sum()) for one in (p, y, p * p, y * y, p * y)]
+                total += Scores(float(losses.sum()), len(chosen), moments=tuple(sums))
             else:
                 right = predictions == labels
                 total += Scores(float(losses.sum()), len(chosen), int(right.sum()))
@@ -81,7 +116,7 @@ def _passes(
             ragged = taken.to(model.device)
             with packed(Spans([ragged.tokens])):
                 logits = model.ragged_logits(ragged)
-            yield chosen, ragged.labels, example_losses(logits, ragged.labels), logits.argmax(-1)
+            yield chosen, ragged.labels, example_losses(logits, ragged.labels), predicted(logits, ragged.labels)
         return
     for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
         batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)

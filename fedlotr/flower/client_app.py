@@ -210,7 +210,13 @@ def evaluate_shard(message: Message, context: Context) -> Message:
     found = Results.empty(len(rows)) if config.get("rows") else None
     scores = evaluate(here.model, examples, rows, found)
     metrics = MetricRecord(
-        {"loss": scores.loss, "units": scores.units, "correct": scores.correct, "num-examples": len(rows)}
+        {
+            "loss": scores.loss,
+            "units": scores.units,
+            "correct": scores.correct,
+            "moments": list(scores.moments),
+            "num-examples": len(rows),
+        }
     )
     each = {} if found is None else {"rows": to_record(found.arrays())}
     return Message(RecordDict({"metrics": metrics, **each}), reply_to=message)

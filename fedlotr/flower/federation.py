@@ -27,7 +27,8 @@ class Federation:
     sampled: clients in a round. lr_factor: round -> what the clients' learning rates are multiplied by.
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
-    method: for error messages. moving: round -> the tensors that clients send then; None: all, always.
+    task: one of `TASK_KINDS`. method: for error messages. moving: round -> the tensors that clients send then; None:
+    all, always.
     measure: further metrics, of what the model made of each test row.
     ranks: of each client; None: all have the run's, which is `rank`. carried: what the model carries from the start.
     mean_moments: whether means of AdamW's second moments travel beside them.
@@ -47,7 +48,7 @@ class Federation:
     bases_sha256: str
     layers: Sequence[Layer]
     held_out: int
-    causal: bool
+    task: str
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
     measure: Callable[[Results], dict[str, float | None]] | None = None

@@ -17,6 +17,7 @@ from fedlotr.flower.links.carry import carry_records
 from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.replies import first_line
 from fedlotr.flower.round import nodes_by_client
+from fedlotr.models.kinds import METRICS, decisive
 from fedlotr.reporting.documents import ClientEvaluation
 
 log = logging.getLogger("fedlotr")
@@ -28,7 +29,7 @@ EVALUATION_SHARD = 128
 def evaluate(
     grid: Grid, federation: Federation, arrays: ArrayRecord, carry: Carry | None = None
 ) -> dict[str, float | None]:
-    """Loss and accuracy, or loss and perplexity, and the federation's own metric, on the held-out examples.
+    """Loss, the metrics of the task, and the federation's own one, on the held-out examples.
 
     The server's own work, spread over the engine's workers; it passes by the ledger. carry: what the model carries;
     workers lack its newest version. Raises FedlotrError where a shard fails.
@@ -45,18 +46,16 @@ def evaluate(
     if federation.measure is not None:
         rows = [{name: array.numpy() for name, array in answer["rows"].items()} for answer in answers]
         further = federation.measure(Results.joined(rows))
-    if federation.causal:
-        return {"loss": scores.mean_loss, "perplexity": scores.perplexity, **further}
-    return {"loss": scores.mean_loss, "accuracy": scores.accuracy, **further}
+    return {"loss": scores.mean_loss, **scores.metrics(federation.task), **further}
 
 
 def evaluate_clients(
-    grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], carry: Carry | None = None, *, causal: bool
+    grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], carry: Carry | None = None, *, task: str
 ) -> ClientEvaluation:
     """Every client's own model on its own rows.
 
     held_back: each client's number of such rows; who has none is left out. carry: as for `evaluate`.
-    The metric is accuracy, or perplexity (whose worst are the largest). Raises FedlotrError where a client fails.
+    The metric is the task's decisive one. Raises FedlotrError where a client fails.
     """
     asked = [
         (client, {OWN_ROWS: True}, f"evaluation of client {client} on its own rows")
@@ -64,8 +63,9 @@ def evaluate_clients(
         if rows
     ]
     found = [_scores(answer) for answer in _ask(grid, asked, arrays, carry)]
-    scores = [one.perplexity if causal else one.accuracy for one in found]
-    return summary_of([one.mean_loss for one in found], scores, larger_is_worse=causal)
+    metric = decisive(task)
+    scores = [getattr(one, metric) for one in found]
+    return summary_of(metric, [one.mean_loss for one in found], scores)
 
 
 def _ask(
@@ -94,7 +94,8 @@ def _ask(
 
 def _scores(answer: Any) -> Scores:
     found = answer["metrics"]
-    return Scores(float(found["loss"]), int(found["units"]), int(found["correct"]))
+    moments = tuple(map(float, found["moments"]))
+    return Scores(float(found["loss"]), int(found["units"]), int(found["correct"]), moments)
 
 
 def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
@@ -106,13 +107,13 @@ def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
     return float(np.mean(ordered[: -(-len(ordered) // 10)]))
 
 
-def summary_of(losses: Sequence[float], scores: Sequence[float], *, larger_is_worse: bool) -> ClientEvaluation:
-    """Of scores by client."""
+def summary_of(metric: str, losses: Sequence[float], scores: Sequence[float]) -> ClientEvaluation:
+    """Of scores by client. metric: which they are."""
     return {
-        "metric": "perplexity" if larger_is_worse else "accuracy",
+        "metric": metric,
         "clients": len(scores),
         "loss": float(np.mean(losses)),
         "mean": float(np.mean(scores)),
         "spread": float(np.std(scores)),
-        "worst_tenth": worst_tenth(scores, larger_is_worse=larger_is_worse),
+        "worst_tenth": worst_tenth(scores, larger_is_worse=not METRICS[metric].higher_is_better),
     }

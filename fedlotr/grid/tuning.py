@@ -6,10 +6,8 @@ from statistics import fmean
 
 from fedlotr.errors import shorten
 from fedlotr.grid.file import Grid, Row, Run
+from fedlotr.models.kinds import DECISIVE, METRICS
 from fedlotr.reporting.documents import Summary
-
-LOWER_IS_BETTER = ("perplexity", "loss")
-METRICS = ("accuracy", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ def choose(grid: Grid, row: Row, finished: Mapping[str, Summary], failed: Mappin
 
     def worth(runs: Sequence[Run]) -> tuple[float, float]:
         finals = [finished[run.name]["final"] for run in runs]
-        metric = next(name for name in METRICS if name in finals[0])
-        sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+        metric = next(name for name in DECISIVE if name in finals[0])
+        sign = 1.0 if METRICS[metric].higher_is_better else -1.0
         values, losses = ([final[name] for final in finals] for name in (metric, "loss"))
         # What is not finite is null on disk, and the worst there is.
         worst = float("-inf")

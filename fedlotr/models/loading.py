@@ -17,18 +17,19 @@ from transformers.utils import logging as transformers_logging
 from fedlotr.adapters.layer import CopiesLinear, widths
 from fedlotr.adapters.quantised import is_quantised, multiply_plainly, quantise
 from fedlotr.models.checkpointing import run_again
+from fedlotr.models.kinds import TASK_KINDS
 from fedlotr.models.supported import form_of_weights
 from fedlotr.models.targets import matches, meant, nearest_types
 from fedlotr.models.user_class import import_class
 from fedlotr.streams import stream_key
 
-Kind = Literal["classification", "causal-lm"]
+Kind = Literal["classification", "regression", "causal-lm"]
 
 NOT_TEXT = re.compile(r"(?<![a-z])(vision|visual|image|audio|speech|multi_modal|mm_projector|entity)(?![a-z])")
 """In the name of a part of a model that reads something else than texts."""
 
 HEADS = ("classifier", "score")
-"""What transformers calls the module that turns features into class logits."""
+"""What transformers calls the module that turns features into class logits, or a number."""
 
 PLAIN_ATTENTION = "eager"
 ATTENTION = {"float32": "sdpa", "bfloat16": PLAIN_ATTENTION}
@@ -48,13 +49,15 @@ relative positions), whose rows have no client: copies for a cohort cannot be to
 class ModelSpec:
     """What a worker needs to build the same base as everyone else.
 
-    path: a local folder in the Hugging Face layout. labels: number of classes (0 for a language model).
+    path: a local folder in the Hugging Face layout. labels: numbers that the head makes of a text (0 for a language
+    model).
     mean_pooled: a sentence encoder, read out by the mean of its token vectors. dtype: of the frozen base.
     code, code_folder: module:Class of a class that is not part of transformers, and the folder of that module.
     checkpointed: whether its blocks run again in backward instead of keeping what is inside them.
     quantize: 8bit or 4bit, the form that the weights of the linear layers are kept in; none: in `dtype`.
     device: cpu, or cuda: the first GPU that a process sees.
     head_rows, head_labels: where the head of the files is gone on with, its row for each label, and its labels.
+    shift, step: of a regression, whose model makes (label - shift) / step, so that rates fit whatever the labels' unit.
     """
 
     path: str
@@ -70,6 +73,18 @@ class ModelSpec:
     device: str = "cpu"
     head_rows: tuple[int, ...] = ()
     head_labels: int = 0
+    shift: float = 0.0
+    step: float = 1.0
+
+    @property
+    def headed(self) -> bool:
+        """Whether a head reads the model out."""
+        return TASK_KINDS[self.kind].headed
+
+    @property
+    def scale(self) -> bool:
+        """Whether it makes a number on a scale."""
+        return TASK_KINDS[self.kind].scale
 
 
 class MeanPooledClassifier(nn.Module):
@@ -115,7 +130,7 @@ def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     model, missing = _loaded(spec, meta=meta) if config is None else (_from_config(spec, config), set())
-    heads = [] if spec.kind == "causal-lm" else head_names(model, missing)
+    heads = head_names(model, missing) if spec.headed else []
     lacking = sorted(key for key in missing if not _belongs_to_head(model, key, heads))
     if lacking:
         raise ValueError(
@@ -151,12 +166,12 @@ def _of_rows(layer: nn.Linear, rows: tuple[int, ...]) -> nn.Linear:
 
 
 def _mean_pooled(spec: ModelSpec) -> bool:
-    return spec.kind == "classification" and spec.mean_pooled
+    return spec.headed and spec.mean_pooled
 
 
 def _class_of(spec: ModelSpec) -> Any:
     """transformers' class of a base that is not the caller's own; of a sentence encoder without what reads it out."""
-    if spec.kind == "causal-lm":
+    if not spec.headed:
         return AutoModelForCausalLM
     return AutoModel if spec.mean_pooled else AutoModelForSequenceClassification
 
@@ -172,7 +187,7 @@ def _loader(spec: ModelSpec, *, meta: bool) -> tuple[Any, dict[str, Any]]:
     """The class that loads a base, and what its `from_pretrained` is told besides the folder."""
     options: dict[str, Any] = {"device_map": "meta"} if meta else {}
     loader = _class_of(spec)
-    if spec.kind == "classification" and not _mean_pooled(spec):
+    if spec.headed and not _mean_pooled(spec):
         options |= {"num_labels": spec.head_labels or spec.labels, "pad_token_id": spec.pad_id}
     saved_form = form_of_weights(Path(spec.path))
     if saved_form != "none" and not meta:

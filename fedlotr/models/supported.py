@@ -18,6 +18,7 @@ from fedlotr.adapters.quantised import QUANTISED
 
 CLASSES = {
     "classification": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classifier"),
+    "regression": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classifier"),
     "causal-lm": (MODEL_FOR_CAUSAL_LM_MAPPING, "language model"),
 }
 QUANTISERS = {"bitsandbytes": "bitsandbytes"}
@@ -145,7 +146,7 @@ def form_of_weights(folder: Path) -> str:
 
 
 def check_kind(config: Any, kind: str) -> None:
-    """Raises ValueError where transformers has no class of this architecture for `classification` or `causal-lm`."""
+    """Raises ValueError where transformers has no class of this architecture for a task."""
     mapping, called = CLASSES[kind]
     if type(config) not in mapping:
         raise ValueError(f"a {config.model_type} is no {called}: transformers has no class of it for --task {kind}")

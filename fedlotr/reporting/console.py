@@ -21,6 +21,7 @@ from typing_extensions import override
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import visible
+from fedlotr.models.kinds import METRICS
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
 from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, kinds_of, under
 from fedlotr.reporting.escaping import lines as plain_lines
@@ -51,8 +52,8 @@ NOTEBOOK_LINES = 100
 Known = Callable[[str, str], str | None]
 """A form and the name of a fact or an option -> its value in this form; None where it has none."""
 
-METRICS = {"accuracy": "{:.4f}", "perplexity": "{:.2f}"}
-"""The metrics a task may have, and how each is written; one of the caller's own is written as accuracy is."""
+FORMS = {name: metric.form for name, metric in METRICS.items()}
+"""How each of the metrics of our tasks is written; one of the caller's own is written as accuracy is."""
 
 
 class Console(Callbacks):
@@ -288,7 +289,7 @@ def _exact_bytes(count: float) -> str:
 
 def _forms(own: str | None) -> dict[str, str]:
     """How each metric is written, one of the caller's own first."""
-    return METRICS if own is None or own in METRICS else {own: METRICS["accuracy"], **METRICS}
+    return FORMS if own is None or own in FORMS else {own: FORMS["accuracy"], **FORMS}
 
 
 def _results(record: Mapping[str, Any], metric: str | None = None) -> list[str]:
@@ -335,6 +336,7 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
                 known("{:,} to test", "test_examples"),
                 _count(len(labels), "label") if labels else None,
                 known("largest class {:.1%}", "largest_class"),
+                known("{}", "scale"),
             ),
         ),
         ("splits", facts.get("splits", "")),
@@ -478,12 +480,12 @@ def _result_rows(summary: Summary) -> list[tuple[str, str]]:
     if (promise := summary.get("privacy")) is not None:
         spent = promise["epsilon_reason"] or f"{promise['epsilon']:.3g} at delta {promise['delta']:.2g}"
         rows.append((f"epsilon, one {promise['unit']}", spent))
-    for name, form in METRICS.items():
+    for name, form in FORMS.items():
         if f"{name}_std" in (spread := summary.get("over_clients") or {}):
             rows.append((f"{name}, deviation of the clients", form.format(spread[f"{name}_std"])))
             rows.append((f"{name}, worst tenth of them", form.format(spread[f"{name}_worst_tenth"])))
     if (own := summary.get("client_evaluation")) is not None:
-        form = METRICS[own["metric"]]
+        form = FORMS[own["metric"]]
         rows.append(
             (
                 f"{own['metric']} of {own['clients']} clients",

@@ -61,10 +61,10 @@ class ClientEvaluation(TypedDict):
     """Every client's own model on rows that it holds back; each client counts the same."""
 
     metric: str
-    """The one that `mean`, `spread` and `worst_tenth` are of: accuracy or perplexity."""
+    """The one that `mean`, `spread` and `worst_tenth` are of: accuracy, rmse or perplexity."""
     clients: int
     loss: float
-    """Mean, in nats."""
+    """Mean, in the unit of `Judged`."""
     mean: float
     spread: float
     """Standard deviation over the clients."""
@@ -77,6 +77,10 @@ class Judged(TypedDict):
 
     accuracy: NotRequired[float | None]
     """Share of the test examples; None where nothing was scored."""
+    rmse: NotRequired[float | None]
+    """Of a regression, in its labels' unit; its losses are mean squared errors, and not nats."""
+    pearson: NotRequired[float | None]
+    """Of a regression: the correlation of predictions and labels; None where one of them is constant."""
     perplexity: NotRequired[float | None]
     over_clients: NotRequired[Mapping[str, float | None]]
     """Where each client has a model of its own, of each metric M: M_std, the deviation, and M_worst_tenth."""
@@ -88,7 +92,7 @@ class Evaluation(Judged):
     """The model after a round, or before the first."""
 
     loss: float
-    """As tested, in nats."""
+    """As tested, in nats; a regression's is its mean squared error."""
 
 
 class UpdateNorms(TypedDict):
@@ -130,7 +134,7 @@ class TrainedRow(UpdateNorms, Errors, OfLinks):
     failures: dict[str, str]
     """Client's number -> what went wrong, in a word."""
     train_loss: float | None
-    """Of the clients as they train, in nats."""
+    """Of the clients as they train, in the same unit."""
     bytes_up: int | None
     """On the wire, of all clients."""
     bytes_down: int | None
@@ -235,7 +239,9 @@ class FactsOfSome(TypedDict, total=False):
     scored_on: str
     """What counts as public of the rows it is tested on; only with privacy."""
     largest_class: float
-    """Its share of the test split; only where there are labels."""
+    """Its share of the test split; only where there are classes."""
+    scale: str
+    """Where the labels of the test split lie and how far apart, in words; only of a regression."""
     grouped_by: str
     """What rows were dealt by: a column, "length" or "cluster"; absent as `Held.groups` is."""
     groups: Sequence[str]

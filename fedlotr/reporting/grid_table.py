@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlotr.errors import shorten
-from fedlotr.reporting.console import METRICS, readable_bytes
+from fedlotr.models.kinds import DECISIVE
+from fedlotr.reporting.console import FORMS, readable_bytes
 from fedlotr.reporting.documents import Privacy, Summary, under
 from fedlotr.reporting.escaping import cell, markdown
 from fedlotr.reporting.escaping import cells as escaped
@@ -43,7 +44,7 @@ class Line:
 
 def metric_of(lines: Iterable[Line]) -> str:
     """The metric of the finished runs; 'metric' where there are none. Lines of two metrics have none in common."""
-    found = {name for line in lines for run in line.finished.values() for name in METRICS if name in run["final"]}
+    found = {name for line in lines for run in line.finished.values() for name in DECISIVE if name in run["final"]}
     return found.pop() if len(found) == 1 else "metric"
 
 
@@ -122,7 +123,7 @@ def _spreads(lines: Sequence[Line]) -> list[str]:
     notes = []
     for line in lines:
         record = _record(line)
-        for name, form in METRICS.items():
+        for name, form in FORMS.items():
             if record.get(f"{name}_clients_std") is not None:
                 notes.append(
                     f"{line.name}: mean over the clients; their standard deviation is "
@@ -146,7 +147,7 @@ def _cells(line: Line, metric: str) -> list[str]:
     return [
         line.name,
         f"{len(line.finished)}/{line.planned}" + (f", {len(line.failed)} FAILED" if line.failed else ""),
-        with_spread(metric, METRICS.get(metric, LOSS)),
+        with_spread(metric, FORMS.get(metric, LOSS)),
         with_spread("loss", LOSS),
         shown("trained_numbers", "{:,.0f}".format),
         shown("upload_bytes", readable_bytes),
@@ -163,7 +164,7 @@ def _record(line: Line) -> dict[str, Cell]:
     record |= {key: shorten(value) for key, value in line.options.items()}
     record |= {f"chosen_{key}": shorten(value) for key, value in line.chosen.items()}
     record |= {"seeds": len(line.finished), "planned": line.planned}
-    names = [name for name in METRICS if any(name in run["final"] for run in line.finished.values())]
+    names = [name for name in FORMS if any(name in run["final"] for run in line.finished.values())]
     for name in [*names, "loss"]:
         found = line.values(lambda run, name=name: run["final"].get(name))  # type: ignore[misc]
         record[f"{name}_mean"] = statistics.fmean(found) if found else None

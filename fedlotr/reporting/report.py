@@ -12,6 +12,7 @@ from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.plugins import built_in
+from fedlotr.models.kinds import TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
@@ -161,7 +162,8 @@ def _learning(run: RunRecord) -> Section:
     if not run.tells_bytes:  # nothing to draw over
         figures = [figure for figure in figures if not figure.name.endswith("-bytes")]
     losses = run.facts.get("losses") or {}
-    text = " ".join(f"{key}, in nats, is {words}." for key, words in losses.items())
+    unit = TASK_KINDS[task].unit if (task := run.facts.get("task")) in TASK_KINDS else "nats"
+    text = " ".join(f"{key}, in {unit}, is {words}." for key, words in losses.items())
     return Section("Learning", figures, text)
 
 

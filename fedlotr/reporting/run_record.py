@@ -17,11 +17,10 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.config.yaml_file import read_yaml
 from fedlotr.errors import InputError, shorten
 from fedlotr.files import finite
+from fedlotr.models.kinds import DECISIVE, METRICS
 from fedlotr.reporting.documents import Facts, MetricsRow, Samples, Summary, under
 from fedlotr.reporting.samples import samples_in
 
-METRICS = ("accuracy", "perplexity")
-"""The metrics of the tasks that come with fedlotr."""
 AMOUNTS = ("payload_bytes", "wire_bytes")
 LARGEST = 1e150
 """Of a number that can be drawn: the square of a larger one is none."""
@@ -86,15 +85,16 @@ class RunRecord:
     @cached_property
     def metric(self) -> str | None:
         """The decisive metric of the task, one of the caller's own too; None where no round has been evaluated."""
-        names = dict.fromkeys([*([self.facts["metric"]] if "metric" in self.facts else []), *METRICS])
+        names = dict.fromkeys([*([self.facts["metric"]] if "metric" in self.facts else []), *DECISIVE])
         return next((name for name in names for row in self.rows if under(row, name) is not None), None)
 
     @property
     def higher_is_better(self) -> bool:
         """Which of two values of the metric is the better one."""
+        usual = self.metric not in METRICS or METRICS[self.metric].higher_is_better
         if self.facts.get("metric", "") == self.metric:
-            return bool(self.facts.get("higher_is_better", self.metric != "perplexity"))
-        return self.metric != "perplexity"
+            return bool(self.facts.get("higher_is_better", usual))
+        return usual
 
     @cached_property
     def bytes_so_far(self) -> list[int]:

@@ -1,10 +1,12 @@
 """The `adapter/` folder of a run: a plain PEFT LoRA, and a README whose lines use it without anything of ours."""
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import TaskType
 from safetensors.torch import save_file
@@ -58,7 +60,7 @@ def write_adapter(
     quantize: the form that the base's linear layers had in the run. client: whose adapter it is, where each has one.
     """
     spec = model.spec
-    mean_pooled = spec.kind == "classification" and spec.mean_pooled
+    mean_pooled = spec.headed and spec.mean_pooled
     _export(folder, model, str(source) if is_gguf(base) else base, mean_pooled)
     if labels:
         named = {str(row): name for row, name in enumerate(labels)}
@@ -95,16 +97,17 @@ def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -
     first = adaptable_layers(model.module, "all-linear")[0] if not layers else None
     # A head that is a module of its own is saved as one; a layer drawn before it (a pooler's) by itself.
     saved = {name.split(".")[0] if name.split(".")[0] in HEADS else name for name in model.heads}
-    head = {
+    ours: dict[str, torch.Tensor] = {
         f"{name}.{part}": tensor
         for name in model.heads
         for part, tensor in model.module.get_submodule(name).named_parameters(recurse=False)
     }
+    head = in_units(ours, model.heads[-1:], spec.shift, spec.step)
     placeholder = None
     if first is not None:
         bare = model.module.get_submodule(first)
         placeholder = (_inner(first, mean_pooled), *widths(bare), isinstance(bare, Conv1D))
-    task: TaskType | None = TaskType.CAUSAL_LM if spec.kind == "causal-lm" else TaskType.SEQ_CLS
+    task: TaskType | None = TaskType.SEQ_CLS if spec.headed else TaskType.CAUSAL_LM
     if mean_pooled or spec.code:  # PEFT's models for a task call a base with arguments that others do not know
         task = None
     export_lora(
@@ -119,6 +122,18 @@ def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -
     if mean_pooled:
         tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
         save_file(tensors, folder / "head.safetensors")
+
+
+def in_units(
+    head: Mapping[str, torch.Tensor], last: Collection[str], shift: float, step: float
+) -> dict[str, torch.Tensor]:
+    """A head's tensors by name, such that what its `last` layer makes is multiplied by `step`, and moved by `shift`."""
+    found = dict(head)
+    for name in last:
+        found[f"{name}.weight"] = (found[f"{name}.weight"].double() * step).float()
+        if f"{name}.bias" in found:
+            found[f"{name}.bias"] = (found[f"{name}.bias"].double() * step + shift).float()
+    return found if (shift, step) != (0.0, 1.0) else dict(head)
 
 
 def _inputs(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -50,7 +50,7 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
         bases_sha256=prepared.bases_sha256,
         layers=certificate_layers(model),
         held_out=len(prepared.workplace.test),
-        causal=checked.task.kind == "causal-lm",
+        task=checked.task.kind,
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
         measure=None if own is None or own.metric_name is None else partial(measure, own),

@@ -275,11 +275,11 @@ class Rounds:
             higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
             means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
             return cast(Evaluation, {**means, "over_clients": spread})
-        personal, causal = self.prepared.model.personal, self.federation.causal
+        personal = self.prepared.model.personal
         found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, state.carry)
         held_back = [len(rows) for rows in self.prepared.checked.held_back]
         if any(held_back):
-            clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, causal=causal)
+            clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, task=self.federation.task)
             found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
         return cast(Evaluation, found)
 

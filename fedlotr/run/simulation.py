@@ -34,8 +34,7 @@ from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.workplace import Workplace
 from fedlotr.models.precision import measured_dtype, repeatable
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, StartEvent
-from fedlotr.reporting.console import METRICS as FORMS
-from fedlotr.reporting.console import Console, readable_bytes
+from fedlotr.reporting.console import FORMS, Console, readable_bytes
 from fedlotr.reporting.documents import MetricsRow, Summary
 from fedlotr.reporting.loggers import missing_packages, open_loggers, unusable
 from fedlotr.run.baselines import strategy_of
@@ -83,13 +82,13 @@ class SimulationResult:
 
     @property
     def accuracy(self) -> float | None:
-        """On the held-out examples after the last round; None for a language model."""
+        """On the held-out examples after the last round; None where labels are no classes."""
         accuracy: float | None = self.summary["final"].get("accuracy")
         return accuracy
 
     @property
     def metric(self) -> float | None:
-        """After the last round, by the task's own metric where it has one, else as accuracy or perplexity."""
+        """After the last round, by the task's own metric where it has one, else by that of its kind."""
         metric: float | None = self.summary["final"][self.summary["metric"]]
         return metric
 

@@ -27,7 +27,7 @@ def build_skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> 
         return None
     if sure and spec.code is not None:
         _check_own(skeleton, spec)
-    headed = sure and spec.code is None and spec.kind == "classification"
+    headed = sure and spec.code is None and spec.headed
     check_meta(config.model, skeleton, config.targets, headed=headed)
     return skeleton
 
@@ -35,11 +35,11 @@ def build_skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> 
 def _check_own(skeleton: nn.Module, spec: ModelSpec) -> None:
     """Raises InputError for a class of the caller's own that cannot be trained here."""
     try:
-        if lacking := forward_lacks(type(skeleton), causal=spec.kind == "causal-lm"):
+        if lacking := forward_lacks(type(skeleton), causal=not spec.headed):
             raise ValueError(
                 f"the forward of its class {spec.code} takes no {', '.join(lacking)}, which it is called with"
             )
-        if spec.kind == "classification":
+        if spec.headed:
             check_head(skeleton, list(head_layers(skeleton)), spec.labels)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
@@ -67,7 +67,7 @@ def try_out(model: TrainableModel, examples: Examples) -> None:
     """Raises InputError where a class of the caller's own does not give the logits that a loss can be made of."""
     rows = np.argsort(examples.lengths, kind="stable")[[0, -1]]
     batch = examples.batch(rows, model.spec.pad_id).to(model.device)
-    shape = (2, model.spec.labels) if model.spec.kind == "classification" else (*batch.input_ids.shape, None)
+    shape = (2, model.spec.labels) if model.spec.headed else (*batch.input_ids.shape, None)
     try:
         with torch.inference_mode():
             check_logits(model.logits(batch), shape)

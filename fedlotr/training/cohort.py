@@ -186,7 +186,7 @@ def train_cohort(
     for position, k in enumerate(order):
         trained = {name: stack.detach()[position].clone().cpu() for name, stack in stacks.items()}
         held = optimizer.save(position) if training.optimizer_state != "reset" else {}
-        loss = float(losses[k]) / max(seen[k], 1) if mechanism is None else None
+        loss = float(losses[k]) / max(seen[k], 1) * model.spec.step**2 if mechanism is None else None
         results[k] = ClientResult(
             model.publish(trained), len(cohort[k].rows), len(plans[k]), loss, model.keep(trained), held
         )

@@ -22,7 +22,8 @@ class Batch:
     """Right-padded rows, ready for a model.
 
     input_ids, attention_mask, token_type_ids (or None): (rows, length), int64.
-    labels: (rows,) class indices, or (rows, length) next-token targets already shifted, `IGNORED` where no loss.
+    labels: (rows,) class indices or, float, numbers on a scale; or (rows, length) next-token targets already shifted,
+    `IGNORED` where no loss.
     """
 
     input_ids: torch.Tensor
@@ -41,8 +42,8 @@ class Examples:
     """n token sequences stored end to end.
 
     tokens: (total,) int32. offsets: (n + 1,) int64; example i is tokens[offsets[i]:offsets[i + 1]].
-    labels: (n,) int64: the class index; for a causal language model the position of the first token that is a
-    target (1 for plain text, the length of the prompt for prompt and answer).
+    labels: (n,) int64: the class index; for a causal language model the position of the first token that is a target (1
+    for plain text, the length of the prompt for prompt and answer); or float: the number that the model is to make.
     segments: (total,) int8 token type ids of sentence pairs, or None.
     causal: whether the labels mean the second.
     targets: (total,) bool, of a causal language model: which tokens are targets; None: all from the first one on.
@@ -50,7 +51,7 @@ class Examples:
 
     tokens: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.floating]
     segments: npt.NDArray[np.int8] | None = None
     causal: bool = False
     targets: npt.NDArray[np.bool_] | None = None

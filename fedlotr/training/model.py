@@ -191,7 +191,7 @@ class TrainableModel:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        output = self.module(**inputs) if self.spec.kind == "classification" else self.module(**inputs, use_cache=False)
+        output = self.module(**inputs) if self.spec.headed else self.module(**inputs, use_cache=False)
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits.float()
 
@@ -230,22 +230,22 @@ class TrainableModel:
 
         To be asked for outside of `adapters.copies`: it is found by trying.
         """
-        return plain_output(self.module) if self.spec.kind == "causal-lm" else None
+        return None if self.spec.headed else plain_output(self.module)
 
     @property
     def held_logits(self) -> int:
         """The most numbers in the logits of a language model that exist at a time."""
-        return 0 if self.spec.kind != "causal-lm" else LOGITS if self.output is None else CHUNK_LOGITS
+        return 0 if self.spec.headed else LOGITS if self.output is None else CHUNK_LOGITS
 
     def pass_tokens(self, most: int) -> int:
         """At most so many padded tokens in one pass; fewer where a language model's logits would fill the memory."""
-        if self.spec.kind != "causal-lm" or self.output is not None:
+        if self.spec.headed or self.output is not None:
             return most
         vocabulary = int(getattr(self.module.config, "vocab_size", 0))
         return min(most, max(LOGITS // vocabulary, 1)) if vocabulary else most
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """(rows,) the loss of each example: cross-entropy of its class, or the mean over its target tokens.
+        """(rows,) the loss of each example, as `example_losses` has it.
 
         A sequence's loss does not depend on its batch, so that examples weigh the same in any batch and any client.
         """
@@ -254,10 +254,10 @@ class TrainableModel:
         return sequence_losses(self._hidden(batch), batch.labels, self.output)
 
     def scored(self, batch: Batch, *, predict: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(`losses`, and where `predict` the likeliest class of each row, or token at each place with a target)."""
+        """(`losses`, and where `predict` what is `predicted` of each row, or of each place with a target)."""
         if self.output is None:
             logits = self.logits(batch)
-            return example_losses(logits, batch.labels), logits.argmax(-1) if predict else None
+            return example_losses(logits, batch.labels), predicted(logits, batch.labels) if predict else None
         hidden = self._hidden(batch)
         likeliest = predictions(hidden, batch.labels, self.output) if predict else None
         return sequence_losses(hidden, batch.labels, self.output), likeliest
@@ -267,8 +267,18 @@ class TrainableModel:
 
 
 def example_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(rows,) cross-entropy; for token logits the mean over the tokens that are targets (0 where there is none)."""
+    """(rows,) cross-entropy; for token logits the mean over the tokens that are targets (0 where there is none).
+
+    Where labels are no indices but numbers on a scale: (logit - label)², in the model's own unit.
+    """
+    if labels.is_floating_point():
+        return F.mse_loss(logits.squeeze(1), labels.to(logits.dtype), reduction="none")
     if labels.dim() == 1:
         return F.cross_entropy(logits, labels, reduction="none")
     tokens = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
     return tokens.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def predicted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The likeliest class or token; where labels are numbers on a scale the number, in the model's own unit."""
+    return logits.squeeze(1) if labels.is_floating_point() else logits.argmax(-1)

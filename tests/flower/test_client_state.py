@@ -332,10 +332,10 @@ def test_a_share_of_each_clients_rows_is_held_back() -> None:
 
 def test_the_worst_tenth_are_the_lowest_accuracies_and_the_largest_perplexities() -> None:
     scores = [float(k) for k in range(20)]
-    assert summary_of(scores, scores, larger_is_worse=False)["worst_tenth"] == 0.5
-    found = summary_of(scores, scores, larger_is_worse=True)
+    assert summary_of("accuracy", scores, scores)["worst_tenth"] == 0.5
+    found = summary_of("perplexity", scores, scores)
     assert (found["worst_tenth"], found["metric"], found["mean"]) == (18.5, "perplexity", 9.5)
-    assert summary_of([1.0], [0.3], larger_is_worse=False)["worst_tenth"] == 0.3
+    assert summary_of("accuracy", [1.0], [0.3])["worst_tenth"] == 0.3
 
 
 @pytest.mark.parametrize(

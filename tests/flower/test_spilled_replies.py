@@ -59,7 +59,7 @@ def a_round(strategy: Any, most: int, clients: int = CLIENTS, d: int = 4, r: int
         bases_sha256="bases",
         layers=[Layer({"A": "A", "B": "B"}, None, None, 0.5)],
         held_out=0,
-        causal=False,
+        task="classification",
         method="lora",
     )
     with LocalGrid(EchoApp(), clients, run_config={}) as grid:

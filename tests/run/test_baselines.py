@@ -128,8 +128,8 @@ def test_the_worst_tenth_is_the_same_clients_wherever_it_is_told(clients: int, w
     _, spread = over_clients([{"accuracy": score, "loss": score} for score in scores])
     lowest, largest = (worst - 1) / 2, clients - 1 - (worst - 1) / 2
     assert (spread["accuracy_worst_tenth"], spread["loss_worst_tenth"]) == (lowest, largest)
-    assert summary_of(scores, scores, larger_is_worse=False)["worst_tenth"] == lowest
-    assert summary_of(scores, scores, larger_is_worse=True)["worst_tenth"] == largest
+    assert summary_of("accuracy", scores, scores)["worst_tenth"] == lowest
+    assert summary_of("perplexity", scores, scores)["worst_tenth"] == largest
 
 
 @pytest.mark.parametrize("baseline", ["central", "local"])

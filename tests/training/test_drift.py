@@ -47,7 +47,7 @@ def quadratics(strategy: str, clients: int, sampled: int, rounds: int, **trouble
         bases_sha256="bases",
         layers=[],
         held_out=0,
-        causal=False,
+        task="classification",
         method="lotr",
     )
     state = State(ArrayRecord({"x": Array(np.full(1, 5.0, np.float32))}))

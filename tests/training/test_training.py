@@ -40,16 +40,17 @@ def examples_for(spec: ModelSpec, count: int = 100) -> Examples:
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 14, count)
     causal = spec.kind == "causal-lm"
+    labels = np.ones(count, np.int64) if causal else rng.integers(0, spec.labels, count)
     return Examples(
         rng.integers(3, 500, lengths.sum()).astype(np.int32),
         np.concatenate([[0], np.cumsum(lengths)]),
-        np.ones(count, np.int64) if causal else rng.integers(0, spec.labels, count),
+        rng.normal(size=count).astype(np.float32) if spec.scale else labels,
         causal=causal,
     )
 
 
 def build(folder: Path, kind: Any, method: str = "lotr", *, pooled: bool = False) -> TrainableModel:
-    spec = ModelSpec(str(folder), kind, 0 if kind == "causal-lm" else 3, pooled, 0)
+    spec = ModelSpec(str(folder), kind, {"causal-lm": 0, "regression": 1}.get(kind, 3), pooled, 0)
     base = load_base(spec)
     core = CoreConfig(method=method, r=4, target_modules=adaptable_layers(base, "all-linear"))
     model = TrainableModel(base, spec, core)
@@ -58,13 +59,17 @@ def build(folder: Path, kind: Any, method: str = "lotr", *, pooled: bool = False
     return model
 
 
-@pytest.fixture(scope="module", params=["bert-pooled", "bert", "gpt2", "llama"])
+@pytest.fixture(scope="module", params=["bert-pooled", "bert", "gpt2", "llama", "number-pooled", "number"])
 def model(request: pytest.FixtureRequest, tiny_bert: Path, tiny_gpt2: Path, stories: Path) -> TrainableModel:
     match request.param:
         case "bert-pooled":
             return build(tiny_bert, "classification", pooled=True)
         case "bert":
             return build(tiny_bert, "classification", "lora")
+        case "number-pooled":
+            return build(tiny_bert, "regression", pooled=True)
+        case "number":
+            return build(tiny_bert, "regression", "lora")
         case "gpt2":
             return build(tiny_gpt2, "classification")
         case _:
@@ -216,10 +221,14 @@ def test_scores_are_sums_that_shards_add_up_to(model: TrainableModel) -> None:
                 kept = targets != IGNORED
                 nats = -logits.log_softmax(-1)[kept].gather(1, targets[kept, None]).sum()
                 oracle += Scores(float(nats), int(kept.sum()))
+            elif model.spec.scale:
+                p, y = float(logits), float(batch.labels)
+                oracle += Scores((p - y) ** 2, 1, moments=(p, y, p * p, y * y, p * y))
             else:
                 target = int(batch.labels)
                 oracle += Scores(float(-logits.log_softmax(-1)[target]), 1, int(logits.argmax() == target))
     assert (oracle.units, oracle.correct) == (whole.units, whole.correct)
+    assert whole.moments == pytest.approx(oracle.moments, rel=rounding(model.module), abs=1e-6 * oracle.units)
     assert whole.loss == pytest.approx(oracle.loss, rel=rounding(model.module))
 
 
