@@ -10,6 +10,7 @@ from pathlib import Path
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.cost.formulas import PAIR, SEED_AND_HASH, in_words
 from fedlotr.errors import nearest
+from fedlotr.models.kinds import TASK_KINDS
 
 USAGE = "usage: fedlotr ls methods|strategies|formats [--json], or: fedlotr ls strategies --template"
 TEMPLATE = Path(__file__).parents[1] / "flower" / "template.py"
@@ -69,13 +70,16 @@ def formats() -> list[Row]:
     from fedlotr.data.formats import FORMATS
     from fedlotr.data.own_format import GROUP
 
-    ours = [{"format": name, "for": _task(entry.labelled), "what": entry.text} for name, entry in FORMATS.items()]
+    ours = [
+        {"format": name, "for": _task(entry.labelled, entry.scale), "what": entry.text}
+        for name, entry in FORMATS.items()
+    ]
     others = sorted(entry_points(group=GROUP), key=lambda point: point.name)
-    return [*ours, *({"format": point.name, "for": _task(False), "what": point.value} for point in others)]
+    return [*ours, *({"format": point.name, "for": _task(), "what": point.value} for point in others)]
 
 
-def _task(labelled: bool) -> str:
-    return "classification" if labelled else "causal-lm"
+def _task(labelled: bool = False, scale: bool = False) -> str:
+    return next(name for name, kind in TASK_KINDS.items() if (kind.headed, kind.scale) == (labelled, scale))
 
 
 KINDS = {"methods": methods, "strategies": strategies, "formats": formats}

@@ -191,6 +191,7 @@ TABLE = {
     "prompt=NAME,answer=NAME",
     "columns:label label_column": "both say which column has the labels; give one of them",
     "label_names, join_labels task=causal-lm": "a language model has no labels",
+    "label_names, join_labels task=regression": "its labels are numbers on a scale, and no classes; leave one out",
     "resume out:absent": "name the folder of the run to go on with",
     "resume_round resume=false": "it says where --resume goes on; give that too",
     "on_large_update max_update_norm=none": "no update is too large without a bound; give one",

@@ -107,7 +107,8 @@ class Fields(BaseModel):
     format: str | None = Field(
         default=None,
         description="how the rows are read: messages, sharegpt, trl, choice, alpaca, dolly, pair, text+label, "
-        "prompt+answer, text, an installed one's name, or a function of your own (default: seen from the columns)",
+        "pair+score, text+score (numbers on a scale), prompt+answer, text, an installed one's name, or a function of "
+        "your own (default: seen from the columns)",
     )
     columns: Annotated[str, BeforeValidator(read_columns)] | None = Field(
         default=None,
@@ -131,7 +132,8 @@ class Fields(BaseModel):
     )
     task: Annotated[str, AfterValidator(check_task)] = Field(
         default="auto",
-        description="what is learnt: classification, causal-lm, or auto: classification where the data has labels",
+        description="what is learnt: classification, regression (a number on a scale), causal-lm, or auto: where the "
+        "data has labels, regression if they are decimal numbers, else classification",
     )
     partition: Annotated[str, AfterValidator(check_partition)] | None = Field(
         default=None,

@@ -53,7 +53,8 @@ class Format:
 
     text: what rows of it are, for people. needs: the columns that tell it. also: those that it reads where there are.
     gives: the texts of its tasks, and the names of the columns they are made of. read: from a row to what is learnt;
-    None where the columns are the texts already. labelled: whether it has classes.
+    None where the columns are the texts already. labelled: whether it has labels. scale: whether these are numbers on a
+    scale, and no classes.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Format:
     gives: Mapping[str, tuple[str, ...]]
     read: Callable[[Row], Read] | None = None
     labelled: bool = False
+    scale: bool = False
 
     def columns(self, there: Mapping[str, Held]) -> dict[str, str] | None:
         """Which columns it reads, by the names that its function knows; None where one is not there that it needs."""
@@ -138,6 +140,20 @@ FORMATS: dict[str, Format] = {
         gives={"text": ("text",)},
         labelled=True,
     ),
+    "pair+score": Format(
+        text="text_a, text_b, label: two texts and a number on a scale",
+        needs=(column("text_a"), column("text_b"), column("label", holds="value")),
+        gives={"text_a": ("text_a",), "text_b": ("text_b",)},
+        labelled=True,
+        scale=True,
+    ),
+    "text+score": Format(
+        text="text, label: a text and a number on a scale",
+        needs=(column("text"), column("label", holds="value")),
+        gives={"text": ("text",)},
+        labelled=True,
+        scale=True,
+    ),
     "prompt+answer": Format(
         text="prompt, answer (also question, query, instruction, input; response, output); also system",
         needs=(
@@ -154,7 +170,10 @@ FORMATS: dict[str, Format] = {
 
 
 def recognised(there: Mapping[str, Held], *, labelled: bool) -> str | None:
-    """The first format whose columns are there. labelled: whether one with classes is meant, or one without."""
+    """The first format whose columns are there. labelled: whether one with labels is meant, or one without.
+
+    Which labels are a scale no column's name tells: that is for the task to see.
+    """
     fitting = (name for name, entry in FORMATS.items() if entry.labelled == labelled)
     return next((name for name in fitting if FORMATS[name].columns(there) is not None), None)
 

@@ -37,8 +37,13 @@ class Form:
 
     @property
     def labelled(self) -> bool:
-        """Whether its rows have classes."""
+        """Whether its rows have labels."""
         return self.entry is not None and self.entry.labelled
+
+    @property
+    def scale(self) -> bool:
+        """Whether these are numbers on a scale."""
+        return self.entry is not None and self.entry.scale
 
     def fits(self, table: Table) -> bool:
         """Whether the columns are there that it needs."""

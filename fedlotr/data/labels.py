@@ -26,6 +26,8 @@ LABEL_COLUMNS = ("label", "labels")
 
 Place = Callable[[int], str]
 """From a row's index to the words for where it stands."""
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.float64]
+"""Of rows: class indices, or numbers on a scale."""
 Split = tuple[str, Sequence[Any]]
 """How messages name a split, and the labels of its rows."""
 
@@ -68,18 +70,24 @@ def label_among(columns: Iterable[str]) -> str | None:
 
 def are_numbers(names: Iterable[str]) -> bool:
     """Whether each name is a number, so that a number in the data is a name and not an index."""
-    return all(_NUMBER.fullmatch(name) for name in names)
+    return all(map(is_number, names))
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a decimal number."""
+    return _NUMBER.fullmatch(text) is not None
 
 
 def class_names(
-    where: str, splits: Sequence[Split], own: Sequence[str] | None, *, joined: bool, told: bool
+    where: str, splits: Sequence[Split], own: Sequence[str] | None, *, joined: bool, told: bool, asked: bool = False
 ) -> tuple[tuple[str, ...], bool]:
     """The classes of labels, and whether a number in the data is the name of one.
 
     Whole numbers are classes named by their numbers, in their order and as many as there are; names are classes in
     sorted order. where: the data, for messages. own: the names of the indices, where the data's form has them.
     joined: whether names that are equal but for case, white space or Unicode form, or as whole numbers, are one class,
-    called as the first of them in sorted order. told: whether messages may repeat labels.
+    called as the first of them in sorted order. told: whether messages may repeat labels. asked: whether classes are
+    asked for, so that whole numbers written with a point are some.
     Raises InputError where labels are no classes.
     """
     every = [value for _, column in splits for value in column]
@@ -92,7 +100,7 @@ def class_names(
         return tuple(own), False
     # A column of whole numbers that lacks some is one of decimals in many a table: the rows that lack one are named.
     if texts or any(value % 1 for value in numbers) or all(value == value and value is not None for value in every):
-        _check_whole(where, texts, numbers, told=told)
+        _check_whole(where, texts, numbers, told=told, asked=asked)
     if numbers and all(isinstance(value, bool) for value in numbers):
         return tuple(str(value).lower() for value in sorted(numbers)), False
     names = texts | {str(int(value)) for value in numbers}
@@ -100,7 +108,7 @@ def class_names(
     if len(found) > MAX_CLASSES:
         raise InputError(
             f"{where}: 'label' has {len(found):,} different values, as an identifier has; expected {MAX_CLASSES:,} "
-            "classes or fewer"
+            "classes or fewer (--task regression predicts the number itself)"
         )
     if not joined and (alike := _alike(found)):
         raise InputError(_refusal(where, alike, told=told))
@@ -189,12 +197,16 @@ def _number(name: str) -> int | float:
     return int(name) if re.fullmatch(r"[+-]?\d+", name) else float(name)
 
 
-def _check_whole(where: str, texts: set[str], numbers: set[Any], *, told: bool) -> None:
-    """Raise InputError for numbers with a decimal point: a scale, or classes that passed for numbers on their way."""
+def _check_whole(where: str, texts: set[str], numbers: set[Any], *, told: bool, asked: bool) -> None:
+    """Raise InputError for numbers with a decimal point: a scale, or classes that passed for numbers on their way.
+
+    asked: whether classes are asked for: then whole ones are some, each number written in one way.
+    """
     found: set[Any] = {value for value in numbers if isinstance(value, float)}
     if texts and are_numbers(texts):
         found |= {text for text in texts if not re.fullmatch(r"[+-]?\d+", text)}
-    if not found:
+    values = [float(value) for value in texts | numbers] if found else []
+    if not found or (asked and len(set(values)) == len(values) and not any(value % 1 for value in values)):
         return
     written = sorted((str(value) for value in texts | numbers), key=len, reverse=True)
     names = [name for _, name in sorted({float(name): name for name in written}.items())]  # each number the short way
@@ -205,7 +217,8 @@ def _check_whole(where: str, texts: set[str], numbers: set[Any], *, told: bool) 
     some = f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if told else ""
     raise InputError(
         f"{where}: 'label' holds numbers with a decimal point or an exponent{some}. Where they are classes, write "
-        f"them as whole numbers or names, or give {way}; a scale to be predicted (regression) is not there yet"
+        f"them as whole numbers or names, or give {way}; where they are a scale that is to be predicted, give --task "
+        "regression"
     )
 
 

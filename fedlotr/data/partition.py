@@ -14,6 +14,7 @@ from fedlotr.data.clients import name_of
 from fedlotr.data.columns import Rows
 from fedlotr.data.dealing import BY_LABEL, DEALERS, Job, less
 from fedlotr.data.groups import Groups
+from fedlotr.data.labels import Labels
 from fedlotr.errors import InputError
 from fedlotr.streams import generator
 
@@ -59,7 +60,7 @@ def parse_partition(rule: str) -> tuple[Any, ...]:
 def partition(
     rule: str,
     rows: datasets.Dataset,
-    labels: Rows,
+    labels: Labels,
     *,
     clients: int,
     seed: int,
@@ -70,9 +71,10 @@ def partition(
 ) -> list[Rows]:
     """The rows of each client: sorted indices into `rows`, at least one a client, none twice.
 
-    labels: (rows,) class indices. max_examples: a seeded choice of so many is kept where a client has more.
-    withheld: for messages, which rows of the data are not among these, in words, and how many. groups: the column of
-    `natural` in all rows of the data, with those. by: what `groups_of` says of this rule and these rows.
+    labels: (rows,) class indices, or numbers on a scale, which no rule divides by. max_examples: a seeded choice of so
+    many is kept where a client has more. withheld: for messages, which rows of the data are not among these, in words,
+    and how many. groups: the column of `natural` in all rows of the data, with those. by: what `groups_of` says of this
+    rule and these rows.
     `shards` leaves out the fewer than clients * K rows that fill no shard; `natural` those of smaller groups and those
     whose column is None. Its clients are in the order of size, then of name.
     Raises InputError where the rule has no such partition of these rows, and says what to change.
@@ -85,7 +87,13 @@ def partition(
             f"--clients {clients}: expected 1 to {len(rows)}, the number of rows there are to divide"
             f"{less(len(rows), withheld)}"
         )
-    if by is None and name in BY_LABEL and len(np.unique(labels)) < 2:
+    classes = np.zeros(len(rows), np.int64) if labels.dtype.kind == "f" else labels.astype(np.int64)
+    if by is None and name in BY_LABEL and labels.dtype.kind == "f":
+        raise InputError(
+            f"--partition {rule}: divides by label, and these labels are numbers on a scale, not classes; choose iid "
+            "or natural, or divide by a column (dirichlet:0.5:COLUMN), by lengths:0.5 or clusters:0.5"
+        )
+    if by is None and name in BY_LABEL and len(np.unique(classes)) < 2:
         raise InputError(
             f"--partition {rule}: divides by label and all rows have the same (a causal language model has no labels); "
             "choose iid or natural, or divide by a column (dirichlet:0.5:COLUMN), by lengths:0.5 or clusters:0.5"
@@ -94,7 +102,7 @@ def partition(
         rule=rule,
         arguments=tuple(arguments),
         rows=rows,
-        of=labels if by is None else by.of,
+        of=classes if by is None else by.of,
         kind="label" if by is None else "group",
         clients=clients,
         seed=seed,
@@ -117,14 +125,14 @@ def client_names(rule: str, rows: datasets.Dataset, parts: Sequence[Rows]) -> li
 
 
 def describe(
-    parts: Sequence[Rows], labels: Rows, label_names: Sequence[str], by: Groups | None = None
+    parts: Sequence[Rows], labels: Labels, label_names: Sequence[str], by: Groups | None = None
 ) -> list[Holding]:
     """What each client holds. label_names: empty where there are no labels, and then no holding has any."""
     return [
         Holding(
             client,
             len(part),
-            _counted(labels[part], label_names),
+            _counted(labels[part].astype(np.int64), label_names),
             {} if by is None else _counted(by.of[part], by.names),
         )
         for client, part in enumerate(parts)

@@ -26,6 +26,7 @@ from fedlotr.data.own_rows import read_rows
 from fedlotr.data.readers import READERS, read_files
 from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_tenth, take
 from fedlotr.errors import InputError, nearest
+from fedlotr.models.kinds import TASK_KINDS
 
 if TYPE_CHECKING:
     import datasets
@@ -124,7 +125,7 @@ class Names:
     alone. grouped: the column that `dirichlet` deals by, where it does not deal by the label. told: whether numbers of
     rows may be said. nested: whether columns of lists and objects are wanted.
     format: how the rows are read, where that is said. columns: (what a format calls a column, what the files do).
-    classifies: whether classes are asked for. hidden: whether nothing may be said of single rows.
+    asked: the task that is asked for, if one is. hidden: whether nothing may be said of single rows.
     """
 
     text: tuple[str, ...] = ()
@@ -137,13 +138,18 @@ class Names:
     nested: bool = False
     format: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
-    classifies: bool = False
+    asked: str = ""
     hidden: bool = False
 
     @property
     def label_in_files(self) -> str | None:
         """What the column of the labels is called there, where that is said."""
         return self.label or dict(self.columns).get("label")
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a task is asked for that learns labels."""
+        return self.asked in TASK_KINDS and TASK_KINDS[self.asked].headed
 
     def form_of(self, table: Table) -> Form | None:
         """How the rows of train are read, where that is said or seen and they have no classes. Raises InputError."""
@@ -154,11 +160,16 @@ class Names:
             labels = {"label": table.columns[label]} if label in table.columns else {}
             form = form_named(self.format, table._replace(columns=table.columns | labels), self.hidden)
             if form.labelled and self.causal:
-                raise InputError(f"--format {self.format} with --task causal-lm: its rows have classes; leave one out")
-            if not form.labelled and self.classifies:
-                raise InputError(f"--format {self.format} with --task classification: its rows have no classes")
+                raise InputError(f"--format {self.format} with --task causal-lm: its rows have labels; leave one out")
+            if self.needs_labels and not form.labelled:
+                raise InputError(f"--format {self.format} with --task {self.asked}: its rows have no labels")
+            if self.needs_labels and form.scale != TASK_KINDS[self.asked].scale:
+                has = "numbers on a scale" if form.scale else "classes"
+                raise InputError(
+                    f"--format {self.format} with --task {self.asked}: its labels are {has}; leave one out"
+                )
             return form
-        if self.classifies or (label is not None and not self.causal):
+        if self.needs_labels or (label is not None and not self.causal):
             return None
         return form_seen(table, self.hidden)
 

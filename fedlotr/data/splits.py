@@ -85,7 +85,7 @@ def choose_only(
 
 def labelled(columns: Mapping[str, Sequence[object]]) -> bool:
     """Whether some row has a label; hidden ones are None, nothing or, as in GLUE, -1."""
-    return any(value not in (None, -1, "", "-1") for value in columns.get("label", []))
+    return any(value not in (None, -1, "", "-1", "-1.0") for value in columns.get("label", []))
 
 
 def split_tenth(count: int, seed: int, given: str) -> tuple[Rows, Rows]:

@@ -12,11 +12,14 @@ import numpy.typing as npt
 
 from fedlotr.data.columns import TEXT, but_unread
 from fedlotr.data.conversation import Style
-from fedlotr.data.labels import Place, are_numbers, class_indices, class_names, row_problems, unshared
+from fedlotr.data.formats import FORMATS
+from fedlotr.data.labels import Labels, Place, are_numbers, class_indices, class_names, row_problems, unshared
 from fedlotr.data.language import encode_language
+from fedlotr.data.scales import scale_values, why_scale, without_label
 from fedlotr.data.seen import Seen, look
 from fedlotr.data.sources import Source
 from fedlotr.errors import InputError, nearest
+from fedlotr.models.kinds import TASK_KINDS
 
 if TYPE_CHECKING:
     import datasets
@@ -24,11 +27,15 @@ if TYPE_CHECKING:
 
     from fedlotr.training.examples import Examples
 
+HEADED, GOING_ON = (("text",), ("text_a", "text_b")), (("prompt", "answer"), ("text",))
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "classification": (("text",), ("text_a", "text_b")),
-    "causal-lm": (("prompt", "answer"), ("text",)),
+    name: HEADED if kind.headed else GOING_ON for name, kind in TASK_KINDS.items()
 }
 """Task -> the text columns it can read, the preferred ones first, where no format says which."""
+DOUBT = (
+    "--data {name}: all labels are whole numbers written with a decimal point, taken as a scale (regression); "
+    "--task classification takes them as classes"
+)
 COLUMNS_SHOWN = 5
 """That a message names."""
 
@@ -37,26 +44,47 @@ COLUMNS_SHOWN = 5
 class Task:
     """What is learnt from which columns.
 
-    columns: the text columns it reads. label_names: the classes in the order of their indices; empty for a causal
-    language model. by_name: whether a number in the data is the name of a class, as 1, 2 and 3 are or those of
+    columns: the text columns it reads. label_names: the classes in the order of their indices; empty where there are
+    none. by_name: whether a number in the data is the name of a class, as 1, 2 and 3 are or those of
     `--label-names 3,2,1`, and not its index. joined: whether a label may differ from its class in case, white space and
-    Unicode form.
+    Unicode form. doubt: what is to be said of how labels are taken.
     """
 
-    kind: Literal["classification", "causal-lm"]
+    kind: Literal["classification", "regression", "causal-lm"]
     columns: tuple[str, ...]
     label_names: tuple[str, ...]
     by_name: bool = False
     joined: bool = False
+    doubt: str = ""
 
-    def labels(self, rows: datasets.Dataset, place: Place | None = None) -> npt.NDArray[np.int64]:
-        """(rows,) class indices; zeros for a causal language model.
+    @property
+    def headed(self) -> bool:
+        """Whether rows have labels, and a head reads the model out."""
+        return TASK_KINDS[self.kind].headed
+
+    @property
+    def scale(self) -> bool:
+        """Whether labels are numbers on a scale."""
+        return TASK_KINDS[self.kind].scale
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head makes of a text; 0 without one."""
+        return 1 if self.scale else len(self.label_names)
+
+    def labels(self, rows: datasets.Dataset, place: Place | None = None) -> Labels:
+        """(rows,) class indices, or numbers on a scale; zeros for a causal language model.
 
         place: where a row stands, for messages (default: its number). Raises InputError that names the rows whose label
-        is missing or no class of this task.
+        is missing or none of this task.
         """
-        if self.kind == "causal-lm":
+        if not self.headed:
             return np.zeros(len(rows), np.int64)
+        if self.scale:
+            numbers, problems = scale_values("--data", rows["label"][:], place)
+            if problems:
+                raise InputError(problems)
+            return numbers
         indices, problems = self.indices("--data", rows, place)
         if problems:
             raise InputError(problems)
@@ -81,9 +109,10 @@ def resolve_task(
     joined: bool = False,
     told: bool = True,
 ) -> Task:
-    """The task that `kind` ("auto", "classification" or "causal-lm") is on this source, every row checked.
+    """The task that `kind` ("auto" or one of `TASK_KINDS`) is on this source, every row checked.
 
-    "auto" is classification where train has a column `label`, unless a format without classes was asked for. Whole
+    "auto" is, where train has a column `label`, regression if `why_scale` says that labels are a scale, else
+    classification, unless a format without labels was asked for. Whole
     numbers as labels are indices of the names that the source has, or else the classes that there are, in their order
     and named by their numbers; names as labels are classes in sorted order. label_names: the classes in their order,
     where they are settled whatever the rows hold.
@@ -93,6 +122,7 @@ def resolve_task(
     """
     if kind not in ("auto", *COLUMNS):
         raise InputError(f"--task {kind}: no such task{nearest(kind, ['auto', *COLUMNS])}")
+    asked = kind != "auto"
     if kind == "causal-lm" or (kind == "auto" and (source.causal or "label" not in source.train.column_names)):
         if label_names is not None:
             raise InputError("--label-names: a language model has no labels; leave it out, or give --label-column")
@@ -100,9 +130,17 @@ def resolve_task(
         if kind == "auto" and (doubt := _perhaps_labelled(source, columns)):
             raise InputError(f"--data {source.name}: {doubt}")
         return Task("causal-lm", columns, ())
-    columns = _text_columns("classification", ("label",), source)
+    entry = FORMATS.get(source.format)
+    columns = _text_columns("regression" if kind == "regression" else "classification", ("label",), source)
+    if kind == "regression" or (not asked and entry is not None and entry.scale):
+        return _on_scale(source, Task("regression", columns, ()), told=told)
+    if not asked and label_names is None and source.label_names is None and not joined:
+        why = why_scale([rows["label"][:] for _, rows, _ in _splits(source)])
+        if why:
+            doubt = DOUBT.format(name=source.name) if why == "point" else ""
+            return _on_scale(source, Task("regression", columns, (), doubt=doubt), told=told, asked=False)
     if label_names is None:
-        return _with_labels(source, columns, joined=joined, told=told)
+        return _with_labels(source, columns, joined=joined, told=told, asked=asked)
     by_name = source.label_names is None and are_numbers(label_names)
     task = Task("classification", columns, label_names, by_name, joined)
     _check_labels(source, task, told=told)
@@ -133,7 +171,7 @@ def _splits(source: Source) -> list[tuple[str, datasets.Dataset, Place]]:
 def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[str, ...]:
     """The text columns of this kind of task: in both splits, with text in every row."""
     present = source.train.column_names
-    settled = source.texts and source.causal == (kind == "causal-lm")
+    settled = source.texts and source.causal != TASK_KINDS[kind].headed
     usable = [
         columns for columns in ([source.texts] if settled else COLUMNS[kind]) if {*columns, *others} <= {*present}
     ]
@@ -177,11 +215,33 @@ def _check_labels(source: Source, task: Task, *, told: bool) -> None:
         raise InputError(problems)
 
 
-def _with_labels(source: Source, columns: tuple[str, ...], *, joined: bool, told: bool) -> Task:
-    """The task with the classes that labels say there are, once every row of both splits has one."""
+def _on_scale(source: Source, task: Task, *, told: bool, asked: bool = True) -> Task:
+    """The task, once every row of both splits has a number. asked: whether it was asked for, so that -1 is one too."""
+    problems: list[str] = []
+    different: set[float] = set()
+    for of, rows, place in _splits(source):
+        values = rows["label"][:]
+        numbers, found = scale_values(of, values, place)
+        found = found or ([] if asked else without_label(of, numbers, values, place))
+        if found and not told:
+            found = [f"{of}: some label is no finite number, or -1 for none (which, is private); leave such rows out"]
+        problems += found
+        different |= set(numbers.tolist())
+    if len(different) == 1 and not problems:
+        problems = [f"--data {source.name}: every label is the same; --task regression needs different ones"]
+    if problems:
+        raise InputError(problems)
+    return task
+
+
+def _with_labels(source: Source, columns: tuple[str, ...], *, joined: bool, told: bool, asked: bool) -> Task:
+    """The task with the classes that labels say there are, once every row of both splits has one.
+
+    asked: whether classes are asked for.
+    """
     where = f"--data {source.name}"
     splits = [(of, rows["label"][:]) for of, rows, _ in _splits(source)]
-    names, by_name = class_names(where, splits, source.label_names, joined=joined, told=told)
+    names, by_name = class_names(where, splits, source.label_names, joined=joined, told=told, asked=asked)
     task = Task("classification", columns, names, by_name, joined)
     problems = []
     for of, rows, place in _splits(source):
@@ -198,9 +258,12 @@ def _with_labels(source: Source, columns: tuple[str, ...], *, joined: bool, told
 
 
 def unshared_classes(source: Source, task: Task, *, told: bool = True) -> list[str]:
-    """Lines that name the classes that a split has no row of. told: whether they may tell of the rows of train."""
-    if task.kind == "causal-lm":
-        return []
+    """Lines on how labels are taken, and that name the classes that a split has no row of.
+
+    told: whether they may tell of the rows of train.
+    """
+    if not task.label_names:
+        return [task.doubt] if task.doubt else []
     train, test = (set(task.labels(rows).tolist()) for rows in (source.train, source.test))
     name = f"--data {source.name}"
     return unshared(name, source.test_split, task.label_names, train, test, told=told)
@@ -238,7 +301,7 @@ def encode_rows(
 ) -> Encoded:
     """The rows as examples, in their order, each of 1 to `max_length` tokens (None: however long).
 
-    Classification: the tokenizer's own form with its special tokens; `segments` where it tells the sentences of a pair
+    With labels: the tokenizer's own form with its special tokens; `segments` where it tells the sentences of a pair
     apart. A text of no tokens becomes one EOS. Language models: as `encode_language` has it.
 
     style: how a conversation is written out. place: where a row stands, for messages (default: its number). several:
@@ -246,23 +309,23 @@ def encode_rows(
 
     Raises InputError for a `max_length` without room for text, for invalid labels, and for rows that are no examples.
     """
-    # The shortest example of a language model is a token and its target; of a classifier, a token a sentence.
-    least = 2 if task.kind == "causal-lm" else len(task.columns)
-    if task.kind == "classification":
+    # The shortest example of a language model is a token and its target; of others, a token a sentence.
+    least = len(task.columns) if task.headed else 2
+    if task.headed:
         least += tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2)
     if max_length is not None and max_length < least:
         raise InputError(f"--max-length {max_length}: no room for text; this task and tokenizer need {least} or more")
     texts = [rows[column][:] for column in task.columns]
-    if task.kind == "causal-lm":
+    if not task.headed:
         return _for_language(task, texts, tokenizer, max_length, style or Style(), place or _numbered, several=several)
-    return _for_classes(task, rows, texts, tokenizer, max_length)
+    return _for_head(task, rows, texts, tokenizer, max_length)
 
 
 def _numbered(row: int) -> str:
     return f"row {row + 1}"
 
 
-def _for_classes(
+def _for_head(
     task: Task,
     rows: datasets.Dataset,
     texts: list[list[str]],
@@ -289,7 +352,7 @@ def _for_classes(
     return Encoded(examples, look(tokens, cut, empty, texts, tokenizer), np.arange(len(rows)), len(rows))
 
 
-def _flat(tokens: list[list[int]], labels: npt.NDArray[np.int64], **beside: Any) -> Examples:
+def _flat(tokens: list[list[int]], labels: Labels, **beside: Any) -> Examples:
     from fedlotr.training.examples import Examples
 
     flat = np.fromiter(chain.from_iterable(tokens), np.int32)

@@ -362,7 +362,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no classes": (
         {"format": "pair", "task": "causal-lm", "columns": "text_a=input,text_b=output,label=instruction"},
-        "its rows have classes",
+        "its rows have labels",
     ),
     "no file": ({"format": "none.py:read"}, "--format: there is no file none.py"),
     "no module": ({"format": "no_such_module:read"}, "--format no_such_module:read: cannot be loaded: ModuleNotFound"),
