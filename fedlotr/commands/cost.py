@@ -10,6 +10,7 @@ from fedlotr.commands.door import refuse
 from fedlotr.communication.links import CUSTOM, PROFILES, read_link
 from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
 from fedlotr.errors import InputError, nearest
+from fedlotr.models.kinds import TASK_KINDS
 
 DONE = 0
 
@@ -53,7 +54,8 @@ def _print(given: argparse.Namespace) -> None:
     from fedlotr.reporting.fitting import columns_of
 
     kind: Any = None if given.task == "auto" else given.task
-    architecture = read_architecture(given.model, kind, given.labels, given.targets)
+    labels = 1 if kind is not None and TASK_KINDS[kind].scale else given.labels
+    architecture = read_architecture(given.model, kind, labels, given.targets)
     ranks = (given.rank, given.lora_rank or given.rank)
     coding = Coding(given.codec, given.broadcast_codec)
     rows, left_out = bills(architecture, methods, ranks, given.clients, given.rounds, coding)
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME|PATH|ID", help="mistral-7b and other public models whose dimensions "
         "come along; a folder with config.json; a GGUF file; or a hub id, whose config.json alone is read")  # fmt: skip
-    add("--task", choices=("auto", "classification", "causal-lm"), default="auto", help="what the model is for "
+    add("--task", choices=("auto", *TASK_KINDS), default="auto", help="what the model is for "
         "(default: what its configuration says)")  # fmt: skip
     add("--labels", type=int, default=2, help="classes of a classifier (default: 2)")
     add(

@@ -52,7 +52,7 @@ def read_architecture(model: str, kind: Kind | None, labels: int, targets: str) 
     spec = ModelSpec(path=str(folder), kind=kind, labels=labels, mean_pooled=mean_pooled, pad_id=0)
     # What the files of a folder lack is a part of the head.
     module = meta_model(model, spec, None if any(folder.glob("*.safetensors")) else config)
-    check_meta(model, module, targets, headed=kind == "classification")
+    check_meta(model, module, targets, headed=spec.headed)
     shapes = shapes_of(module, chosen_layers(module, targets))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Architecture(shapes.layers, shapes.heads, kind, parameters, source)

@@ -24,9 +24,11 @@ def with_saved_head(spec: ModelSpec, names: Sequence[str]) -> tuple[ModelSpec, s
     names: the classes of the data. A row of the head is a class's by its label's name, whatever the case; labels
     without names are the classes that are called by their indices. Rows of further labels are left out.
     """
-    rows = 0 if spec.mean_pooled or spec.code is not None or not names else _rows_in_files(spec)
-    if not rows:
+    rows = 0 if spec.mean_pooled or spec.code is not None or not spec.headed else _rows_in_files(spec)
+    if not rows or not (names or spec.scale):
         return spec, None
+    if spec.scale:  # what its numbers are of, and in which unit, no file says
+        return spec, f"it has a head for {rows} label{'s' if rows > 1 else ''}, which is dropped; a new one begins"
     labels, kind = saved_labels(spec, rows)
     if all(UNNAMED.fullmatch(label) for label in labels) and list(names) == [str(row) for row in range(rows)]:
         found = {name: row for row, name in enumerate(names)}

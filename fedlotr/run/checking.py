@@ -37,6 +37,7 @@ from fedlotr.data import (
     withhold_public,
 )
 from fedlotr.data.columns import CHAT, TEXT, instead_of_chat
+from fedlotr.data.labels import Labels
 from fedlotr.errors import InputError
 from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import known_tokens, most_positions
@@ -90,7 +91,7 @@ class Checked:
     training: LocalTraining
     public: Rows
     parts: list[Rows]
-    labels: Rows
+    labels: Labels
     test_rows: Rows
     examples: Tokenised
     start: WarmStart | None
@@ -157,7 +158,7 @@ def columns_of(config: SimulationConfig, *, own_task: bool = False) -> Names:
         nested=own_task,
         format=config.format,
         columns=config.renamed,
-        classifies=config.task == "classification",
+        asked=config.task,
         hidden=config.privacy != "none",
     )
 
@@ -349,26 +350,26 @@ def _left_out(
 
 def _clients(
     found: _Findings, source: Source | None, task: Task | None
-) -> tuple[Rows | None, tuple[Rows, list[Rows], Groups | None] | None]:
+) -> tuple[Labels | None, tuple[Rows, list[Rows], Groups | None] | None]:
     """The labels of the rows to train on, and these as they are dealt out, as `_deal` has it."""
     if source is None or task is None:
         return None, None
     config = found.config
-    if task.kind == "causal-lm" and config.method == "head":
+    if not task.headed and config.method == "head":
         found.problems.append(
             "--method head: a language model has no classification head; choose a method that adapts layers"
         )
-    if task.kind != "causal-lm":
+    if task.headed:
         found.problems += [
             f"--{field.replace('_', '-')}: it is about what a language model is shown, and these texts have labels; "
             "leave it out, or give --task causal-lm"
             for field in ("template", "train_on", "template_date", "eos")
             if getattr(config, field) != type(config).model_fields[field].default
         ]
-    if task.kind != "causal-lm" and config.samples:
+    if task.headed and config.samples:
         found.problems.append(
-            f"--samples {config.samples}: a classifier says nothing that could be shown; leave it out (--sample is the "
-            "number or share of the clients that train in a round)"
+            f"--samples {config.samples}: a {'regression' if task.scale else 'classifier'} says nothing that could be "
+            "shown; leave it out (--sample is the number or share of the clients that train in a round)"
         )
     labels = found.attempt(lambda: task.labels(source.train, partial(source.place, "train")))
     for line in unshared_classes(source, task, told=config.privacy == "none") if labels is not None else ():
@@ -436,7 +437,7 @@ def _spec(
     spec = ModelSpec(
         path=str(folder),
         kind=task.kind if task else "causal-lm" if config.task == "causal-lm" else "classification",
-        labels=len(task.label_names) if task else 2,
+        labels=task.outputs if task else 2,
         mean_pooled=is_sentence_encoder(folder),
         pad_id=pad_id(tokenizer, vocabulary(own.architecture if own else read_architecture(folder, config.model))),
         dtype="float32" if config.dtype == "auto" else config.dtype,  # auto: only looked at, not run
@@ -548,7 +549,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
         if "messages" in task.columns:
             source = source.as_conversations(task.columns)
         missing = [column for column in task.columns if column not in source.train.column_names]
-        if missing or (task.kind == "classification" and "label" not in source.train.column_names):
+        if missing or (task.headed and "label" not in source.train.column_names):
             raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
         resolve_task(task.kind, source, task.label_names or None, joined=config.join_labels)
         task.labels(source.train, partial(source.place, "train"))
@@ -558,7 +559,7 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
 
 
 def _deal(
-    config: SimulationConfig, rule: str, source: Source, labels: Rows, texts: Sequence[str] = ()
+    config: SimulationConfig, rule: str, source: Source, labels: Labels, texts: Sequence[str] = ()
 ) -> tuple[Rows, list[Rows], Groups | None]:
     """The public rows, those of each client, and the groups of all where they are dealt by groups.
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.data import Encoded, Groups, Source, Style, Task, encode_rows
+from fedlotr.data.labels import Labels
 from fedlotr.errors import InputError, shorten
 from fedlotr.models.limits import tokens_beyond
 from fedlotr.training.examples import Examples
@@ -18,7 +19,7 @@ from fedlotr.training.packing import Rows
 
 @dataclass(frozen=True, kw_only=True)
 class Dealt:
-    """Rows of a source's train split, and who has them. labels: (rows,) class indices, of all rows; groups: theirs, if
+    """Rows of a source's train split, and who has them. labels: (rows,) of all rows; groups: theirs, if
     they were dealt by some.
 
     public: those withheld from all clients, unless `public_source` has them; parts: each client's to train on;
@@ -26,7 +27,7 @@ class Dealt:
     """
 
     source: Source
-    labels: Rows
+    labels: Labels
     public: Rows
     parts: Sequence[Rows]
     held_back: Sequence[Rows]

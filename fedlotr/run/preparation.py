@@ -2,21 +2,26 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from fedlotr.adapters.export import PREFIX
 from fedlotr.adapters.gradient_bases import initialize_basis
 from fedlotr.adapters.start import carrying
 from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256
+from fedlotr.data import Encoded
 from fedlotr.errors import InputError
 from fedlotr.flower.workplace import Recipe, Workplace
-from fedlotr.models.loading import load_base, unbatched_layers
+from fedlotr.models.loading import head_layers, load_base, unbatched_layers
 from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.reporting.documents import TextsSeen
 from fedlotr.run.checking import Checked
+from fedlotr.run.examples import Tokenised
+from fedlotr.run.export import in_units
 from fedlotr.run.fitting_texts import unseen, what_is_seen
 from fedlotr.run.skeleton import try_longest, try_out
 from fedlotr.said import say
@@ -45,8 +50,6 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     noise: where clients hide their single examples.
     """
     config, examples = checked.config, checked.examples
-    train, test = examples.train.examples, examples.test.examples
-    shown = train if examples.shown is None else examples.shown.examples
     seen = what_is_seen(config, examples.train, checked.parts, examples.test)
     for line in unseen(seen):
         say(line)
@@ -54,6 +57,11 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         base = load_base(checked.spec)
     except ValueError as error:
         raise InputError(f"--model {config.model}: {error}") from error
+    if checked.spec.scale:
+        checked = _in_steps(checked, base)
+    examples = checked.examples
+    train, test = examples.train.examples, examples.test.examples
+    shown = train if examples.shown is None else examples.shown.examples
     core, public = checked.core, checked.public
     if not len(public) and config.privacy != "none":
         log.info("there is no --public-data, so the head begins as it was drawn or loaded")
@@ -96,11 +104,40 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     return Prepared(checked, model, workplace, bases_sha256(model.module), seen)
 
 
+def _in_steps(checked: Checked, base: nn.Module) -> Checked:
+    """With the labels of all examples as (label - mean) / deviation of the public rows, which the model then learns.
+
+    So a learning rate fits whatever the labels' unit. Without public rows, or where these are all alike, labels stay as
+    they are; where the head has no bias that could give the mean back, it is 0.
+    """
+    examples = checked.examples
+    labels = (examples.train if examples.shown is None else examples.shown).examples.labels[checked.public]
+    spec, last = checked.spec, list(head_layers(base).values())[-1]
+    if not len(labels):
+        say(
+            "no public rows tell how large labels are, so the model learns them as they are: rates fit where they lie "
+            "about as far apart as 1; --public-data gives some"
+            + (", or --public-examples" if checked.config.privacy == "none" else "")
+        )
+    elif labels.std() > 0:
+        shift = 0.0 if last.bias is None else float(labels.mean())
+        spec = replace(spec, shift=shift, step=float(np.sqrt(np.square(labels - shift).mean())))
+
+    def told(encoded: Encoded) -> Encoded:
+        labels = ((encoded.examples.labels - spec.shift) / spec.step).astype(np.float32)
+        return encoded._replace(examples=replace(encoded.examples, labels=labels))
+
+    found = Tokenised(told(examples.train), told(examples.test), examples.shown and told(examples.shown))
+    return replace(checked, spec=spec, examples=found)
+
+
 def _begin_head(checked: Checked, bare: TrainableModel, shown: Examples, public: Rows) -> None:
     """The head of the adapter that the run starts from, of the model's files, or one that is fitted to public rows."""
+    spec = checked.spec
     if checked.start is not None and checked.start.head:
-        bare.assign(checked.start.head)
-    elif checked.spec.head_rows:
+        last = [f"{PREFIX}{name}" for name in bare.heads[-1:]]
+        bare.assign(in_units(checked.start.head, last, -spec.shift / spec.step, 1 / spec.step))
+    elif spec.head_rows:
         log.info("the head is that of the model's files, by the names of its labels")
     else:
         fit_head(bare, shown, public)

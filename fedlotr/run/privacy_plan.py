@@ -233,6 +233,8 @@ def _not_hidden(checked: Checked) -> str:
         told.insert(0, "how many examples each client holds, and which clients take part")
     if checked.task.label_names and config.labels is None and checked.own_task is None and source.label_names is None:
         told.append("which labels occur in the data (--label-names would settle them without looking)")
+    if checked.task.scale and config.task == "auto":
+        told.append("that labels are numbers on a scale (--task regression would settle it without looking)")
     if config.init_adapter is not None:
         told.append("what the adapter of --init-adapter was trained on")
     return "; ".join(told)

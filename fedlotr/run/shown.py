@@ -22,7 +22,8 @@ def shown_examples(checked: Checked, count: int) -> Iterator[str]:
         if checked.task.kind == "causal-lm":
             what = f"{int(learnt.sum())} of them learnt, between {OPEN} and {CLOSE}"
         else:
-            what = f"label {checked.task.label_names[int(examples.labels[row])]}"
+            label = examples.labels[row]
+            what = f"label {f'{label:g}' if checked.task.scale else checked.task.label_names[int(label)]}"
         of = checked.source.place("train", row).removeprefix("--data: ")
         yield f"example {number} of client 0 ({visible(of)}): {len(tokens)} tokens, {what}"
         yield from (f"  {visible(line)}" for line in _marked(checked, tokens.tolist(), learnt).split("\n"))

@@ -27,6 +27,7 @@ from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.round import State
 from fedlotr.flower.traits import traits_of
+from fedlotr.models.kinds import TASK_KINDS
 from fedlotr.models.loading import adaptable_layers, count_parameters
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.documents import (
@@ -105,6 +106,9 @@ def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
     if names := checked.task.label_names:
         counts = np.bincount(prepared.workplace.test.labels, minlength=len(names))
         found["largest_class"] = float(counts.max() / counts.sum())
+    if checked.task.scale:
+        scored = checked.task.labels(checked.source.test)[checked.test_rows]
+        found["scale"] = f"labels {scored.min():.4g} to {scored.max():.4g}, deviation {scored.std():.4g}"
     if checked.groups is not None and checked.config.privacy == "none":
         found |= {"grouped_by": checked.groups.by, "groups": checked.groups.names}
     if promise is not None:
@@ -268,8 +272,10 @@ def _pace(checked: Checked, history: Sequence[MetricsRow], entries: Sequence[Ent
 
 def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     """What a round's model is judged by, the decisive metric first, each with the better of two values."""
-    own, causal = prepared.checked.own_task, prepared.checked.task.kind == "causal-lm"
-    usual: dict[str, Callable[..., Any]] = {"perplexity": min} if causal else {"accuracy": max}
+    own, kind = prepared.checked.own_task, TASK_KINDS[prepared.checked.task.kind]
+    usual: dict[str, Callable[..., Any]] = {
+        name: max if metric.higher_is_better else min for name, metric in kind.metrics.items()
+    }
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}
@@ -296,13 +302,12 @@ def adapted_in_words(checked: Checked) -> AdaptedLayers:
 
 
 def losses_in_words(prepared: Prepared) -> dict[str, str]:
-    """What the two losses of a round are, in nats: of the model that is tested, and of the clients as they train.
+    """What the two losses of a round are: of the model that is tested, and of the clients as they train.
 
     They are means of different kinds where sequences have different numbers of target tokens: a test is of the model,
     as its perplexity is, and a client trains on examples, which weigh the same whatever their length.
     """
-    config, causal = prepared.checked.config, prepared.checked.task.kind == "causal-lm"
-    over = "target tokens" if causal else "examples"
+    config, over = prepared.checked.config, TASK_KINDS[prepared.checked.task.kind].over
     tested = f"of the model after the round: mean over the test split's {over}"
     if prepared.model.personal:
         tested = (
@@ -311,7 +316,7 @@ def losses_in_words(prepared: Prepared) -> dict[str, str]:
     elif config.baseline == "local":
         tested = f"of each client's own model after the round: mean over the test split's {over}, then over the clients"
     trained = "of each client's model while it trains: mean over the examples it sees, as it sees them"
-    trained += " (of each example, the mean over its target tokens)" if causal else ""
+    trained += f" (of each example, the mean over its {over})" if over != "examples" else ""
     trained += ", then over the clients as their updates weigh"
     if config.privacy != "none":
         trained = "not told: it would tell of the clients' examples"
