@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -87,8 +87,9 @@ def partition(
             f"--clients {clients}: expected 1 to {len(rows)}, the number of rows there are to divide"
             f"{less(len(rows), withheld)}"
         )
-    classes = np.zeros(len(rows), np.int64) if labels.dtype.kind == "f" else labels.astype(np.int64)
-    if by is None and name in BY_LABEL and labels.dtype.kind == "f":
+    scale = np.asarray(labels).dtype.kind == "f"
+    classes = np.zeros(len(rows), np.int64) if scale else cast(Rows, labels)
+    if by is None and name in BY_LABEL and scale:
         raise InputError(
             f"--partition {rule}: divides by label, and these labels are numbers on a scale, not classes; choose iid "
             "or natural, or divide by a column (dirichlet:0.5:COLUMN), by lengths:0.5 or clusters:0.5"

@@ -24,6 +24,7 @@ from fedlotr.data.labels import are_numbers, label_among, may_be_classes
 from fedlotr.data.layouts import Layout, layout_of, train_splits
 from fedlotr.data.own_rows import read_rows
 from fedlotr.data.readers import READERS, read_files
+from fedlotr.data.scales import why_scale
 from fedlotr.data.splits import HELD_OUT, choose_only, choose_test, split_tenth, take
 from fedlotr.errors import InputError, nearest
 from fedlotr.models.kinds import TASK_KINDS
@@ -121,7 +122,7 @@ class Names:
     """Which columns are the texts, the label and the clients', where they are not called as the tasks call them.
 
     text: one name or two; label: one. causal: whether two texts are a prompt and its answer though there are labels.
-    client: the column that names the clients, where one does; client_if_unlabelled: it does so in data without labels
+    client: the column that names the clients, where one does; client_if_unlabelled: it does so in data without classes
     alone. grouped: the column that `dirichlet` deals by, where it does not deal by the label. told: whether numbers of
     rows may be said. nested: whether columns of lists and objects are wanted.
     format: how the rows are read, where that is said. columns: (what a format calls a column, what the files do).
@@ -188,8 +189,16 @@ class Names:
 
     def client_of(self, columns: Columns) -> str | None:
         """Which of the columns names the clients, if any does."""
-        labelled = not self.causal and (self.label or label_among(columns)) is not None
-        return None if self.client not in columns or (self.client_if_unlabelled and labelled) else self.client
+        if self.client not in columns or not self.client_if_unlabelled or self.causal:
+            return self.client if self.client in columns else None
+        label = self.label or label_among(columns)
+        return self.client if label is None or self._on_scale(columns.get(label, [])) else None
+
+    def _on_scale(self, labels: Sequence[Any]) -> bool:
+        """Whether a task takes labels as numbers on a scale, as far as those of train tell."""
+        if self.asked in TASK_KINDS:
+            return TASK_KINDS[self.asked].scale
+        return (self.format in FORMATS and FORMATS[self.format].scale) or why_scale([labels]) != ""
 
     def unread(self, kinds: Mapping[str, str]) -> list[str]:
         """What is wrong where a column that is asked for is there, but is none that is read. kinds: what these are."""

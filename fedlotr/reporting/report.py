@@ -12,7 +12,7 @@ from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.flower.plugins import built_in
-from fedlotr.models.kinds import TASK_KINDS
+from fedlotr.models.kinds import METRICS, TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
@@ -97,7 +97,10 @@ def _outcome(run: RunRecord) -> Section:
         if row is not None and run.metric is not None:
             rows.append((f"{run.metric}, {title} (round {row['round']})", under(row, run.metric)))
     if run.last is not None:
-        rows.append((f"loss, as tested, last (round {run.last['round']})", run.last.get("loss")))
+        of = f"last (round {run.last['round']})"
+        beside = {name: under(run.last, name) for name in METRICS if name != run.metric}
+        rows += [(f"{name}, {of}", value) for name, value in beside.items() if value is not None]
+        rows.append((f"loss, as tested, {of}", run.last.get("loss")))
     if not run.hides_clients:
         rows.append(("bytes on the wire, all rounds", run.bytes_so_far[-1] if run.rows else 0))
     if run.summary:
