@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.conversation import Message, Rendered, Style
 from fedlotr.data.cutting import Example, cut
-from fedlotr.data.templates import encode, render
+from fedlotr.data.templates import check_template, encode, render
 from fedlotr.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,17 +46,20 @@ def encode_language(
     style: Style,
     max_length: int | None,
     place: Callable[[int], str] | None = None,
+    *,
+    hidden: bool = False,
 ) -> Encoded:
     """The rows as examples of at most `max_length` tokens (None: however long they are).
 
     columns: by name: `text`; `prompt` and `answer`; or `messages` (JSON), perhaps with `tools` (JSON). place: where a
-    row stands, for messages. A plain text is BOS (where the tokenizer has one), the text, and EOS where the style says
-    so; it loses its end. Of conversations `cut` says what they lose. An example without a target is dropped.
+    row stands, for messages; hidden: whether these may tell nothing of single rows. A plain text is BOS (where the
+    tokenizer has one), the text, and EOS where the style says so; it loses its end. Of conversations `cut` says what
+    they lose. An example without a target is dropped.
     Raises InputError that names the rows that no example can be made of.
     """
     rows = len(next(iter(columns.values())))
     found = Encoded(prompt_cut=[0] * rows, answer_cut=[0] * rows, dropped=[0] * rows)
-    for owner, rendered, borders, example in _examples(columns, tokenizer, style, place):
+    for owner, rendered, borders, example in _examples(columns, tokenizer, style, place, hidden):
         kept: Example | None = example
         if max_length is not None and len(example.tokens) > max_length:
             kept = cut(replace(example, contents=_content_tokens(rendered, borders, example)), max_length)
@@ -78,17 +81,26 @@ def rendered_rows(
     tokenizer: PreTrainedTokenizerBase,
     style: Style,
     place: Callable[[int], str] | None = None,
+    *,
+    hidden: bool = False,
 ) -> list[tuple[int, Rendered]]:
     """What each row becomes before it is tokens, with its index. Raises InputError as `encode_language`."""
     if "text" in columns:
         return [(row, Rendered(text, ((0, len(text)),), (), whole=False)) for row, text in enumerate(columns["text"])]
     found: list[tuple[int, Rendered]] = []
     problems: list[str] = []
+    if hidden:  # what is wrong with the template itself tells nothing of rows
+        check_template(style, tokenizer)
     for row, (messages, tools) in enumerate(conversations(columns)):
         try:
             found += [(row, rendered) for rendered in render(messages, tokenizer, style, tools)]
         except ValueError as error:
             problems.append(f"{place(row) if place else f'row {row + 1}'}: {error}")
+    if problems and hidden:  # a template may say anything in the words with which it fails
+        raise InputError(
+            f"{place(0) if place else 'some row'}: --template {style.template} cannot write it out (which, and why, is "
+            "private); try it with rows that may be seen"
+        )
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         raise InputError(problems[:PROBLEMS_SHOWN] + ([f"{more} more rows like these"] if more > 0 else []))
@@ -111,9 +123,10 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase,
     style: Style,
     place: Callable[[int], str] | None,
+    hidden: bool,
 ) -> Iterator[tuple[int, Rendered, Borders, Example]]:
     plain = "text" in columns
-    rows = rendered_rows(columns, tokenizer, style, place)
+    rows = rendered_rows(columns, tokenizer, style, place, hidden=hidden)
     for start in range(0, len(rows), AT_ONCE):
         batch = rows[start : start + AT_ONCE]
         texts = [rendered.text for _, rendered in batch]

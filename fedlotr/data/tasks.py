@@ -14,6 +14,7 @@ from fedlotr.data.columns import TEXT, but_unread
 from fedlotr.data.conversation import Style
 from fedlotr.data.formats import FORMATS
 from fedlotr.data.labels import Labels, Place, are_numbers, class_indices, class_names, row_problems, unshared
+from fedlotr.data.language import Encoded as Written
 from fedlotr.data.language import encode_language
 from fedlotr.data.scales import scale_values, why_scale, without_label
 from fedlotr.data.seen import Seen, look
@@ -298,6 +299,7 @@ def encode_rows(
     *,
     place: Place | None = None,
     several: bool = True,
+    hidden: bool = False,
 ) -> Encoded:
     """The rows as examples, in their order, each of 1 to `max_length` tokens (None: however long).
 
@@ -305,7 +307,8 @@ def encode_rows(
     apart. A text of no tokens becomes one EOS. Language models: as `encode_language` has it.
 
     style: how a conversation is written out. place: where a row stands, for messages (default: its number). several:
-    whether a row may be several examples; else it is the last of them.
+    whether a row may be several examples; else it is the last of them. hidden: whether messages may tell nothing of
+    single rows.
 
     Raises InputError for a `max_length` without room for text, for invalid labels, and for rows that are no examples.
     """
@@ -317,7 +320,9 @@ def encode_rows(
         raise InputError(f"--max-length {max_length}: no room for text; this task and tokenizer need {least} or more")
     texts = [rows[column][:] for column in task.columns]
     if not task.headed:
-        return _for_language(task, texts, tokenizer, max_length, style or Style(), place or _numbered, several=several)
+        columns = dict(zip(task.columns, texts, strict=True))
+        found = encode_language(columns, tokenizer, style or Style(), max_length, place or _numbered, hidden=hidden)
+        return _for_language(found, texts, tokenizer, several=several)
     return _for_head(task, rows, texts, tokenizer, max_length)
 
 
@@ -366,18 +371,9 @@ def filler(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _for_language(
-    task: Task,
-    texts: list[list[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    style: Style,
-    place: Place,
-    *,
-    several: bool,
+    found: Written, texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, *, several: bool
 ) -> Encoded:
-    """Texts, questions and conversations, written out as `style` says."""
-    columns = dict(zip(task.columns, texts, strict=True))
-    found = encode_language(columns, tokenizer, style, max_length, place)
+    """Texts, questions and conversations, of which `found` was made."""
     owner = np.array(found.owner, np.int64)
     kept = np.arange(len(owner))
     if not several and len(owner):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedlotr.data.chat_targets import open_chat, render_chat
 from fedlotr.data.chat_template import asks_for_date, has_template
 from fedlotr.data.conversation import FIXED, Message, Rendered, Span, Style, check, common, is_learnt, text_of
-from fedlotr.errors import nearest
+from fedlotr.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,6 +121,14 @@ def prompt_of(
     ids = encode(tokenizer, shown[0][: common(*shown)].rstrip())
     bos = tokenizer.bos_token_id
     return [bos, *ids] if isinstance(bos, int) and ids[:1] != [bos] else ids
+
+
+def check_template(style: Style, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError where there is no such template, whatever the rows are."""
+    try:
+        _made_by(style.template, tokenizer)
+    except ValueError as error:
+        raise InputError(f"--template {style.template}: {error}") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

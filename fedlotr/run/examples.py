@@ -123,7 +123,8 @@ def _encoded(
             return source.place(split, int(rows[row]))
         return f"--data {source.name}, train: some row"
 
-    return encode_rows(task, held.select(rows), tokenizer, limit, style, place=place, several=config.privacy == "none")
+    hidden = not told and split == "train"
+    return encode_rows(task, held.select(rows), tokenizer, limit, style, place=place, several=told, hidden=hidden)
 
 
 def _numbered(examples: Rows, them: Sequence[Rows]) -> list[Rows]:

@@ -1,6 +1,7 @@
 """Rows become examples before a run starts: conversations by their template, cut where they are long, and counted."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,27 @@ def test_with_privacy_a_conversation_is_one_example(thinking: Path, tmp_path: Pa
     checked = check(configured(thinking, folder(tmp_path / "rows", rows, test), **private))
     assert sum(map(len, checked.parts)) == 12 == len(checked.examples.train.examples)
     assert len(set(checked.examples.train.owner.tolist())) == 12
+
+
+def test_a_template_that_fails_tells_nothing_of_hidden_rows(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template is a program of others: it may repeat what a row says in the words with which it refuses it."""
+    monkeypatch.chdir(tmp_path)
+    Path("form.py").write_text("def form(messages):\n    raise ValueError(messages[0]['content'])\n", encoding="utf-8")
+    data = folder(tmp_path / "rows", [chat(f"secret {n}", "x") for n in range(12)], CHATS[:2])
+    refusing = tmp_path / "refusing"
+    shutil.copytree(stories, refusing)
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception(messages[0].content) }}", encoding="utf-8")
+    private = ["--privacy", "example", "--noise-multiplier", "1", "--public-eval", "--public-examples", "0"]
+    for model, given, named in ((stories, ["--template", "form.py:form"], "form.py:form"), (refusing, [], "auto")):
+        words_given = [*words(model, data, tmp_path / "run"), *given, *private]
+        assert main(words_given) == 2
+        said = capsys.readouterr().err
+        assert f"--template {named} cannot write it out" in said and "secret" not in said
+        assert "more rows" not in said, "how many rows are so is private too"
+    assert main([*words(stories, data, tmp_path / "run"), "--template", "gone.py:form", *private]) == 2
+    assert "there is no file gone.py" in capsys.readouterr().err, "that is of no row"
 
 
 @pytest.mark.parametrize(
