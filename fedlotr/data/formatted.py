@@ -86,7 +86,7 @@ class Form:
         for row in range(count):
             try:
                 reads.append(checked(self.function({known: values[row] for known, values in found.items()})))
-            except Exception as error:  # of a function of the caller's own, anything
+            except (Exception, SystemExit) as error:  # of a function of the caller's own, anything
                 problems.append((row, _words(error, hidden=self.hidden, own=self.entry is None)))
                 reads.append(None)
         if problems:
@@ -198,7 +198,7 @@ def _values(table: Table, name: str, count: int) -> list[Any]:
         return [None] * count
 
 
-def _words(error: Exception, *, hidden: bool, own: bool) -> str:
+def _words(error: BaseException, *, hidden: bool, own: bool) -> str:
     if isinstance(error, RowError):
         return error.hidden if hidden else str(error)
     name = type(error).__name__

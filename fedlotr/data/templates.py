@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlotr.data.chat_targets import open_chat, render_chat
-from fedlotr.data.chat_template import asks_for_date, has_template
+from fedlotr.data.chat_template import WORDS_SHOWN, asks_for_date, has_template
 from fedlotr.data.conversation import FIXED, Message, Rendered, Span, Style, check, common, is_learnt, text_of
-from fedlotr.errors import InputError, nearest
+from fedlotr.errors import InputError, nearest, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,10 +188,12 @@ def _own(name: str) -> Callable[[Sequence[Message], str], list[Piece]]:
 
     def make(messages: Sequence[Message], eos: str) -> list[Piece]:
         try:
-            given = [(said, learnt) for said, learnt in function([dict(message) for message in messages])]
-        except Exception as error:
-            raise ValueError(f"the template {name} failed: {type(error).__name__}: {error}") from error
-        if not all(isinstance(said, str) and isinstance(learnt, bool) for said, learnt in given):
+            pieces = function([dict(message) for message in messages])
+            given: list[tuple[Any, ...]] = list(map(tuple, pieces)) if isinstance(pieces, Iterable) else [()]
+        except (Exception, SystemExit) as error:  # of the caller's own, anything
+            words = visible(" ".join(str(error).split())[:WORDS_SHOWN])
+            raise ValueError(f"the template {name} failed: {type(error).__name__}: {words}") from error
+        if not all(len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], bool) for one in given):
             raise ValueError(f"the template {name} gave no list of (text, whether it is learnt)")
         if not any(said and learnt for said, learnt in given):
             raise ValueError(f"the template {name} gave nothing that is learnt")

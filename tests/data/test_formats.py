@@ -511,6 +511,9 @@ def texts(row):
 
 def bad(row):
     return 1 / 0 if row["n"] == 2 else ("a", 5)
+
+def ends(row):
+    raise SystemExit(0)
 """
 
 
@@ -529,6 +532,8 @@ def test_a_function_of_ones_own_reads_rows(tmp_path: Path, monkeypatch: pytest.M
         "data['train'], row 1: it gave ('a', 5); expected a text, a pair (prompt, answer), a list of messages or None"
     )
     assert "row 3: ZeroDivisionError: division by zero" in refused.value.problems[2]
+    with pytest.raises(InputError, match="row 1: SystemExit"):  # no function of a row ends the program
+        named(rows, format="mine_of_formats:ends")
 
 
 def test_columns_of_a_configuration_are_kept_as_text_and_read_back(tmp_path: Path) -> None:

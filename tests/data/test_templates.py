@@ -381,13 +381,19 @@ def test_a_function_of_ones_own_is_a_template(tmp_path: Path, stories: Path) -> 
         "    return [(f\"{m['role']}={m['content']};\", m['role'] == 'assistant') for m in messages]\n"
         "def bad(messages):\n    return 'text'\n"
         "def none(messages):\n    return [('x', False)]\n"
+        "def odd(messages):\n    return [('a', 1), 5]\n"
+        "def nothing(messages):\n    return None\n"
+        "def ends(messages):\n    raise SystemExit(0)\n"
     )
     rendered = only(ASKED, tokenizer, Style(template=f"{file}:form"))
     assert rendered.text == "user=Who played?;assistant=Zoe.;" and targets(rendered) == ["assistant=Zoe.;"]
     prompt = tokenizer.decode(prompt_of(ASKED, tokenizer, Style(template=f"{file}:form")), skip_special_tokens=True)
     assert prompt == "user=Who played?;assistant="
     for name, words in (
-        ("bad", "failed|gave no list"),
+        ("bad", "gave no list of"),
+        ("odd", "failed: TypeError"),
+        ("nothing", "gave no list of"),
+        ("ends", "failed: SystemExit"),
         ("none", "gave nothing that is learnt"),
         ("no", "cannot be loaded"),
     ):
