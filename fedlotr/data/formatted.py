@@ -108,7 +108,8 @@ class Form:
             return [f"{where}: not of the format {self.name}: {said} in some row (which, is private)" for said in words]
         told = [f"{_place(table, where, row)}: {words}" for row, words in problems[:ROWS_SHOWN]]
         more = len(problems) - ROWS_SHOWN
-        told += [f"{where}: {more:,} more rows that are not of the format {self.name}"] if more > 0 else []
+        are = "row that is" if more == 1 else "rows that are"
+        told += [f"{where}: {more:,} more {are} not of the format {self.name}"] if more > 0 else []
         return [f"{told[0]} (read as {self.name}; another is named by --format)", *told[1:]]
 
     def _made(self, table: Table, texts: Columns, rows: Any, read: Collection[str], where: str) -> Table:
@@ -189,13 +190,12 @@ def _held(values: Sequence[Any]) -> Held:
 
 
 def _values(table: Table, name: str, count: int) -> list[Any]:
-    """Of a column; None where one is not there or cannot be decoded."""
-    if name in table.columns:
-        return table.columns[name]
+    """Of a column; None where one is not there (as pandas' NaN is none), or cannot be decoded."""
     try:
-        return table.nested[name].read()
+        values = table.columns[name] if name in table.columns else table.nested[name].read()
     except TypeError:
         return [None] * count
+    return [None if is_missing(value) else value for value in values]
 
 
 def _words(error: BaseException, *, hidden: bool, own: bool) -> str:

@@ -103,7 +103,8 @@ def rendered_rows(
         )
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
-        raise InputError(problems[:PROBLEMS_SHOWN] + ([f"{more} more rows like these"] if more > 0 else []))
+        told = [f"{more} more row{'s' * (more > 1)} like these"] if more > 0 else []
+        raise InputError(problems[:PROBLEMS_SHOWN] + told)
     return found
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedlotr.data.arrow import class_names, nested_of, to_columns
 from fedlotr.data.columns import Nested, Table, checked_columns, undecoded
 from fedlotr.errors import InputError
@@ -61,6 +63,7 @@ def _read(where: str, given: Any, label: str | None) -> Table:
     columns = _columns(where, given)
     if columns is None:
         columns = _of_rows(where, given)
+    columns = {name: list(map(_listed, values)) if _has_arrays(values) else values for name, values in columns.items()}
     return checked_columns(where, columns, nested=nested)._replace(label_names=names)
 
 
@@ -68,6 +71,20 @@ def _of_arrow(where: str, table: Any, nested: Mapping[str, Nested], names: tuple
     found = to_columns(table)
     every = {**nested, **found.nested}
     return checked_columns(where, found.columns, odd=found.odd, nested=every, count=count)._replace(label_names=names)
+
+
+def _has_arrays(values: Iterable[Any]) -> bool:
+    """Whether a column has arrays of texts or objects, as pandas makes of lists that it reads from Parquet."""
+    return any(isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "OU" for value in values)
+
+
+def _listed(value: Any) -> Any:
+    """With lists in the place of arrays, however deep."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_pandas(given: object) -> bool:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedlotr.data.columns import TEXT, but_unread
 from fedlotr.data.conversation import Style
-from fedlotr.data.formats import FORMATS
+from fedlotr.data.formats import FORMATS, Held, recognised
 from fedlotr.data.labels import Labels, Place, are_numbers, class_indices, class_names, row_problems, unshared
 from fedlotr.data.language import Encoded as Written
 from fedlotr.data.language import encode_language
@@ -160,6 +160,16 @@ def _perhaps_labelled(source: Source, columns: tuple[str, ...]) -> str:
     )
 
 
+def _numbers_as_text(source: Source) -> str:
+    """What to say of columns that a format would read, were the numbers in them texts; nothing where there is none."""
+    kinds = {name: feature.dtype for name, feature in source.train.features.items()}
+    texts: dict[str, Held] = dict.fromkeys(kinds, "text")
+    name = recognised(texts, labelled=False)
+    read = (FORMATS[name].columns(texts) or {}).values() if name is not None else ()
+    wrong = [f"'{column}'" for column in read if kinds[column] != "string"]
+    return f"; the format {name} would read it, were {' and '.join(wrong)} text and not numbers" if wrong else ""
+
+
 def _splits(source: Source) -> list[tuple[str, datasets.Dataset, Place]]:
     """How messages name each split, its rows, and where each of these stands."""
     name = f"--data {source.name}"
@@ -179,6 +189,7 @@ def _text_columns(kind: str, others: tuple[str, ...], source: Source) -> tuple[s
     if not usable:
         expected = " or ".join(" + ".join([*columns, *others]) for columns in COLUMNS[kind])
         instead = f"; --task causal-lm reads it as {source.instead}" if source.instead and kind != "causal-lm" else ""
+        instead = instead or _numbers_as_text(source)
         unread = {name: what for name, what in source.beside.items() if what != TEXT}
         raise InputError(
             f"--data {source.name}: --task {kind} needs the columns {expected}; train has {', '.join(present)}; "

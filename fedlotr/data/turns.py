@@ -46,7 +46,9 @@ class RowError(ValueError):
 
 
 def read_turns(given: Any, column: str) -> list[Message]:
-    """The messages of a list of turns, or of a JSON text of one. column: where it stands, for messages.
+    """The messages of a list of turns, of an object of lists, or of a JSON text of these.
+
+    column: where it stands, for messages.
 
     Values that are None are left out, as they are what Arrow fills the gaps with where turns have different keys.
     Raises RowError for what is no list of turns, an unknown role, and contents that are no text.
@@ -54,9 +56,20 @@ def read_turns(given: Any, column: str) -> list[Message]:
     given = from_json(given, column)
     if given is None:
         return []
+    if isinstance(given, Mapping) and (parts := _in_parts(given)) is not None:
+        given = parts
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise RowError(f"'{column}' is {kind_of(given)}; expected a list of messages")
     return [_message(turn, f"'{column}', message {number}") for number, turn in enumerate(given, start=1)]
+
+
+def _in_parts(given: Mapping[str, Any]) -> list[Message] | None:
+    """The turns of an object with a list for each key, as `datasets` has a `Sequence` of objects; None for another."""
+    columns = {name: values for name, values in given.items() if values is not None}
+    lengths = {len(values) if isinstance(values, list | tuple) else -1 for values in columns.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        return None
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
 
 
 def from_json(given: Any, column: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -534,6 +535,38 @@ def test_a_function_of_ones_own_reads_rows(tmp_path: Path, monkeypatch: pytest.M
     assert "row 3: ZeroDivisionError: division by zero" in refused.value.problems[2]
     with pytest.raises(InputError, match="row 1: SystemExit"):  # no function of a row ends the program
         named(rows, format="mine_of_formats:ends")
+
+
+def test_what_pandas_has_for_nothing_is_nothing() -> None:
+    """A column of a CSV file that is empty in some rows, or in all, is NaN there."""
+    nan = float("nan")
+    rows = {"instruction": ["2+2?"] * N, "input": [nan] * N, "output": ["4"] * (N - 1) + [nan]}
+    source = load_source(pd.DataFrame(rows))
+    assert learnt(source) == ("2+2?", "4") and len(source.train) + len(source.test) == N - 1
+    some = load_source(pd.DataFrame(rows | {"input": [nan, "in base 10"] * (N // 2)}))
+    assert {prompt for prompt in some.train["prompt"]} == {"2+2?", "2+2?\n\nin base 10"}
+
+
+def test_lists_are_read_however_a_library_holds_them(tmp_path: Path) -> None:
+    """pandas makes arrays of the lists in a Parquet file, `datasets` an object of lists of a Sequence of objects."""
+    rows = [{"messages": PARTS, "topic": "a"}] * N
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    assert learnt(load_source(pd.read_parquet(tmp_path / "rows.parquet"))) == rows[0]["messages"]
+    asked = pd.DataFrame({"question": "2+2?", "choices": [np.array(["3", "4"])] * N, "answer": 1})
+    assert learnt(load_source(asked)) == ("2+2?\nA. 3\nB. 4\nAnswer:", "B")
+    lists = {key: [turn[key] for turn in CHAT] for key in ("role", "content")}
+    assert learnt(load_source({"train": [{"messages": lists}] * N})) == CHAT
+    sequence = datasets.Features({"messages": datasets.Sequence({key: datasets.Value("string") for key in lists})})
+    assert learnt(load_source({"train": datasets.Dataset.from_list([{"messages": lists}] * N, sequence)})) == CHAT
+    with pytest.raises(InputError, match="'messages' is an object; expected a list of messages"):
+        load_source({"train": [{"messages": {**lists, "content": ["x"]}}] * N})
+
+
+def test_numbers_where_a_format_reads_text_are_named() -> None:
+    """A question with a number for its answer is refused, and not by a list of columns that it seems to have."""
+    source = load_source({"train": [{"question": "2+2?", "answer": 4}] * N})
+    with pytest.raises(InputError, match="the format prompt.answer would read it, were 'answer' text and not numbers"):
+        resolve_task("auto", source)
 
 
 def test_columns_of_a_configuration_are_kept_as_text_and_read_back(tmp_path: Path) -> None:
