@@ -144,7 +144,13 @@ def _made_by(name: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequenc
         raise ValueError("the tokenizer has no chat template; choose another template (plain, none)")
     if name in TEMPLATES:
         return TEMPLATES[name].make
-    return _own(name)
+    return _own(name, _changed(name))
+
+
+def _changed(name: str) -> int:
+    """When the file of a function of one's own was last written: in a notebook it may be edited between runs."""
+    path = Path(name.rpartition(":")[0])
+    return path.stat().st_mtime_ns if path.suffix == ".py" and path.is_file() else 0
 
 
 def _pieces(
@@ -182,8 +188,8 @@ def _put_together(pieces: Sequence[Piece], style: Style) -> Rendered:
 
 
 @lru_cache(maxsize=8)
-def _own(name: str) -> Callable[[Sequence[Message], str], list[Piece]]:
-    """A function of the caller's own. Raises ValueError where there is none, and for what it gives."""
+def _own(name: str, changed: int) -> Callable[[Sequence[Message], str], list[Piece]]:
+    """A function of the caller's own, as it was then. Raises ValueError where there is none, and for what it gives."""
     function = _load(name)
 
     def make(messages: Sequence[Message], eos: str) -> list[Piece]:

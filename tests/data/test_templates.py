@@ -1,6 +1,7 @@
 """A template is the tokenizer's: what it renders is learnt from, and what it would be asked for is what is learnt."""
 
 import datetime
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -401,3 +402,13 @@ def test_a_function_of_ones_own_is_a_template(tmp_path: Path, stories: Path) -> 
             render(ASKED, tokenizer, Style(template=f"{file}:{name}"))
     with pytest.raises(ValueError, match="there is no file"):
         render(ASKED, tokenizer, Style(template="missing.py:form"))
+
+
+def test_a_function_that_is_edited_between_two_runs_is_the_edited_one(tmp_path: Path, stories: Path) -> None:
+    """In a notebook: the run's directory says which code it was."""
+    tokenizer, file = sentence_piece(stories, ""), tmp_path / "own.py"
+    style = Style(template=f"{file}:form")
+    for time, mark in enumerate("=:"):
+        file.write_text(f"def form(messages):\n    return [('{mark}', False), ('x', True)]\n")
+        os.utime(file, (time, time))
+        assert only(ASKED, tokenizer, style).text == f"{mark}x"
