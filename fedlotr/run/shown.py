@@ -24,6 +24,8 @@ def shown_examples(checked: Checked, count: int) -> Iterator[str]:
         else:
             label = examples.labels[row]
             what = f"label {f'{label:g}' if checked.task.scale else checked.task.label_names[int(label)]}"
+        if cut := int(checked.examples.train.seen.cut[row]):
+            what += f"; {cut:,} of the row's are cut"
         of = checked.source.place("train", row).removeprefix("--data: ")
         yield f"example {number} of client 0 ({visible(of)}): {len(tokens)} tokens, {what}"
         yield from (f"  {visible(line)}" for line in _marked(checked, tokens.tolist(), learnt).split("\n"))

@@ -1,6 +1,7 @@
 """Rows become examples before a run starts: conversations by their template, cut where they are long, and counted."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ def test_the_examples_that_are_trained_on_are_shown_with_what_is_learnt_marked(
     assert doctor.main(words(stories, data, tmp_path / "other", "--show-examples", "1")) == 0
     first = next(line for line in shown.splitlines() if line.startswith("example 1 of client 0"))
     assert first in capsys.readouterr().out, "doctor shows the same without a run"
+    assert doctor.main(words(stories, data, tmp_path / "other", "--show-examples", "1", "--max-length", "40")) == 0
+    cut = re.search(r"example 1 of client 0 .*: 40 tokens, .*; ([\d,]+) of the row's are cut", capsys.readouterr().out)
+    whole = re.search(r": (\d+) tokens", first)
+    assert cut and whole and int(cut[1]) == int(whole[1]) - 40
 
 
 def test_auto_takes_what_covers_the_data_and_a_run_goes_on_with_that(
