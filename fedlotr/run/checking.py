@@ -550,7 +550,9 @@ def _public_source(config: SimulationConfig, task: Task, own_task: OwnTask | Non
             source = source.as_conversations(task.columns)
         missing = [column for column in task.columns if column not in source.train.column_names]
         if missing or (task.headed and "label" not in source.train.column_names):
-            raise InputError(f"{name}: it needs the same columns as --data: no {' or '.join(missing) or 'label'} there")
+            wanted = " + ".join([*task.columns, *(["label"] if task.headed else [])])
+            there = ", ".join(source.train.column_names)
+            raise InputError(f"{name}: it needs the columns that the data are read as, {wanted}; it has {there}")
         resolve_task(task.kind, source, task.label_names or None, joined=config.join_labels)
         task.labels(source.train, partial(source.place, "train"))
     except InputError as error:
