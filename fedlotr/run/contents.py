@@ -17,6 +17,7 @@ DESCRIBING = (
     *("config.json", "1_Pooling/config.json", "modules.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/*.jinja",
 )
 """The files of a model's folder that say how its weights and a text are read."""
 WHOLE = 2 * 10**9

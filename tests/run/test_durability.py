@@ -676,6 +676,11 @@ def one_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def one_more(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("{{ messages }}", encoding="utf-8")
+
+
 def other_word(path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("cat", "cow", 1), encoding="utf-8")
 
@@ -684,6 +689,11 @@ def other_word(path: Path) -> None:
     ("changed", "option", "said"),
     [
         (("bert/model.safetensors", one_bit), "model", "its weights differ"),
+        (
+            ("bert/additional_chat_templates/tool_use.jinja", one_more),
+            "model",
+            "its additional_chat_templates/tool_use",
+        ),
         (("animals/test.jsonl", other_word), "data", "its rows differ"),
         (("known.jsonl", other_word), "public-data", "its rows differ"),
         (("mine.py", lambda path: path.write_text(f"{FOLLOWING}\n", encoding="utf-8")), "strategy", "its code differs"),
