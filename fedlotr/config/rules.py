@@ -184,6 +184,7 @@ TABLE = {
     "optimizer_state=mean-v privacy=client": "the means of second moments would travel without noise; choose reset",
     "client_rank privacy=client": "which ranks take part would be seen; leave it out",
     "baseline privacy=client": "a baseline has no server that could hide clients; choose --privacy example",
+    "max_length=auto privacy!=none": "the length of the longest of the hidden rows would be seen; give a number",
     "public_data public_examples:zero": "no row of it would be used; give some, or leave it out",
     "eval_data eval_split=held-out": "the latter is a tenth of --data's train; give one of them",
     "show_examples privacy!=none": "it would print rows that are hidden; leave it out",

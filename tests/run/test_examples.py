@@ -210,6 +210,7 @@ def test_a_template_that_fails_tells_nothing_of_hidden_rows(
         (["--max-length", "1"], "expected 'auto' or a number of tokens from 2"),
         (["--max-length", "long"], "expected 'auto' or a number of tokens from 2"),
         (["--privacy", "example", "--noise-multiplier", "1", "--show-examples", "1"], "it would print rows that are"),
+        (["--privacy", "example", "--noise-multiplier", "1", "--max-length", "auto"], "the longest of the hidden rows"),
     ],
 )
 def test_what_cannot_be_shown_so_is_refused_in_a_line(
