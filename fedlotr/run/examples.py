@@ -140,7 +140,7 @@ def _numbered(examples: Rows, them: Sequence[Rows]) -> list[Rows]:
 
 def _check_all_have_some(config: SimulationConfig, parts: Sequence[Rows], before: Sequence[Rows]) -> None:
     bare = [client for client, (has, had) in enumerate(zip(parts, before, strict=True)) if len(had) and not len(has)]
-    if bare and config.privacy == "client":
+    if bare and config.privacy != "none":
         raise InputError(f"--max-length {config.max_length}: some client has no example left; give a larger one")
     if bare:
         first = ", ".join(map(str, bare[:3])) + (", …" if len(bare) > 3 else "")
