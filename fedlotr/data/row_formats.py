@@ -58,7 +58,7 @@ def alpaca(row: Row) -> Read:
     asked = _joined(_text(row, "instruction"), _text(row, "input", missing=""))
     answer, system = _text(row, "output", missing=""), _text(row, "system", missing="")
     history = from_json(row.get("history"), "history") or []
-    if not answer:
+    if not answer.strip():
         return None
     if not system and not history:
         return asked, answer
@@ -163,7 +163,7 @@ def _joined(asked: str, about: str) -> str:
 
 
 def _answered(prompt: str, answer: str) -> Read:
-    return (prompt, answer) if answer else None
+    return (prompt, answer) if answer.strip() else None
 
 
 def _turn(prompt: Any, answer: Any) -> list[Message]:

@@ -145,11 +145,17 @@ def without_gaps(value: Any) -> Any:
     return value
 
 
+def _says(content: Any) -> bool:
+    """Whether there is more in it than white space."""
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return any(text.strip() for text in texts)
+
+
 def is_answered(messages: Sequence[Message]) -> bool:
     """Whether an assistant says something that is to be learnt."""
     return any(
         message["role"] == "assistant"
-        and (message["content"] or message.get("tool_calls"))
+        and (_says(message["content"]) or message.get("tool_calls"))
         and message.get("weight") != SILENT["weight"]
         for message in messages
     )

@@ -453,7 +453,11 @@ def test_a_prompt_and_its_completion_are_two_of_a_kind() -> None:
 
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
     empty = {"messages": [{"role": "user", "content": "hi"}]}
-    rows = [{"messages": CHAT}] * 5 + [empty, {"messages": []}, {"messages": CHAT[:2]}] + [{"messages": CHAT}] * 5
+    rows = (
+        [{"messages": CHAT}] * 5
+        + [empty, {"messages": [*empty["messages"], {"role": "assistant", "content": " \n"}]}, {"messages": CHAT[:2]}]
+        + [{"messages": CHAT}] * 5
+    )
     path = lines(tmp_path, rows)
     source = load_source(path)
     assert len(source.train) + len(source.test) == 10
