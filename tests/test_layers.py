@@ -54,8 +54,13 @@ INSIDE = {
         "gradient_bases start",
     ),
     "training": (
-        *("examples memory optimizers packing", "token_losses varlen", "frozen_prefix", "model", "head varlen_pass"),
-        *("backward", "cohort", "corrections penalties"),
+        *(
+            "examples memory optimizers packing",
+            "token_losses varlen_attention",
+            "varlen",
+            "frozen_prefix varlen_trial",
+        ),
+        *("model", "head varlen_pass", "backward", "cohort", "corrections penalties"),
     ),
     "flower": (
         *(

@@ -225,7 +225,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if (spans := current_spans()) is not None:
-            return self._packed(x.view(-1, x.shape[-1]), spans).view(*x.shape[:-1], -1)
+            return self._packed(x.reshape(-1, x.shape[-1]), spans).view(*x.shape[:-1], -1)
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
@@ -238,6 +238,8 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
 
     def _packed(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
         """As `forward`, on packed tokens (tokens, d_in)."""
+        if len(x) != spans.edges[-1][1]:
+            raise RuntimeError(f"{len(x)} rows came to a layer that is to see each of {spans.edges[-1][1]} tokens")
         off = self.disable_adapters or self.merged
         adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.scaling]
         y: torch.Tensor | None = None

@@ -173,7 +173,7 @@ def texts(checked: Checked) -> TextsSeen:
 
 def _activations(model: TrainableModel, width: int) -> int:
     """Bytes that one pass keeps for its backward."""
-    tokens = RAGGED_TOKENS if model.takes_ragged else model.pass_tokens(PASS_TOKENS)
+    tokens = model.pass_tokens(RAGGED_TOKENS if model.takes_ragged else PASS_TOKENS)
     through = _widths_in(model.module)
     if model.spec.checkpointed:  # each block's input, and what is inside the one that runs again
         inside = [_widths_in(part) for part in blocks(model.module)]

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlotr.adapters.packed import Spans, packed
 from fedlotr.evaluation.results import Results
 from fedlotr.models.kinds import TASK_KINDS
-from fedlotr.training.examples import IGNORED, Examples
-from fedlotr.training.model import TrainableModel, example_losses, predicted
+from fedlotr.training.examples import IGNORED, Batch, Examples
+from fedlotr.training.model import TrainableModel
 from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
-from fedlotr.training.varlen import ragged_batches
+from fedlotr.training.varlen import Ragged, ragged_batches
 
 NO_MOMENTS = (0.0,) * 5
 ALIKE = 1e-12
@@ -81,15 +80,15 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
     """
     total = Scores()
     with torch.inference_mode():
-        for chosen, labels, losses, predictions in _passes(model, examples, rows, found is not None):
-            losses = losses.double()
+        for chosen, batch, losses, predictions in _passes(model, examples, rows, found is not None):
+            losses, labels = losses.double(), batch.labels
             if examples.causal:
-                targets = labels != IGNORED
-                losses *= targets.sum(1)
+                targets = batch.sums(labels != IGNORED)
+                losses *= targets
                 total += Scores(float(losses.sum()), int(targets.sum()))
                 if found is not None:
-                    right = (predictions == labels) & targets
-                    found.put(chosen, losses=losses.cpu(), targets=targets.sum(1).cpu(), correct=right.sum(1).cpu())
+                    right = batch.sums((predictions == labels) & (labels != IGNORED))
+                    found.put(chosen, losses=losses.cpu(), targets=targets.cpu(), correct=right.cpu())
             elif model.spec.scale:
                 p, y = predictions.double(), labels.double()
                 losses *= model.spec.step**2
@@ -106,22 +105,23 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
 
 def _passes(
     model: TrainableModel, examples: Examples, rows: Rows, tokens: bool
-) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each pass the places of its examples among `rows`, their labels, losses, and what the model predicts.
+) -> Iterator[tuple[npt.NDArray[np.int64], Batch | Ragged, torch.Tensor, torch.Tensor]]:
+    """Of each pass the places of its examples among `rows`, itself, their losses, and what the model predicts.
 
-    tokens: whether a language model's predictions are wanted too; else they are `labels`.
+    tokens: whether a language model's predictions are wanted too; else they are its labels.
     """
+    most, predict = model.pass_tokens(EVALUATION_TOKENS), tokens or not examples.causal
     if model.takes_ragged:
-        for chosen, taken in ragged_batches(examples, rows, EVALUATION_TOKENS):
+        for chosen, taken in ragged_batches(examples, rows, most):
             ragged = taken.to(model.device)
-            with packed(Spans([ragged.tokens])):
-                logits = model.ragged_logits(ragged)
-            yield chosen, ragged.labels, example_losses(logits, ragged.labels), predicted(logits, ragged.labels)
+            with model.taking(ragged):
+                losses, predictions = model.scored(ragged, predict=predict)
+            yield chosen, ragged, losses, ragged.labels if predictions is None else predictions
         return
-    for chosen in pack(examples.lengths[rows], model.pass_tokens(EVALUATION_TOKENS)):
+    for chosen in pack(examples.lengths[rows], most):
         batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)
-        losses, predictions = model.scored(batch, predict=tokens or not examples.causal)
-        yield chosen, batch.labels, losses, batch.labels if predictions is None else predictions
+        losses, predictions = model.scored(batch, predict=predict)
+        yield chosen, batch, losses, batch.labels if predictions is None else predictions
 
 
 def shards(count: int, size: int) -> list[slice]:

@@ -361,6 +361,8 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
         rows.append(("baseline", "local: each client alone; results are means over the clients"))
     if facts.get("adapted"):
         rows.append(("layers", facts["adapted"]["words"]))
+    if facts.get("sequences"):
+        rows.append(("sequences", facts["sequences"]))
     if facts.get("texts"):
         rows.append(("texts", facts["texts"]["words"]))
     if facts.get("privacy"):

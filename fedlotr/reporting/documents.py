@@ -248,6 +248,8 @@ class FactsOfSome(TypedDict, total=False):
     """The names of its groups, in their order."""
     privacy: str
     """The promise in a line."""
+    sequences: str
+    """Whether they are packed or padded; absent of runs of older versions."""
     chain: str
     """The links in their order; in `StartEvent.facts` alone."""
 

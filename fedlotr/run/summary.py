@@ -97,7 +97,10 @@ def facts(prepared: Prepared, promise: str | None = None) -> Facts:
 
 
 def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
-    found: FactsOfSome = {}
+    packs = prepared.model.takes_ragged
+    found: FactsOfSome = {
+        "sequences": "packed, without padding" if packs else "padded: this model was not seen to keep packed ones apart"
+    }
     checked = prepared.checked
     if checked.config.privacy != "none":
         found["scored_on"] = scored_on(checked.config, checked.source)

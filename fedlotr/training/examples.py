@@ -36,6 +36,10 @@ class Batch:
         types = None if self.token_type_ids is None else self.token_type_ids.to(device)
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), types, self.labels.to(device))
 
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """(rows, length) -> (rows,) the sum over each sequence."""
+        return values.sum(1)
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -8,7 +8,8 @@ from torch import nn
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.training.examples import Examples
 from fedlotr.training.packing import PASS_TOKENS, Rows, runs
-from fedlotr.training.varlen import Ragged, attending
+from fedlotr.training.varlen import Ragged
+from fedlotr.training.varlen_attention import attending
 
 KEPT_BYTES = 2**28
 """Hidden states that a process keeps; a cohort whose own are more is trained without."""
@@ -33,7 +34,11 @@ class FrozenPrefix:
 
     @classmethod
     def of(cls, encoder: nn.Module) -> "FrozenPrefix | None":
-        """None where the first block is adapted already."""
+        """None where the first block is adapted already, or where there is more in the encoder than a BERT's parts."""
+        parts = dict(encoder.named_children())
+        inner = [name for name, _ in parts["encoder"].named_children()] if "encoder" in parts else []
+        if inner != ["layer"] or parts.keys() - {"embeddings", "encoder", "pooler"}:
+            return None
         adapted = [any(isinstance(part, FactoredLayer) for part in block.modules()) for block in _blocks(encoder)]
         depth = [*adapted, True].index(True)
         return cls(encoder, depth) if depth else None

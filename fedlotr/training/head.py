@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.examples import Examples
 from fedlotr.training.model import TrainableModel, example_losses
 from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
@@ -33,8 +32,8 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
         with torch.no_grad():
             for _, taken in ragged_batches(examples, rows, EVALUATION_TOKENS) if model.takes_ragged else ():
                 ragged = taken.to(model.device)
-                with packed(Spans([ragged.tokens])):
-                    model.ragged_logits(ragged)
+                with model.taking(ragged):
+                    model.logits(ragged)
                 nowhere = torch.zeros_like(ragged.labels)  # a pooled encoder is read out once a row
                 features.append((seen["features"].float(), nowhere, ragged.labels))
                 labels.append(ragged.labels)

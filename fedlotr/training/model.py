@@ -1,7 +1,8 @@
 """A frozen base with the few tensors that clients train: their names, what moves, what is published, losses."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import cast
 
@@ -13,19 +14,20 @@ from torch import nn
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.layer import TRAINABLE, FactoredLayer
+from fedlotr.adapters.packed import Spans, packed
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.models.loading import MeanPooledClassifier, ModelSpec, head_layers
 from fedlotr.training.examples import IGNORED, Batch
 from fedlotr.training.frozen_prefix import FrozenPrefix
-from fedlotr.training.token_losses import CHUNK_LOGITS, last_hidden, plain_output, predictions, sequence_losses
-from fedlotr.training.varlen import Ragged, attending
+from fedlotr.training.token_losses import CHUNK_LOGITS, last_hidden, plain_output, predictions, target_losses
+from fedlotr.training.varlen import Ragged
+from fedlotr.training.varlen_attention import attending
+from fedlotr.training.varlen_trial import keeps_apart
 
 Tensors = dict[str, torch.Tensor]
 
 LOGITS = 2**26
 """Numbers in the logits of one pass of a language model whose loss needs all of them: 256 MB in float32."""
-RAGGED = ("bert",)
-"""Architectures whose encoder takes packed sequences: told each token's position, only its attention mixes tokens."""
 
 
 class TrainableModel:
@@ -186,11 +188,17 @@ class TrainableModel:
                 arranged.setdefault(module, {})[self.trained[name][1]] = tensor
         return arranged
 
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """(rows, labels) of a classifier, (rows, length, vocabulary) of a language model; float32."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if batch.token_type_ids is not None:
-            inputs["token_type_ids"] = batch.token_type_ids
+    def logits(self, batch: Batch | Ragged, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, labels) of a classifier, (rows, length, vocabulary) of a language model; float32.
+
+        hidden: what `prefix` made of a packed batch, if it did.
+        """
+        inputs = _inputs(batch)
+        if isinstance(batch, Ragged) and batch.averages is not None:
+            model = cast(MeanPooledClassifier, self.module)
+            if hidden is None or self.prefix is None:
+                return model.ragged(batch.averages, **inputs)
+            return model.pooled(batch.averages, self.prefix.above(hidden))
         output = self.module(**inputs) if self.spec.headed else self.module(**inputs, use_cache=False)
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits.float()
@@ -202,27 +210,34 @@ class TrainableModel:
 
     @cached_property
     def takes_ragged(self) -> bool:
-        """Whether the model takes packed sequences."""
-        # Run again in backward, attention would no longer be told of the packed sequences.
-        known = self.spec.code is None and not self.spec.checkpointed
-        known = known and getattr(self.module.config, "model_type", "") in RAGGED
-        return known and isinstance(self.module, MeanPooledClassifier) and not self.matrices
+        """Whether the model takes packed sequences: tried, on its frozen base.
+
+        To be asked for outside of `adapters.copies`, and of `adapters.packed`.
+        """
+        # Where a GPU's blocks run again, they do so in a thread of their own, which is not told of packed sequences.
+        if self.matrices or (self.spec.checkpointed and self.device.type != "cpu"):
+            return False
+        if isinstance(self.module, MeanPooledClassifier):
+            return keeps_apart(self.module.encoder, _encoded)
+        if self.spec.headed:
+            return False
+        return keeps_apart(self.module, _logits if self.output is None else last_hidden)
 
     @cached_property
     def prefix(self) -> FrozenPrefix | None:
         """The blocks below all that is trained, where packed sequences are taken and there are any."""
-        return FrozenPrefix.of(cast(MeanPooledClassifier, self.module).encoder) if self.takes_ragged else None
+        pooled = self.takes_ragged and isinstance(self.module, MeanPooledClassifier)
+        return FrozenPrefix.of(cast(MeanPooledClassifier, self.module).encoder) if pooled else None
 
-    def ragged_logits(self, batch: Ragged, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """(rows, labels), float32; inside `adapters.packed`. hidden: what `prefix` made of the batch, if it did."""
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if batch.token_type_ids is not None:
-            inputs["token_type_ids"] = batch.token_type_ids
-        model = cast(MeanPooledClassifier, self.module)
-        with attending(model.encoder, batch.attendance):
-            if hidden is None or self.prefix is None:
-                return model.ragged(batch.averages, **inputs)
-            return model.pooled(batch.averages, self.prefix.above(hidden))
+    @contextmanager
+    def taking(self, batch: Ragged, counts: Sequence[int] | None = None) -> Iterator[None]:
+        """Let the model take these packed sequences, forward and backward.
+
+        counts: how many consecutive tokens meet each copy of what is trained; None: one copy, or none, meets all.
+        """
+        spans = Spans([batch.tokens] if counts is None else counts)
+        with packed(spans), attending(self.module, batch.attendance):
+            yield
 
     @cached_property
     def output(self) -> nn.Linear | None:
@@ -244,39 +259,60 @@ class TrainableModel:
         vocabulary = int(getattr(self.module.config, "vocab_size", 0))
         return min(most, max(LOGITS // vocabulary, 1)) if vocabulary else most
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """(rows,) the loss of each example, as `example_losses` has it.
+    def losses(self, batch: Batch | Ragged, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows,) the loss of each example: of its label (`example_losses`), or the mean over its target tokens.
 
         A sequence's loss does not depend on its batch, so that examples weigh the same in any batch and any client.
         """
-        if self.output is None:
-            return example_losses(self.logits(batch), batch.labels)
-        return sequence_losses(self._hidden(batch), batch.labels, self.output)
+        return self.scored(batch, hidden, predict=False)[0]
 
-    def scored(self, batch: Batch, *, predict: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(`losses`, and where `predict` what is `predicted` of each row, or of each place with a target)."""
+    def scored(
+        self, batch: Batch | Ragged, hidden: torch.Tensor | None = None, *, predict: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(`losses`, and where `predict` what is `predicted` of each row, or the likeliest token where a target is)."""
+        labels = batch.labels
         if self.output is None:
-            logits = self.logits(batch)
-            return example_losses(logits, batch.labels), predicted(logits, batch.labels) if predict else None
-        hidden = self._hidden(batch)
-        likeliest = predictions(hidden, batch.labels, self.output) if predict else None
-        return sequence_losses(hidden, batch.labels, self.output), likeliest
+            logits = self.logits(batch, hidden)
+            losses, found = example_losses(logits, labels), predicted(logits, labels) if predict else None
+        else:
+            states = last_hidden(self.module, **_inputs(batch))  # type: ignore[arg-type]
+            losses = target_losses(states, labels, self.output)
+            found = predictions(states, labels, self.output) if predict else None
+        if labels.dim() == 2:
+            losses = batch.sums(losses) / batch.sums(labels != IGNORED).clamp(min=1)
+        return losses, found
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        return last_hidden(self.module, input_ids=batch.input_ids, attention_mask=batch.attention_mask)  # type: ignore[arg-type]
+
+def _inputs(batch: Batch | Ragged) -> Tensors:
+    """What a model is shown of a batch, by the names that it has for it."""
+    if isinstance(batch, Ragged):
+        inputs = {"position_ids": batch.position_ids}
+    else:
+        inputs = {"attention_mask": batch.attention_mask}
+    if batch.token_type_ids is not None:
+        inputs["token_type_ids"] = batch.token_type_ids
+    return {"input_ids": batch.input_ids, **inputs}
+
+
+def _encoded(encoder: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = encoder(**inputs).last_hidden_state
+    return found
+
+
+def _logits(module: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = module(**inputs, use_cache=False).logits
+    return found
 
 
 def example_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(rows,) cross-entropy; for token logits the mean over the tokens that are targets (0 where there is none).
+    """Of the labels' shape: cross-entropy; of a token that is no target 0.
 
     Where labels are no indices but numbers on a scale: (logit - label)², in the model's own unit.
     """
     if labels.is_floating_point():
         return F.mse_loss(logits.squeeze(1), labels.to(logits.dtype), reduction="none")
-    if labels.dim() == 1:
-        return F.cross_entropy(logits, labels, reduction="none")
-    tokens = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-    return tokens.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+    each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return each.view(labels.shape)
 
 
 def predicted(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -50,8 +50,8 @@ class TokenLosses(torch.autograd.Function):
         return (gradient * above[0].unsqueeze(1)).to(gradient.dtype), None, None, None
 
 
-def sequence_losses(hidden: torch.Tensor, labels: torch.Tensor, output: nn.Linear) -> torch.Tensor:
-    """(rows,) the mean loss over the tokens of each sequence that are targets, 0 where none is.
+def target_losses(hidden: torch.Tensor, labels: torch.Tensor, output: nn.Linear) -> torch.Tensor:
+    """(rows, length) the loss of each token that is a target, 0 of the others.
 
     hidden: (rows, length, d), what `output` makes logits of. labels: (rows, length), `IGNORED` where no loss.
     """
@@ -60,8 +60,7 @@ def sequence_losses(hidden: torch.Tensor, labels: torch.Tensor, output: nn.Linea
         torch.Tensor,
         TokenLosses.apply(hidden[wanted], labels[wanted], output.weight, output.bias),  # type: ignore[no-untyped-call]
     )
-    placed = torch.zeros(labels.shape, dtype=tokens.dtype, device=tokens.device).masked_scatter(wanted, tokens)
-    return placed.sum(1) / wanted.sum(1).clamp(min=1)
+    return torch.zeros(labels.shape, dtype=tokens.dtype, device=tokens.device).masked_scatter(wanted, tokens)
 
 
 def predictions(hidden: torch.Tensor, labels: torch.Tensor, output: nn.Linear) -> torch.Tensor:

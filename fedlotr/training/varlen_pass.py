@@ -7,9 +7,8 @@ import numpy.typing as npt
 import torch
 
 from fedlotr.adapters.layer import copies
-from fedlotr.adapters.packed import Spans, packed
 from fedlotr.training.examples import Examples
-from fedlotr.training.model import TrainableModel, example_losses
+from fedlotr.training.model import TrainableModel
 from fedlotr.training.packing import Rows, runs
 from fedlotr.training.varlen import Ragged
 
@@ -28,7 +27,7 @@ def ragged_backward(
     totals = np.zeros(len(batches))
     for stack in stacks.values():
         stack.grad = torch.zeros_like(stack)
-    for run in runs(lengths, RAGGED_TOKENS):
+    for run in runs(lengths, model.pass_tokens(RAGGED_TOKENS)):
         owner = owners[run]
         first, last = int(owner[0]), int(owner[-1]) + 1
         batch = Ragged.of(examples, rows[run]).to(model.device)
@@ -39,9 +38,9 @@ def ragged_backward(
         copied = {
             name: leaf.index_select(0, by_row) if name in model.head_names else leaf for name, leaf in leaves.items()
         }
-        with copies(model.module, model.as_copies(copied)), packed(Spans(counts.tolist())):
+        with copies(model.module, model.as_copies(copied)), model.taking(batch, counts.tolist()):
             hidden = None if model.prefix is None else model.prefix.states(examples, rows[run], batch.filler)
-            losses = example_losses(model.ragged_logits(batch, hidden), batch.labels)
+            losses = model.losses(batch, hidden)
             total = torch.dot(losses, torch.from_numpy(weights[run]).to(losses))
             gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         for stack, gradient in zip(stacks.values(), gradients, strict=True):

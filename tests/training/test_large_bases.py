@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from safetensors.torch import save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -19,8 +20,8 @@ from fedlotr.models.precision import saved_dtype
 from fedlotr.training import token_losses
 from fedlotr.training.backward import backward, example_gradients
 from fedlotr.training.examples import IGNORED
-from fedlotr.training.model import TrainableModel, example_losses
-from fedlotr.training.token_losses import predictions, sequence_losses
+from fedlotr.training.model import TrainableModel
+from fedlotr.training.token_losses import predictions, target_losses
 from tests.support import network_bound, read_run, rounding
 from tests.training.test_training import build, examples_for
 
@@ -37,6 +38,15 @@ def cut_at(tokens: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(token_losses, "CHUNK_LOGITS", tokens * vocabulary)
 
 
+def mean_losses(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return tokens.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def plain_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    tokens = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return mean_losses(tokens.view(labels.shape), labels)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 1000])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_loss_in_chunks_is_the_plain_loss(tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +58,8 @@ def test_the_loss_in_chunks_is_the_plain_loss(tokens: int, bias: bool, monkeypat
     weights = torch.tensor([0.5, 2.0, 3.0, -1.0])
     found, wanted = [], []
     for losses, into in (
-        (lambda h: sequence_losses(h, labels, output), found),
-        (lambda h: example_losses(output(h), labels), wanted),
+        (lambda h: mean_losses(target_losses(h, labels, output), labels), found),
+        (lambda h: plain_losses(output(h), labels), wanted),
     ):
         hidden = torch.randn(4, TOKENS, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
         each = losses(hidden)
@@ -121,7 +131,7 @@ def test_a_model_that_squashes_its_logits_is_given_all_of_them(tmp_path: Path) -
         model = build(folder, "causal-lm", "lora-xs")
         outputs.append(model.output)
         batch = examples_for(model.spec).batch([0, 1])
-        wanted = example_losses(model.logits(batch), batch.labels)
+        wanted = plain_losses(model.logits(batch), batch.labels)
         torch.testing.assert_close(model.losses(batch), wanted, rtol=rounding(model.module), atol=0)
     assert outputs[0] is not None and outputs[1] is None
 
@@ -144,8 +154,7 @@ def test_blocks_that_run_again_hold_less_and_give_the_same_gradients(name: str, 
     causal = name == "llama"
     kind = "causal-lm" if causal else "classification"
     plain, again = checkpointed(stories if causal else tiny_bert, kind, pooled=True)
-    assert not again.takes_ragged
-    vars(plain)["takes_ragged"] = False  # padded rows on both sides
+    assert plain.takes_ragged and again.takes_ragged
     examples, gradients, held = examples_for(plain.spec), [], []
     for model in (plain, again):
         stacks = {name: torch.stack([value] * 2).requires_grad_() for name, value in model.values().items()}

@@ -74,6 +74,7 @@ def test_training_above_kept_states_is_training_of_the_whole_model(
 
 
 def test_the_blocks_below_run_once_for_each_client(model: TrainableModel) -> None:
+    assert model.takes_ragged  # which is tried, in passes of its own
     runs: list[int] = []
     model.module.get_submodule("encoder.encoder.layer.0").register_forward_hook(lambda *_: runs.append(1))
     trained(model, "ab")
