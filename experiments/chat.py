@@ -74,6 +74,7 @@ def main() -> None:
     rows = np.sort(np.random.default_rng(0).choice(len(test), given.rows, replace=False))
     asked = [(str(test[int(row)]["prompt"]), str(test[int(row)]["answer"])) for row in rows]
     base = resolve_model(load([str(RECIPE)]).model)
+    assert base is not None
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     prompts = [prompt_of([{"role": "user", "content": prompt}], tokenizer, Style()) for prompt, _ in asked]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -82,18 +83,20 @@ def main() -> None:
         pairs = zip(asked, said, strict=True)
         return fmean(scorer.score(answer, text)["rougeL"].fmeasure for (_, answer), text in pairs)
 
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain.eval()
     before = rouge(answers(plain, prompts, tokenizer))
     lines = [
         "| seed | perplexity before | after | ROUGE-L before | after | exported = merged | payload | wire | seconds |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for seed, summary in summaries.items():
-        adapted = PeftModel.from_pretrained(plain, given.runs / f"seed-{seed}" / "adapter").eval()
+        adapted: Any = PeftModel.from_pretrained(plain, given.runs / f"seed-{seed}" / "adapter")
+        adapted.eval()
         said = answers(adapted, prompts, tokenizer)
         merged = adapted.merge_and_unload()
         alike = sum(a == b for a, b in zip(said, answers(merged, prompts, tokenizer), strict=True))
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         sent = summary["communication"]
         perplexities = [f"{summary[when]['perplexity']:.2f}" for when in ("initial", "final")]
         sizes = [readable_bytes(sent[f"total_{of}_bytes"]) for of in ("payload", "wire")]
