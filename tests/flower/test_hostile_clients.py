@@ -81,7 +81,7 @@ def a_round(
         "bases_sha256": "bases",
         "layers": [Layer({"C": "C"}, np.eye(2, 3), np.eye(4, 2), 0.5)],
         "held_out": 0,
-        "causal": False,
+        "task": "classification",
         "method": "lotr",
     }
     made = load_strategy(strategy, {}, clients) if isinstance(strategy, str) else strategy

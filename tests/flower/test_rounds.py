@@ -49,7 +49,7 @@ def federation(**fields: Any) -> Federation:
         "bases_sha256": "bases",
         "layers": [Layer({"C": "C"}, np.eye(2, 3), np.eye(4, 2), 0.5)],
         "held_out": 0,
-        "causal": False,
+        "task": "classification",
         "method": "lotr",
     }
     return Federation(**{**values, **fields})
