@@ -47,34 +47,35 @@ def answers(model: Any, prompts: list[list[int]], tokenizer: Any) -> list[str]:
     return [text.strip() for text in said]
 
 
-def finished(folder: Path, seed: int) -> dict[str, Any]:
+def finished(folder: Path, seed: int, model: str) -> dict[str, Any]:
     """The summary of a seed's run, which is made where it is not there."""
     out = folder / f"seed-{seed}"
     if not (out / "summary.json").is_file():
-        run_simulation(load([str(RECIPE), "--seed", str(seed), "--out", str(out)]))
+        run_simulation(load([str(RECIPE), "--model", model, "--seed", str(seed), "--out", str(out)]))
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 
 def main() -> None:
     """Run it."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError:
-        raise InputError("rouge_score is not installed; pip install rouge-score") from None
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("runs", type=Path, help="where the runs are, or will be")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--rows", type=int, default=64, help="questions that are asked")
     options.add_argument("--out", type=Path, required=True, help="the table to write")
+    options.add_argument("--model", default="smollm2-135m", help="the base")
     given = options.parse_args()
-    summaries = {seed: finished(given.runs, seed) for seed in given.seeds}
+    base = resolve_model(given.model)
+    assert base is not None
+    try:
+        from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise InputError("rouge_score is not installed; pip install rouge-score") from None
+    summaries = {seed: finished(given.runs, seed, given.model) for seed in given.seeds}
 
     test = load_source("pydoc-chat").test
     rows = np.sort(np.random.default_rng(0).choice(len(test), given.rows, replace=False))
     asked = [(str(test[int(row)]["prompt"]), str(test[int(row)]["answer"])) for row in rows]
-    base = resolve_model(load([str(RECIPE)]).model)
-    assert base is not None
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     prompts = [prompt_of([{"role": "user", "content": prompt}], tokenizer, Style()) for prompt, _ in asked]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fedlotr import cli
+from fedlotr.config.configuration import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +38,10 @@ SCRIPTS = {
     "clients": ([], ""),
     "frontier": (["runs/frontier", "--within", "0.01", "--out", "new/frontier"], "runs/frontier: no finished run"),
     "snli": (["runs/snli", "--out", "new/snli"], "runs/snli: no finished runs"),
+    "chat": (
+        ["runs/chat", "--model", "../shared/models/none", "--out", "c.md"],
+        "--model ../shared/models/none: no such",
+    ),
     "leakage": (["--model", "../shared/models/stories260k", "--data", "d"], "--model ../shared/models/stories260k: no"),
     "noise": (["--model", "../shared/models/stories260k", "--data", "d"], "--model ../shared/models/stories260k: no"),
 }
@@ -121,7 +126,16 @@ def test_a_benchmark_says_what_this_machine_lacks(
     assert "expected a file in a folder that is there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml")))
+RECIPES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "experiments").glob("*.yaml"))}
+
+
+@pytest.mark.parametrize("name", [name for name, text in RECIPES.items() if "# fedlotr grid " not in text])
+def test_a_recipe_of_one_run_is_a_configuration(name: str) -> None:
+    assert f"python -m fedlotr.simulate experiments/{name}.yaml" in RECIPES[name].splitlines()[0]
+    assert load([str(ROOT / "experiments" / f"{name}.yaml")]).data == "pydoc-chat"
+
+
+@pytest.mark.parametrize("name", [name for name, text in RECIPES.items() if "# fedlotr grid " in text])
 def test_a_recipe_says_what_a_bare_clone_lacks(
     name: str, bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
