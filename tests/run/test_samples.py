@@ -143,7 +143,7 @@ def test_the_base_the_best_round_and_the_exported_adapter_answer_the_same_prompt
     text, page = ((run / name).read_text(encoding="utf-8") for name in ("samples.md", "report.html"))
     for title in ("Before training", "At the best round (2)", "At the end (round 4)", "In the data"):
         assert text.count(title) == 3 and page.count(title) == 3
-    assert "samples   3 prompts of test, answered before training" in done.stderr
+    assert "samples 3 prompts of test, answered before training" in " ".join(done.stderr.split())
     assert re.search(r"samples  run/samples.md\n\s+asked  Who has .*\n\s+before .*\n\s+after  ", done.stderr)
     quiet = simulate(*flags({**options, "rounds": 1}), "--quiet", "--out", "quiet")
     assert quiet.stderr == "" and (tmp_path / "quiet" / "samples.md").exists()
