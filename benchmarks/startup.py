@@ -23,7 +23,7 @@ STEPS = (
     ("reading and checking", "fedlotr.run.simulation", "check_all"),
     ("measuring dtypes", "fedlotr.run.simulation", "measured_dtype"),
     ("waiting for Ray", "fedlotr.engines.head_start", "HeadStart.hand_over"),
-    ("tokens", "fedlotr.run.preparation", "encode"),
+    ("tokens, a part of checking", "fedlotr.run.checking", "tokenised"),
     ("loading the base", "fedlotr.run.preparation", "load_base"),
     ("fitting the head", "fedlotr.run.preparation", "fit_head"),
     ("making the bases", "fedlotr.run.preparation", "initialize_basis"),
