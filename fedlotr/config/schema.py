@@ -19,6 +19,7 @@ from fedlotr.config.values import (
     MAX_ROUNDS,
     MAX_SEED,
     MAX_WEIGHT,
+    TEMPLATE_DATE,
     check_date,
     check_partition,
     check_targets,
@@ -155,7 +156,7 @@ class Fields(BaseModel):
         default="assistant", description="which turns of a conversation are learnt: the assistant's, or all"
     )
     template_date: Annotated[str, AfterValidator(check_date)] = Field(
-        default="2024-07-26",
+        default=TEMPLATE_DATE,
         description="what a chat template that asks for today's date is told; fixed, so that a run can be repeated",
     )
     eos: bool = Field(default=False, description="end each plain text that a language model learns with its EOS token")

@@ -20,7 +20,15 @@ BUILT_IN_DATA = ("pydoc", "pydoc-chat")
 """Data sets that need no files."""
 
 TASKS = ("auto", *TASK_KINDS)
-TEMPLATES = ("auto", "chat", "plain", "none")
+TEMPLATES = {
+    "auto": "the tokenizer's chat template where it has one, else plain",
+    "chat": "the tokenizer's chat template",
+    "plain": "the prompt, a line break, the answer; of more turns each says whose it is",
+    "none": "what is there as it is, nothing between: for texts that are formatted already",
+}
+"""How a conversation is written out -> what that is."""
+TEMPLATE_DATE = "2024-07-26"
+"""Today, for templates that ask and where nobody says another."""
 
 LARGEST = 2**31 - 1
 """What any whole number may be at most: what counts clients, rows and tokens has to fit the ledger's 32 bits."""

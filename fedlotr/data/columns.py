@@ -40,8 +40,8 @@ CHAT = "chat"
 NO_TEXT = "bytes that are no text in UTF-8"
 UNREAD = {"a list", "an object", "an array", CHAT, NO_TEXT}
 """Kinds that no task of ours reads."""
-SPEAKER = {"role", "from", "speaker", "author", "sender"}
-SAID = {"content", "value", "text", "message", "utterance"}
+SPEAKER = ("role", "from", "speaker", "author", "sender")
+SAID = ("content", "value", "text", "message", "utterance")
 """What the parts of a message are called, in the forms in which chat is published."""
 FIT = {"text", "a number", "true or false"}
 """Kinds that a text or a label may be of."""

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedlotr.config.values import TEMPLATE_DATE
+from fedlotr.data import turns
+
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 """From the first character (or token) to the one after the last."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-FIXED = datetime.date(2024, 7, 26)
+ROLES = tuple(turns.ROLES)
+FIXED = datetime.date.fromisoformat(TEMPLATE_DATE)
 """The day that it is for templates: Llama 3's own, where nobody says another, so that its renderings are those of its
 makers. Never today's: a run would train on other bytes tomorrow."""
 

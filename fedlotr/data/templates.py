@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlotr.config import values
 from fedlotr.data.chat_targets import open_chat, render_chat
 from fedlotr.data.chat_template import WORDS_SHOWN, asks_for_date, has_template
 from fedlotr.data.conversation import FIXED, Message, Rendered, Span, Style, check, common, is_learnt, text_of
@@ -62,12 +63,9 @@ def _none(messages: Sequence[Message], eos: str) -> list[Piece]:
     return [(text_of(message), is_learnt(message), message["role"] != "assistant") for message in messages]
 
 
-TEMPLATES: dict[str, Template] = {
-    "auto": Template("the tokenizer's chat template where it has one, else plain"),
-    "chat": Template("the tokenizer's chat template"),
-    "plain": Template("the prompt, a line break, the answer; of more turns each says whose it is", _plain),
-    "none": Template("what is there as it is, nothing between: for texts that are formatted already", _none),
-}
+_MAKERS = {"plain": _plain, "none": _none}
+
+TEMPLATES = {name: Template(text, _MAKERS.get(name)) for name, text in values.TEMPLATES.items()}
 """By the names that `--template` takes, beside module:function and path/to/file.py:function."""
 
 

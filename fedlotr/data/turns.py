@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlotr.data.columns import kind_of
+from fedlotr.data.columns import SAID, SPEAKER, kind_of
 from fedlotr.errors import nearest, shorten
 
 Message = dict[str, Any]
@@ -25,9 +25,6 @@ ROLES: dict[str, tuple[str, ...]] = {
 """Role -> what else it is called; Vicuna's, LLaMA-Factory's and OpenAI's names."""
 CALL = "function_call"
 """Who says, in ShareGPT's form, that the assistant calls a function."""
-WHO = ("role", "from", "speaker", "author", "sender")
-WHAT = ("content", "value", "text", "message", "utterance")
-"""What the parts of a turn are called; the first that is there counts."""
 SILENT = {"weight": 0}
 """What marks an answer that is context and is not learnt, as in OpenAI's files for fine-tuning."""
 
@@ -87,8 +84,8 @@ def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(f"{where} is {kind_of(turn)}; expected an object with role and content")
     turn = without_gaps(turn)
-    who = next((name for name in WHO if name in turn), None)
-    what = next((name for name in WHAT if name in turn and name != who), None)
+    who = next((name for name in SPEAKER if name in turn), None)
+    what = next((name for name in SAID if name in turn and name != who), None)
     if who is None:
         raise RowError(
             f"{where} says not whose it is; expected role, or from", f"{where} says not whose it is; expected role"
