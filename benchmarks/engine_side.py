@@ -5,11 +5,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import echo_client
 import numpy as np
+import processes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from side_by_side import answer, turns
@@ -30,29 +30,10 @@ def peak_bytes() -> int:
 
 def worker_peak_bytes() -> int:
     """The most that any of our workers has held so far; 0 where the system does not tell."""
-    return max((_peak(folder) for folder in Path("/proc").glob("[0-9]*") if _is_our_worker(folder)), default=0)
-
-
-def _is_our_worker(folder: Path) -> bool:
-    try:
-        if not (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
-            return False
-        while folder.name not in ("0", "1", str(os.getpid())):  # up to the driver, or past it
-            folder = folder.parent / _status(folder, "PPid:")
-    except OSError:  # it has ended
-        return False
-    return folder.name == str(os.getpid())
-
-
-def _peak(folder: Path) -> int:
-    try:
-        return int(_status(folder, "VmHWM:")) * 1024
-    except OSError:
-        return 0
-
-
-def _status(folder: Path, key: str) -> str:
-    return (folder / "status").read_text(encoding="utf-8").partition(key)[2].split()[0]
+    return max(
+        (processes.peak_bytes(each) for each in processes.descendants(os.getpid()) if processes.is_worker(each)),
+        default=0,
+    )
 
 
 def whole_round(grid: Grid, nodes: Sequence[int]) -> None:

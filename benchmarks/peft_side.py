@@ -1,7 +1,7 @@
-"""Contestant: Flower's simulation engine with PEFT LoRA clients. JOB RANK WORKERS cached|reloaded."""
+"""Contestant: Flower's simulation engine with PEFT LoRA clients. JOB RANK WORKERS cached|reloaded DTYPE ATTENTION."""
 
 import sys
-import time
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,59 +11,39 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from side_by_side import answer, turns
+from side_by_side import answer, timed, turns
 
-path, rank, workers, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-job = peft_client.read_job(path)
+rank, workers, how = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+setting = peft_client.Setting(sys.argv[1], rank, sys.argv[5], sys.argv[6])
+job = peft_client.read_job(setting.job)
 server = ServerApp()
 
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """A round whenever it is called for, by Flower's own FedAvg."""
-    model = peft_client.build(job, rank)
+    model = peft_client.build(setting)
     arrays = ArrayRecord(get_peft_model_state_dict(model))
     clients = len(job["parts"])
     strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     trained = sum(int(np.prod(array.shape)) for array in arrays.values())
-    answer(upload_bytes=4 * trained)
+    answer(upload_bytes=4 * trained, before=peft_client.score(model, setting) if job["evaluate"] else {})
     for number in turns():
-        began = time.perf_counter()
-        config = ConfigRecord({"job": path, "rank": rank, "cached": how == "cached"})
-        messages = list(strategy.configure_train(number, arrays, config, grid))
-        replies = list(grid.send_and_receive(messages))
-        failed = [reply for reply in replies if reply.has_error()]
-        if failed or len(replies) < clients:
-            raise RuntimeError(f"{len(failed)} of {clients} clients failed: {failed[0].error.reason if failed else ''}")
-        aggregated, metrics = strategy.aggregate_train(number, replies)
-        assert aggregated is not None and metrics is not None
-        arrays = aggregated
-        facts: dict[str, Any] = {"seconds": time.perf_counter() - began, "loss": float(str(metrics["loss"]))}
-        if job["accuracy"]:
-            facts["accuracy"] = accuracy(model, arrays)
+        with timed() as taken:
+            config = ConfigRecord({**asdict(setting), "cached": how == "cached"})
+            messages = list(strategy.configure_train(number, arrays, config, grid))
+            replies = list(grid.send_and_receive(messages))
+            failed = [reply.error.reason for reply in replies if reply.has_error()]
+            if failed or len(replies) < clients:
+                raise RuntimeError(f"{len(failed)} of {clients} clients failed: {failed[0] if failed else ''}")
+            aggregated, metrics = strategy.aggregate_train(number, replies)
+            assert aggregated is not None and metrics is not None
+            arrays = aggregated
+        facts: dict[str, Any] = {**taken, "loss": float(str(metrics["loss"]))}
+        if job["evaluate"]:
+            set_peft_model_state_dict(model, arrays.to_torch_state_dict())
+            facts |= peft_client.score(model, setting)
         answer(**facts)
-
-
-def accuracy(model: Any, arrays: ArrayRecord) -> float:
-    """On the held-out rows, by the server."""
-    import torch
-
-    set_peft_model_state_dict(model, arrays.to_torch_state_dict())
-    tokens = peft_client.tokenizer(path)
-    right = 0
-    with torch.inference_mode():
-        for at in range(0, len(job["test"]), 32):
-            rows = job["test"][at : at + 32]
-            batch = tokens(
-                [row["text"] for row in rows],
-                truncation=True,
-                max_length=job["max_length"],
-                padding=True,
-                return_tensors="pt",
-            )
-            found = model(batch["input_ids"], batch["attention_mask"]).argmax(-1)
-            right += int((found == torch.tensor([row["label"] for row in rows])).sum())
-    return right / len(job["test"])
 
 
 if __name__ == "__main__":

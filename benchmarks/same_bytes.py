@@ -31,6 +31,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import fedlotr
 from fedlotr import Callbacks, RoundEvent, SimulationConfig, run_simulation
+from fedlotr.reporting.escaping import markdown
 
 Fields = dict[str, Any]
 CHECKOUT = Path(fedlotr.__file__).resolve().parents[1]
@@ -237,7 +238,9 @@ def _lasting(value: Any, work: str) -> Any:
     if isinstance(value, list):
         return [_lasting(item, work) for item in value if not str(item).endswith(BUSY)]
     if isinstance(value, str):
-        return "keyed" if KEYED.fullmatch(value) else value.replace(work, "~")
+        if KEYED.fullmatch(value):
+            return "keyed"
+        return value.replace(work, "~").replace(markdown(work), "~")  # as samples.md writes a folder's name
     return value
 
 

@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flower_peft import utilisation, write_job
+from flower_peft import write_job
 from side_by_side import Contestant, contestants, cores, interleave, machine, median, parser, write
+from sides import utilisation
 
 from fedlotr.errors import script
 

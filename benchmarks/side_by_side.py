@@ -8,10 +8,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import processes
 
 HERE = Path(__file__).resolve().parent
 MARK = "@@ "
@@ -33,6 +35,7 @@ class Contestant:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_worker_niceness": "0",  # Ray's own default would have Flower's clients wait for everybody else
             "TOKENIZERS_PARALLELISM": "false",
         }
         self._process = subprocess.Popen(
@@ -52,11 +55,20 @@ class Contestant:
         self._process.stdin.flush()
         return self._answer()
 
+    def memory(self) -> dict[str, float]:
+        """The most that its processes have held so far: the sum (a shared page counts in each), and the largest."""
+        peaks = [processes.peak_bytes(folder) for folder in processes.descendants(self._process.pid)]
+        return {"peak_megabytes": sum(peaks) / 2**20, "largest_megabytes": max(peaks, default=0) / 2**20}
+
     def close(self) -> None:
-        """Let it end."""
+        """Let it end; one that is in the middle of a round is not waited for."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -76,6 +88,16 @@ def turns() -> Iterator[int]:
     """In a contestant: the number of each round to do, as they are called."""
     for number, _ in enumerate(sys.stdin, 1):
         yield number
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """In a contestant: what the block took, and what all its processes computed meanwhile, told when it has ended."""
+    taken: dict[str, float] = {}
+    began, computed = time.perf_counter(), processes.cpu_seconds(os.getpid())
+    yield taken
+    taken["seconds"] = time.perf_counter() - began
+    taken["cpu_seconds"] = processes.cpu_seconds(os.getpid()) - computed
 
 
 @contextmanager
@@ -100,13 +122,33 @@ def interleave(field: Sequence[Contestant], rounds: int) -> dict[str, list[dict[
     return seen
 
 
+def contest(sides: Mapping[str, Sequence[object]], folder: Path, rounds: int) -> dict[str, dict[str, Any]]:
+    """A first round of each side, then `rounds` in turns; of each what it said of them, and its processes' memory.
+
+    sides: by name, a contestant's script and words. folder: for what they write on stderr.
+    """
+    with contestants() as field:
+        for name, (script, *words) in sides.items():
+            log = folder / f"{name.replace(' ', '-')}.log"
+            field.append(Contestant(name, str(script), *words, log=log))
+        found: dict[str, dict[str, Any]] = {}
+        for each in field:
+            found[each.name] = {"ready": each.ready, "first": each.round()}
+            print(f"  first {each.name:24s} {found[each.name]['first']['seconds']:8.3f} s", flush=True)
+        for name, done in interleave(field, rounds).items():
+            found[name]["rounds"] = done
+        for each in field:
+            found[each.name] |= each.memory()
+    return found
+
+
 def median(values: Sequence[float]) -> float:
     """The median; NaN of nothing."""
     return statistics.median(values) if values else float("nan")
 
 
-def matmul_gflops(dtype: str, threads: int, size: int, repeats: int = 3) -> float:
-    """The best rate of a size³ matrix product in this process, in GFLOP/s."""
+def matmul_gflops(dtype: str, threads: int, size: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The best rate of a size³ matrix product in this process, in GFLOP/s: of four, by a clock that tells seconds."""
     import torch
 
     before = torch.get_num_threads()
@@ -114,10 +156,10 @@ def matmul_gflops(dtype: str, threads: int, size: int, repeats: int = 3) -> floa
     try:
         left = torch.ones(size, size, dtype=getattr(torch, dtype))
         best = float("inf")
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
+        for _ in range(4):
+            began = clock()
             torch.mm(left, left)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, clock() - began)
     finally:
         torch.set_num_threads(before)
     return 2 * size**3 / best / 1e9
@@ -128,6 +170,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processor() -> str:
+    """Its name, family and model, since a name may say little, and what it multiplies bfloat16 with."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    formats = [flag for flag in told.get("flags", "").split() if flag in ("amx_bf16", "avx512_bf16")]
+    kind = f"family {told.get('cpu family')}, model {told.get('model')}, {' '.join(formats) or 'no bfloat16 products'}"
+    return f"{told.get('model name') or platform.machine()} ({kind})"
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
     from importlib.metadata import version
@@ -136,7 +190,7 @@ def machine() -> dict[str, Any]:
     names = ("torch", "transformers", "peft", "flwr", "ray")
     return {
         "cores": cores(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "load_before": round(load[0], 2),
         "python": platform.python_version(),
         **{name: version(name) for name in names},

@@ -1,6 +1,8 @@
 """Where the seconds go from `python -m fedlotr.simulate --clients 50 --rounds 1` to its first finished round.
 
-The command is run in a process of its own, its steps timed from outside the code, by wrapping functions.
+The command is run in a process of its own, its steps timed from outside the code, by wrapping functions: seconds on the
+clock and seconds that its process computed. At the end of the round, what each kind of process has computed by then: of
+a machine that is busy with other work only these mean something.
 """
 
 import argparse
@@ -12,9 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from side_by_side import HERE, machine, parser, write
 
 from fedlotr.errors import script
@@ -26,7 +31,7 @@ STEPS = (
     ("tokens, a part of checking", "fedlotr.run.checking", "tokenised"),
     ("loading the base", "fedlotr.run.preparation", "load_base"),
     ("fitting the head", "fedlotr.run.preparation", "fit_head"),
-    ("making the bases", "fedlotr.run.preparation", "initialize_basis"),
+    ("making the bases", "fedlotr.run.preparation", "gradient_bases"),
     ("adapter and workplace", "fedlotr.run.preparation", "TrainableModel"),
     ("evaluation", "fedlotr.run.rounds", "evaluate"),
     ("round", "fedlotr.run.rounds", "run_round"),
@@ -42,32 +47,36 @@ def timed(report: Path, words: list[str]) -> None:
     import importlib
 
     began = time.perf_counter()
-    found: list[tuple[str, float, float]] = []
+    found: list[tuple[str, float, float, float]] = []
+    computed: dict[str, float] = {}
+
+    @contextmanager
+    def step(what: str) -> Iterator[None]:
+        start, computing = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            found.append((what, start - began, time.perf_counter() - start, time.process_time() - computing))
+            if what == "checkpoint":
+                computed.update(computed_by_kind())
 
     def wrap(what: str, function: Any) -> Any:
         @functools.wraps(function)
         def timing(*given: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            try:
+            with step(what):
                 return function(*given, **named)
-            finally:
-                found.append((what, start - began, time.perf_counter() - start))
 
         return timing
 
-    from fedlotr.commands import simulate
-    from fedlotr.config.configuration import load
-    from fedlotr.machine import loading_for_good
-
-    found.append(("imports of the door", 0.0, time.perf_counter() - began))
-    start = time.perf_counter()
-    workers = simulate.early_workers(load(words))  # as the door does, before what is timed is loaded and wrapped
+    with step("imports of the door"):
+        from fedlotr.commands import simulate
+        from fedlotr.config.configuration import load
+        from fedlotr.libraries import loading_for_good
+    with step("imports of the engine"):  # as the door does, before what is timed is loaded and wrapped
+        workers = simulate.early_workers(load(words))
     setattr(simulate, "early_workers", lambda _: workers)  # noqa: B010 (a function in place of a function)
-    found.append(("imports of the engine", start - began, time.perf_counter() - start))
-    start = time.perf_counter()
-    with loading_for_good():
+    with step("imports"), loading_for_good():
         importlib.import_module("fedlotr.run.simulation")
-    found.append(("imports", start - began, time.perf_counter() - start))
     for what, module, name in STEPS:
         owner: Any = importlib.import_module(module)
         *outer, leaf = name.split(".")
@@ -75,7 +84,19 @@ def timed(report: Path, words: list[str]) -> None:
             owner = getattr(owner, part)
         setattr(owner, leaf, wrap(what, getattr(owner, leaf)))
     simulate.main(words)
-    report.write_text(json.dumps({"steps": found, "total": time.perf_counter() - began}), encoding="utf-8")
+    told = {"steps": found, "total": time.perf_counter() - began, "computed": computed}
+    report.write_text(json.dumps(told), encoding="utf-8")
+
+
+def computed_by_kind() -> dict[str, float]:
+    """Kind of process -> seconds that this process and those below it have computed."""
+    here = psutil.Process()
+    seconds = {"the server": sum(here.cpu_times()[:2])}
+    for process in here.children(recursive=True):
+        with suppress(psutil.Error):
+            kind = "the workers" if process.name().startswith("ray::Worker") else "Ray"
+            seconds[kind] = seconds.get(kind, 0.0) + sum(process.cpu_times()[:2])
+    return seconds
 
 
 def main() -> None:
@@ -102,20 +123,28 @@ def main() -> None:
                 raise SystemExit(done.returncode)
             run = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
             run["command"] = time.perf_counter() - began
-        ends = [start + took for what, start, took in run["steps"] if what == "checkpoint"]
+        ends = [start + took for what, start, took, _ in run["steps"] if what == "checkpoint"]
         run["first_round_finished"] = ends[0] + run["command"] - run["total"]
         print(f"  {repeat}/{args.repeats} first round finished after {run['first_round_finished']:.1f} s", flush=True)
         runs += [run] if repeat or not args.repeats else []
-    names = list(dict.fromkeys(what for run in runs for what, _, _ in run["steps"]))
+    names = list(dict.fromkeys(what for run in runs for what, *_ in run["steps"]))
     steps = {
-        name: statistics.median(sum(took for what, _, took in run["steps"] if what == name) for run in runs)
+        name: [
+            statistics.median(sum(one[column] for one in run["steps"] if one[0] == name) for run in runs)
+            for column in (2, 3)
+        ]
         for name in names
     }
+    kinds = {kind: statistics.median(run["computed"].get(kind, 0.0) for run in runs) for kind in runs[0]["computed"]}
     finished = statistics.median(run["first_round_finished"] for run in runs)
-    for name, took in steps.items():
-        print(f"{name:26s} {took:7.2f} s")
-    print(f"{'first round finished':26s} {finished:7.2f} s (goal: 20)")
-    write(args.json, {"machine": machine(), "steps": steps, "first_round_finished": finished, "runs": runs})
+    print(f"{'':26s} seconds, computed")
+    for name, (took, computed) in steps.items():
+        print(f"{name:26s} {took:7.2f} {computed:9.2f}")
+    print(f"{'first round finished':26s} {finished:7.2f} {sum(kinds.values()):9.2f} (goal: 10 seconds)")
+    for kind, computed in kinds.items():
+        print(f"{f'  by {kind}':26s} {'':7s} {computed:9.2f}")
+    found = {"steps": steps, "first_round_finished": finished, "computed": kinds, "runs": runs}
+    write(args.json, {"machine": machine(), **found})
 
 
 if __name__ == "__main__":

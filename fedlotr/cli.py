@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fedlotr import __version__
-from fedlotr.commands import compare, cost, doctor, grid, ls, report, simulate
+from fedlotr.commands import compare, cost, doctor, eval, export, grid, ls, report, simulate
 from fedlotr.commands.door import through
 from fedlotr.errors import nearest
 
@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "cost": (cost.main, "the bill of a model before any run: bytes of every method and strategy"),
     "compare": (compare.main, "put runs side by side: metric, bytes, what differs"),
     "report": (report.main, "make the report of a run again, also of one that is not finished"),
+    "export": (export.main, "hand a run's model on: adapter, merged weights, model card, the hub"),
+    "eval": (eval.main, "score a run's language model by EleutherAI's harness"),
     "ls": (ls.main, "list the methods, the strategies or the forms of rows there are: fedlotr ls methods"),
 }
 """What each command runs, with the words after it, and what it is for."""
@@ -23,7 +25,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code, 2 for an unknown command."""
     words = sys.argv[1:] if argv is None else list(argv)
-    return through(lambda: _command(words))
+    return through(lambda: _command(words), to_the_end=argv is None)
 
 
 def _command(words: Sequence[str]) -> int:

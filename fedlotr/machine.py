@@ -1,17 +1,11 @@
-"""What this machine has for a run: cores, memory, disk, packages, a network; read without loading anything heavy.
+"""What this machine has for a run: cores, memory, disk, packages, a network; read without loading anything heavy."""
 
-And the garbage collector at rest, while much is made that stays: it would look through all of it, and find nothing.
-"""
-
-import gc
 import os
 import shutil
 import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -214,27 +208,3 @@ def _total_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-@contextmanager
-def not_collecting() -> Iterator[None]:
-    """The collector rests in the block."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@contextmanager
-def loading_for_good() -> Iterator[None]:
-    """The collector rests in the block, and leaves out for ever what was there at the end of the first one: libraries.
-
-    For a process of our own. Half a million objects are made as torch, transformers and Flower load.
-    """
-    with not_collecting():
-        yield
-        if not gc.get_freeze_count():
-            gc.freeze()

@@ -21,7 +21,7 @@ from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import CoreConfig, bases_sha256, factored_layers
 from fedlotr.engines import LocalGrid
-from fedlotr.flower.certificate import Layer
+from fedlotr.flower.certificate import Layer, layers_of
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.carry import STATE, parts_of
 from fedlotr.flower.links.objectives import CONTROL
@@ -31,7 +31,6 @@ from fedlotr.flower.records import to_arrays, to_record, to_tensors
 from fedlotr.flower.round import Round, State, run_round, sample_clients
 from fedlotr.flower.traits import traits_of
 from fedlotr.models.loading import ModelSpec
-from fedlotr.run.federation import certificate_layers
 from fedlotr.streams import generator
 from fedlotr.training.model import TrainableModel
 
@@ -176,7 +175,7 @@ class _Case:
         """clients: of whom so many are `sampled` in a round (default: all). ranks: of them in turn."""
         self.client_states: dict[int, RecordDict] = {}
         self.method, self.model, self.strategy = method, model, make(sampled)
-        self.layers: list[Layer] = [] if model is None else certificate_layers(model)
+        self.layers: list[Layer] = [] if model is None else layers_of(model)
         self.bases = "none" if model is None else bases_sha256(model.module)
         arrays = {} if model is None else {name: value.numpy() for name, value in model.values().items()}
         self.state = State(to_record({**arrays, HEAD: np.ones((3, 2), np.float32)}))

@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float64]
 class ServerOptimizer(Strategy):
     """x ← x + step(Δ), tensor by tensor; a tensor that did not move in a round keeps its state. eta: learning rate."""
 
-    averages = True
+    averages, remembers = True, True
 
     def __init__(self, eta: float) -> None:
         self.eta = eta

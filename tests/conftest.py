@@ -8,12 +8,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedlotr.run import unmet
 from tests import forks
 from tests.support import Simulate
 
@@ -75,6 +77,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def numbers_travel_as_they_are() -> Iterator[None]:
+    """Tests in this process see to exactness, unless they ask for codecs; processes of their own have the default."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in unmet.USUAL:
+            patch.setitem(unmet.USUAL, name, "float32")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ all the same: with a folder, an environment, streams, signals and an end of its 
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -123,8 +124,9 @@ class Fork:
         return self.poll()
 
     def send_signal(self, number: int) -> None:
-        """To it alone; it leads a process group of its own."""
-        os.kill(self.pid, number)
+        """To it alone; it leads a process group of its own. Nothing where it has ended, as Popen has it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """What it has written, once it has ended."""

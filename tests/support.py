@@ -150,3 +150,20 @@ def our_logits(config: SimulationConfig, run_dir: Path, texts: list[list[str]]) 
         return model.logits(
             Batch(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"), torch.zeros(0))
         )
+
+
+def deadly(folder: Path, of: str, *, in_round: int) -> str:
+    """A strategy of ours, by module:Class, whose process is killed as it combines in a round, once."""
+    module, _, name = of.partition(":")
+    (folder / "deadly.py").write_text(
+        "import os, pathlib, signal\n"
+        f"from fedlotr.strategies.{module} import {name}\n"
+        f"class Deadly({name}):\n"
+        "    def combine(self, updates, server_round):\n"
+        f"        if server_round == {in_round} and not pathlib.Path(__file__).with_name('killed').exists():\n"
+        "            pathlib.Path(__file__).with_name('killed').touch()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().combine(updates, server_round)\n",
+        encoding="utf-8",
+    )
+    return f"{folder / 'deadly.py'}:Deadly"

@@ -21,6 +21,7 @@ from fedlotr.adapters.bases import (
     tucker_basis,
 )
 from fedlotr.adapters.cores import expand_heads, mixed_matrices
+from fedlotr.adapters.moves import read_rebase
 from fedlotr.commands import simulate
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.communication.wire_form import UNCODED, Coding
@@ -69,6 +70,8 @@ NUMBERS = {
     # Seven types of layers, each with one A and one B.
     "lotr-trained": 13 * R * R + R * 2 * (6 * NARROW + WIDE),
     "ffa-lora": R * SUM_OUT,
+    "fedsvd": R * SUM_OUT,
+    "frlora": R * (SUM_OUT + SUM_IN),
     "rolora": R * SUM_OUT,  # of either factor: the sums are equal here
     "full": 9 * NARROW * NARROW + 4 * NARROW * WIDE,
     "fedsa-lora": R * SUM_IN,
@@ -109,8 +112,10 @@ def check_the_bill(
     """The bytes of every round, in both directions, and the one-off are those of the formulas, to the byte."""
     architecture = read_architecture(str(model), "classification", 2, "all-linear")
     traits = traits_of(load_strategy(strategy, {}, len(ranks), clients=len(ranks)))
+    coding = replace(coding, basis_codec="int2")  # as where nothing is said
     asked = METHODS[method], architecture.layers, architecture.heads, ranks, rounds, coding
-    owed = bill(*asked, merged=traits.merges(ranks))
+    words = METHODS[method].rebase
+    owed = bill(*asked, merged=traits.merges(ranks), rebase=None if words is None else read_rebase(words))
     ledger = read_ledger(run / "ledger")
 
     def paid(kinds: set[str], number: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlotr.machine import loading_for_good, not_collecting
+from fedlotr.libraries import loading_for_good, not_collecting
 from tests import forks
 
 

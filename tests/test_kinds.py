@@ -150,10 +150,13 @@ def test_every_entry_names_functions_that_there_are() -> None:
 MEANT = {
     ("adapters.methods", None): "the table of methods, whose rows name their basis and core",
     ("adapters.kinds", None): "the tables themselves",
+    ("adapters.moves", None): "the table of ways to move, some of which are called as the bases that they make",
     ("adapters.cores", "mix"): "the name of a stream of random numbers, which decides the matrices",
     ("cost.billing", "lora"): "the method that others are compared with",
     ("cost.formulas", "lora"): "methods whose counts papers published",
     ("communication.ledger", "update"): "the kind of a message",
+    ("reporting.card", "lora"): "a tag on the hub",
+    ("run.harness", "random"): "the generator of Python's module of that name",
     ("reporting.console", "update"): "the codec of updates, in summary.json",
     ("reporting.report", "heads"): "the numbers of the classification head, in facts.json",
     ("run.summary", "update"): "the codec of updates, in summary.json",

@@ -11,8 +11,8 @@ from tests import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    ("errors", "files", "machine", "said", "streams", "reporting.documents"),
-    ("adapters.kinds", "adapters.methods", "communication.wire_form", "models.kinds"),
+    ("errors", "files", "libraries", "machine", "said", "streams", "reporting.documents"),
+    ("adapters.kinds", "adapters.methods", "adapters.moves", "communication.wire_form", "models.kinds"),
     ("config",),
     ("adapters",),
     ("communication",),
@@ -47,20 +47,25 @@ INSIDE = {
         "configuration",
     ),
     "adapters": (
-        "bases kinds methods packed quantised",
+        "prepared",
+        "bases kinds methods moves packed quantised",
         "carry cores",
         "layer",
+        "experts",
+        "stacked",
         "export tuner",
-        "gradient_bases start",
+        "going_on gradient_bases start",
+        "reduce",
     ),
     "training": (
         *(
             "examples memory optimizers packing",
             "token_losses varlen_attention",
-            "varlen",
-            "frozen_prefix varlen_trial",
+            "own_attention varlen",
+            "frozen_prefix readout",
+            "varlen_trial",
         ),
-        *("model", "head varlen_pass", "backward", "cohort", "corrections penalties"),
+        *("model", "varlen_pass", "head backward moving", "cohort", "corrections penalties"),
     ),
     "flower": (
         *(
@@ -69,25 +74,34 @@ INSIDE = {
             "records",
             "certificate serialize",
         ),
-        *("federation", "link", "links.moments links.objectives links.ranks links.bases links.carry links.hidden"),
+        *("federation", "link", "links.moments links.objectives links.ranks links.carry links.hidden"),
         "links.draws",
-        *("links.codec", "strategy links.personal", "chain", "replies state", "norms", "trouble", "round"),
+        *(
+            "links.codec links.derived",
+            "links.bases links.moving",
+            "strategy links.personal",
+            "chain",
+            "replies state",
+            "norms",
+            "trouble",
+            "round",
+        ),
         "client_app scoring template",
     ),
     "engines": ("clients endings flower", "base", "broadcast local own_ray", "worker", "head_start", "ray"),
-    "commands": ("door", "compare cost forecast ls report simulate", "doctor grid supervised"),
+    "commands": ("door", "compare cost eval export forecast ls report simulate", "doctor grid supervised"),
     "reporting": (
         "documents",
         "callbacks escaping run_record samples svg",
         "fitting page",
         "console loggers",
-        "bill grid_table report",
+        "bill card grid_table report",
         "comparison",
     ),
     "run": (
         *(
-            "base_head baselines brought contents directory examples export fitting_texts log processes public_rows"
-            " skeleton unmet world",
+            "base_head baselines brought contents directory examples export fitting_texts layer_ranks log"
+            " processes public_rows sheet skeleton unmet world",
         ),
         *(
             "callbacks devices resumption warm_start",
@@ -95,10 +109,10 @@ INSIDE = {
             "shown",
             "preparation privacy_plan",
             "federation prompts samples",
-            "summary",
+            "summary writing",
             "rounds",
         ),
-        "simulation",
+        *("simulation", "merged hub rebuilt", "handover harness"),
     ),
 }
 """The order inside the large rooms, from the ground up."""
@@ -106,7 +120,7 @@ HOW_A_RUN_IS_CONFIGURED = tuple(
     f"fedlotr.config.{name}" for name in ("command_line", "configuration", "preflight", "rules", "yaml_file")
 )
 """No room below the reports knows of it."""
-TOP = 12
+TOP = 13
 """Files that may lie beside the rooms: doors and the ground."""
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 MODULES = {

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedlotr.adapters.bases import Factors, one_thread
+from fedlotr.adapters.bases import sha256 as bases_sha256
 
 
 class Part(NamedTuple):
@@ -86,6 +87,8 @@ class Carry:
 
     terms: Mapping[str, Term] = field(default_factory=dict)
     version: int = 0
+    bases: Mapping[str, Factors] = field(default_factory=dict)
+    """Where bases move: those that go with this version, by the name of the first layer that holds each."""
 
     @classmethod
     def start(cls, pairs: Mapping[str, Factors]) -> "Carry":
@@ -98,7 +101,7 @@ class Carry:
         terms = dict(self.terms)
         for name, pair in pairs.items():
             terms[name] = terms.get(name, Term(None, (), 0)).grown(Part(version, pair))
-        return Carry(terms, version)
+        return Carry(terms, version, self.bases)
 
     def missed(self, since: int) -> dict[str, torch.Tensor]:
         """What takes one who has version `since` to this one: the parts since then, or the matrix where it is less.
@@ -138,6 +141,8 @@ class Carry:
             for tensor in term.tensors():
                 digest.update(f"{name}{tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().numpy().tobytes())
+        if self.bases:
+            digest.update(bases_sha256(list(self.bases.items())).encode())
         return digest.hexdigest()
 
     def saved(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -148,6 +153,8 @@ class Carry:
                 tensors[f"{name}.W"] = term.dense
             for part in term.parts:
                 tensors[f"{name}.V.{part.version}"], tensors[f"{name}.U.{part.version}"] = part.pair
+        for name, pair in self.bases.items():
+            tensors[f"{name}.A"], tensors[f"{name}.B"] = pair
         about = {name: [term.changed, term.complete] for name, term in self.terms.items()}
         return {name: tensor.contiguous() for name, tensor in tensors.items()}, {"version": self.version, "of": about}
 
@@ -159,11 +166,12 @@ class Carry:
             name, kind, *of = _split(key)
             if kind == "V":
                 parts[name].append(Part(of[0], Factors(tensor, tensors[f"{name}.U.{of[0]}"])))
+        bases = {key[:-2]: Factors(tensors[key], tensors[f"{key[:-2]}.B"]) for key in tensors if key.endswith(".A")}
         terms = {
             name: Term(tensors.get(f"{name}.W"), tuple(sorted(parts[name], key=lambda part: part.version)), *values)
             for name, values in about["of"].items()
         }
-        return cls(terms, about["version"])
+        return cls(terms, about["version"], bases)
 
 
 def in_words(terms: Iterable[Term]) -> str:
@@ -176,9 +184,9 @@ def in_words(terms: Iterable[Term]) -> str:
 
 
 def _split(key: str) -> tuple[Any, ...]:
-    """(layer, "W"), or (layer, "V" or "U", version). Raises ValueError for another name."""
-    if key.endswith(".W"):
-        return key[:-2], "W"
+    """(layer, "W", "A" or "B"), or (layer, "V" or "U", version). Raises ValueError for another name."""
+    if key.endswith((".W", ".A", ".B")):
+        return key[:-2], key[-1]
     name, kind, version = key.rsplit(".", 2)
     if kind not in ("U", "V"):
         raise ValueError(f"{key} names no part of a carried term")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fedlotr.adapters.kinds import MIXED
+from fedlotr.adapters.kinds import BLOCKS, MIXED
 from fedlotr.streams import stream_key
 
 Theta = Mapping[str, torch.Tensor]
@@ -45,6 +45,29 @@ def expand_mix(theta: Theta, mixed: torch.Tensor | None) -> torch.Tensor:
     assert mixed is not None
     core: torch.Tensor = torch.tensordot(theta["C"], mixed.to(theta["C"].dtype), dims=1)
     return core
+
+
+def recover_whole(core: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
+    """Of `as_trained`."""
+    return core
+
+
+def recover_diagonal(core: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
+    """Of `expand_diagonal`."""
+    return core.diagonal()
+
+
+def recover_heads(core: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
+    """Of `expand_heads`, with scales of one."""
+    m = len(core) // BLOCKS
+    return torch.stack([core[at : at + m, at : at + m] for at in range(0, len(core), m)])
+
+
+def recover_mix(core: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
+    """Of `expand_mix`, by least squares."""
+    assert mixed is not None
+    found: torch.Tensor = torch.linalg.lstsq(mixed.flatten(1).T.to(core.dtype), core.reshape(-1, 1)).solution
+    return found[:, 0]
 
 
 def mixed_matrices(r: int, seed: int, tag: str) -> torch.Tensor:

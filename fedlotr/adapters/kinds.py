@@ -41,13 +41,15 @@ class BasisKind:
 
     make: a `bases.Request` -> its `bases.Factors`. made_of: what the request's matrices are: none, the members' frozen
     weights, or the first steps of full fine-tuning, by the gradient on public examples.
-    zero_b: B starts at zero, so nothing learns until B moves. one_layer: made of one layer's weights, never a tie's.
+    zero_b: B starts at zero, so nothing learns until B moves. unit: A's rows and B's columns have length one, so that
+    `--basis-codec` can tell them in few bits. one_layer: made of one layer's weights, never a tie's.
     """
 
     text: str
     make: Callable[[Any], Any]
     made_of: Literal["seed", "weights", "gradient"]
     zero_b: bool = False
+    unit: bool = False
     one_layer: bool = False
 
     @property
@@ -86,6 +88,7 @@ BASES: dict[str, BasisKind] = {
         text="leading singular vectors of the first step of full fine-tuning, from the public examples",
         make=Named("fedlotr.adapters.bases:spectral_basis"),
         made_of="gradient",
+        unit=True,
     ),
     "lora": BasisKind(
         text="A Kaiming-uniform, B zero (LoRA's own start)",
@@ -137,9 +140,10 @@ class CoreKind:
     "C" starts at zero, so that the first forward is the base model's, and leaves the client; "S" stays there and starts
     at one in every round. In all functions θ may have any leading copies axes.
 
-    shapes: r -> the shapes of θ. expand: (θ, P) -> C (..., r, r), linear in what is published. publish: θ -> what
-    leaves the client, "C" in its own shape. constant: (r, seed, tie's name) -> P, made again wherever it is needed; it
-    belongs to frozen factors.
+    shapes: r -> the shapes of θ. expand: (θ, P) -> C (..., r, r), linear in what is published. recover: (C (r, r), P)
+    -> the "C" of which expand makes that, or something near it, scales being one. publish: θ -> what leaves the client,
+    "C" in its own shape. constant: (r, seed, tie's name) -> P, made again wherever it is needed; it belongs to frozen
+    factors.
     numbers, source: those of a layer that travel, as people write them, and who says so.
     blocks: r must be a multiple of it. nested: a client of rank k has the leading block, C[:k] or C[:k, :k].
     """
@@ -149,6 +153,7 @@ class CoreKind:
     numbers: str = "0"
     source: str = ""
     expand: Callable[[Mapping[str, Any], Any], Any] = AS_TRAINED
+    recover: Callable[[Any, Any], Any] | None = None
     publish: Callable[[Mapping[str, Any]], Mapping[str, Any]] = Named("fedlotr.adapters.cores:core_alone")
     constant: Callable[[int, int, str], Any] | None = None
     blocks: int = 1
@@ -180,6 +185,7 @@ CORES: dict[str, CoreKind] = {
         shapes=lambda r: {"C": (r, r)},
         numbers="r²",
         source="Singhal et al. 2025, Fed-SB; Bałazy et al. 2024, LoRA-XS",
+        recover=Named("fedlotr.adapters.cores:recover_whole"),
         nested=True,
     ),
     "diag": CoreKind(
@@ -188,6 +194,7 @@ CORES: dict[str, CoreKind] = {
         numbers="r",
         source="Shi et al. 2024, LoLDU",
         expand=Named("fedlotr.adapters.cores:expand_diagonal"),
+        recover=Named("fedlotr.adapters.cores:recover_diagonal"),
         nested=True,
     ),
     "heads": CoreKind(
@@ -196,6 +203,7 @@ CORES: dict[str, CoreKind] = {
         numbers="r²/4",
         source="Raje et al. 2025, RAVAN: h blocks of (r/h)², h = 4",
         expand=Named("fedlotr.adapters.cores:expand_heads"),
+        recover=Named("fedlotr.adapters.cores:recover_heads"),
         publish=Named("fedlotr.adapters.cores:publish_heads"),
         blocks=BLOCKS,
     ),
@@ -205,6 +213,7 @@ CORES: dict[str, CoreKind] = {
         numbers="min(64, r²)",
         source="Morris et al. 2026, TinyLoRA",
         expand=Named("fedlotr.adapters.cores:expand_mix"),
+        recover=Named("fedlotr.adapters.cores:recover_mix"),
         constant=Named("fedlotr.adapters.cores:mixed_matrices"),
     ),
     "identity": CoreKind(text="nothing between B and A", shapes=lambda r: {}),

@@ -9,6 +9,7 @@ shared by all of them, so K clients train in one forward and one backward. Token
 come in spans of any length, one for each client (`adapters.packed`).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,14 +20,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.kinds import CoreKind
 from fedlotr.adapters.packed import Spans, add_update, current_spans, factored_linear
+from fedlotr.adapters.prepared import forget, linear
 from fedlotr.adapters.quantised import dequantised, is_quantised
 
 FACTORS = ("A", "C", "B")
 """In the order in which they meet the input."""
 TRAINABLE = "ABCDS"
 """The letters of all that can be trained of a layer."""
+PIECE = 1024
+"""Tokens of which an update is there at once, where nothing is trained: in float32 it is twice what the base makes."""
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,10 +108,14 @@ class Carried(nn.Module):
         self.dense = len(tensors) == 1
         for name, tensor in zip(("W",) if self.dense else ("A", "B"), tensors, strict=True):
             self.register_buffer(name, tensor.detach().float(), persistent=False)
+        self._narrow: tuple[torch.Tensor, ...] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`U V x` in float32."""
-        return F.linear(x.to(self.W.dtype), self.W) if self.dense else low_rank(x, self.A, self.B)
+        """`U V x` in the dtype of x, which is the base's: one product more in float32 would take as long as four."""
+        if self._narrow is None or (self._narrow[0].dtype, self._narrow[0].device) != (x.dtype, x.device):
+            with torch.inference_mode(False):  # who first needs them may only score, and others train with them
+                self._narrow = tuple(t.to(x.dtype) for t in ((self.W,) if self.dense else (self.A, self.B)))
+        return F.linear(x, *self._narrow) if self.dense else low_rank(x, *self._narrow)
 
     def matrix(self) -> torch.Tensor:
         """U V (d_out, d_in), multiplied in float64."""
@@ -220,38 +229,69 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         """The frozen pair of an adapter, or None where none is frozen."""
         return cast(Basis, self.core_basis[adapter]) if adapter in self.core_basis else None
 
+    @property
+    def number_of_copies(self) -> int:
+        """How many copies of what is trained share its rows; 1 where there are none."""
+        for name, copied in (self.copies or {}).items():
+            own = next(iter(self._parameters_of(name).values()))
+            return math.prod(copied.shape[: copied.dim() - own.dim()])
+        return 1
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(rows, ..., d_in) -> (rows, ..., d_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if (spans := current_spans()) is not None:
             return self._packed(x.reshape(-1, x.shape[-1]), spans).view(*x.shape[:-1], -1)
-        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        y = linear(self.base_layer, x)
+        if y is None:
+            y = cast(torch.Tensor, self.base_layer(x, *args, **kwargs))
         if self.disable_adapters or self.merged:
             return y
         for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                y = y + self._update(x, adapter).to(y.dtype)
-                if (carry := self.carry(adapter)) is not None:
-                    y = y + carry(x).to(y.dtype)
+            if adapter not in self.scaling:
+                continue
+            if torch.is_grad_enabled() or self.copies is not None or x.numel() <= PIECE * x.shape[-1]:
+                y = self._with_update(x, y, adapter)
+                continue
+            # Nothing is kept for a backward: of many tokens the update is never there for all at once.
+            whole = (x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            for some, out in zip(*(torch.split(tokens, PIECE) for tokens in whole), strict=True):
+                out.copy_(self._with_update(some, out, adapter))
         return y
+
+    def _with_update(self, x: torch.Tensor, y: torch.Tensor, adapter: str) -> torch.Tensor:
+        y = y + self._update(x, adapter).to(y.dtype)
+        carry = self.carry(adapter)
+        return y if carry is None else y + carry(x).to(y.dtype)
 
     def _packed(self, x: torch.Tensor, spans: Spans) -> torch.Tensor:
         """As `forward`, on packed tokens (tokens, d_in)."""
-        if len(x) != spans.edges[-1][1]:
-            raise RuntimeError(f"{len(x)} rows came to a layer that is to see each of {spans.edges[-1][1]} tokens")
+        if len(x) != spans.tokens:
+            raise RuntimeError(f"{len(x)} rows came to a layer that is to see each of {spans.tokens} tokens")
         off = self.disable_adapters or self.merged
         adapters = [] if off else [adapter for adapter in self.active_adapters if adapter in self.scaling]
         y: torch.Tensor | None = None
         for adapter in adapters:
-            (a, c, b), scale = self._factors(adapter), self.scaling[adapter]
-            if y is None:
-                y = factored_linear(self.base_layer, x, a, c, b, scale, spans)
+            if adapter in self.core_D:
+                y = (self.base_layer(x) if y is None else y) + self._whole_update(x, adapter, spans).to(x.dtype)
             else:
-                y = add_update(y, x, a, c, b, scale, spans)
+                (a, c, b), scale = self._factors(adapter), self.scaling[adapter]
+                if y is None:
+                    y = factored_linear(self.base_layer, x, a, c, b, scale, spans)
+                else:
+                    y = add_update(y, x, a, c, b, scale, spans)
             if (carry := self.carry(adapter)) is not None:
                 y = y + carry(x).to(y.dtype)
         return cast(torch.Tensor, self.base_layer(x)) if y is None else y
+
+    def _whole_update(self, x: torch.Tensor, adapter: str, spans: Spans) -> torch.Tensor:
+        """`D x` of packed tokens, in D's dtype."""
+        matrices = (self.copies or {}).get("D", self.core_D[adapter])
+        each = matrices.reshape(-1, *matrices.shape[-2:])
+        return torch.cat(
+            [F.linear(part, d) for part, d in zip(torch.split(x.to(each.dtype), list(spans.counts)), each, strict=True)]
+        )
 
     def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         """`s·B C A x`, or `D x`, in the trained tensors' dtype."""
@@ -280,6 +320,16 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
             factor if factor is None else leading(name, factor, k)
             for name, factor in zip(FACTORS, factors, strict=True)
         ]
+
+    def taken_off(self, adapter: str) -> Factors:
+        """The pair that is -s·B A of factors that are trained, as they are."""
+        a, b = (self.factor(name, adapter) for name in "AB")
+        assert a is not None and b is not None
+        return self.negative(Factors(a.detach(), b.detach()), adapter)
+
+    def negative(self, pair: Factors, adapter: str) -> Factors:
+        """The pair that is -s·B A."""
+        return Factors(pair.A.clone(), (-self.scaling[adapter] * pair.B.double()).float())
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """s·B C A + U V, or D + U V (d_out, d_in), multiplied in float64, in float32."""
@@ -317,6 +367,7 @@ class FactoredLayer(nn.Module, BaseTunerLayer):
         if safe and not torch.isfinite(merged).all():
             raise ValueError("merging would put values into the base weight that are not finite")
         weight.data = merged
+        forget(weight)
 
     def _parameters_of(self, name: str) -> nn.ParameterDict:
         parameters: nn.ParameterDict = getattr(self, f"core_{name}")

@@ -22,7 +22,9 @@ class Method:
     publish: of those the factors that leave the client; the others stay with it from round to round, each client's its
     own. None: all leave it.
     alpha: of s = alpha / r, unless told otherwise; None: s = 1.
-    core: what C is. turns: where not empty, the factors that move and are sent in each round, in turn.
+    core: what C is. rebase: how the bases move unless told otherwise, in the words of `--rebase`.
+    residual: a trained B starts at its basis too, not at zero, and what both multiply to is taken off beside W.
+    turns: where not empty, the factors that move and are sent in each round, in turn.
     strategy: how the server combines the updates unless told otherwise.
     lr, head_lr: default learning rates of AdamW, for the factors and for the classification head, under the cosine
     schedule; `experiments/README.md` tells how those of fed-sb, lotr and lora-xs were chosen. No other row's were
@@ -41,6 +43,8 @@ class Method:
     alpha: float | None = None
     turns: tuple[tuple[Factor, ...], ...] = ()
     publish: tuple[Factor, ...] | None = None
+    rebase: str | None = None
+    residual: bool = False
 
     def basis_kind(self, other: str | None = None) -> BasisKind:
         """The entry of its basis, or of another one in its place."""
@@ -64,6 +68,11 @@ class Method:
     def has_core(self) -> bool:
         """Whether clients train an r×r core between frozen factors."""
         return "C" in self.train
+
+    @property
+    def both(self) -> bool:
+        """Whether A and B are all that clients train of a layer, and both are sent in every round."""
+        return set(self.train) == {"A", "B"} and not self.turns and not self.personal
 
     @property
     def freezes(self) -> bool:
@@ -216,6 +225,31 @@ METHODS: dict[str, Method] = {
         lr=2e-3,
         head_lr=3e-2,
         core="identity",
+    ),
+    "fedsvd": Method(
+        "LoRA's B alone; after every round A becomes the right singular vectors of their product",
+        "Lee et al. 2025, FedSVD",
+        basis="lora",
+        tie="layer",
+        train=("B",),
+        strategy="ffa-lora",
+        lr=2e-3,
+        head_lr=3e-2,
+        core="identity",
+        rebase="1:product",
+    ),
+    "frlora": Method(
+        "LoRA whose mean is folded after every round; it starts again from the weights' leading singular vectors",
+        "Yan et al. 2025, FRLoRA",
+        basis="svd-root",
+        tie="layer",
+        train=("A", "B"),
+        strategy="fedit",
+        lr=2e-3,
+        head_lr=3e-2,
+        core="identity",
+        rebase="1:start",
+        residual=True,
     ),
     "rolora": Method(
         "LoRA's B in odd rounds, its A in even ones",

@@ -2,37 +2,119 @@
 
 Packed tokens are sequences end to end, without padding, the tokens of one client next to each other. The frozen factors
 meet all tokens in one product, in the base's dtype; a core meets its own span in its own dtype (float32), and so does
-its gradient. What is trained and wide (LoRA's A and B) is multiplied in the base's dtype, span by span.
+its gradient. What is trained and wide (LoRA's A and B) is multiplied in the base's dtype. Short spans share a product.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import nn
 
-SPREAD = 256
-"""Columns up to which one product over all copies' columns, most of them zero, beats a small product for each copy."""
+from fedlotr.adapters.prepared import prepared, times, times_back
+
+LONG = 192
+"""Tokens of a span from which on a product of its own is no slower than copying it into one for several."""
+BLOCK = 2048
+"""Tokens, with padding, of neighbouring spans that are multiplied in one batched product."""
+WASTE = 64
+"""Padding that a batched product may always hold: less than another product costs. Of more, as much as of tokens."""
+SAME_WIDTH = 16
+"""Spans are padded to a multiple of this, so that products often have the same shape: bfloat16 products are compiled
+for each new one on a CPU, which takes half a millisecond."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Neighbouring spans: one as it is, or several, padded to each other for one batched product.
+
+    copies, tokens: how many. gather: (copies · width) the token at each place, counted from the block's first; padding
+    holds a token of the same span, so that what one client makes of its numbers stays its own. back: (tokens) the place
+    of each. padding: the places that hold none.
+    """
+
+    copies: int
+    tokens: int
+    gather: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, counts: npt.NDArray[np.int64], device: torch.device) -> "_Block":
+        """For spans of so many tokens."""
+        copies, tokens = len(counts), int(counts.sum())
+        if copies == 1:
+            return cls(copies, tokens)
+        place = np.arange(_width(counts))
+        held = place < counts[:, None]
+        gather = np.minimum(place, np.maximum(counts[:, None] - 1, 0)) + (np.cumsum(counts) - counts)[:, None]
+        indices = (np.minimum(gather, tokens - 1).ravel(), np.flatnonzero(held), np.flatnonzero(~held))
+        return cls(copies, tokens, *(torch.from_numpy(index).to(device) for index in indices))
+
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, d) -> (copies, width, d)."""
+        assert self.gather is not None
+        return x.index_select(0, self.gather).view(self.copies, -1, x.shape[1])
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with zeros for padding."""
+        assert self.gather is not None and self.padding is not None
+        return x.index_select(0, self.gather).index_fill_(0, self.padding, 0).view(self.copies, -1, x.shape[1])
+
+
+def _width(counts: npt.NDArray[np.int64]) -> int:
+    return max(1, -(-int(counts.max()) // SAME_WIDTH)) * SAME_WIDTH
+
+
+def _cut(counts: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Spans by block: a power of two of them each, for the sake of equal shapes, as many as BLOCK and WASTE allow."""
+    blocks, at = [], 0
+    while at < len(counts):
+        size = 1
+        while at + 2 * size <= len(counts):
+            more = counts[at : at + 2 * size]
+            places, tokens = len(more) * _width(more), int(more.sum())
+            if more.max() > LONG or places > BLOCK or places - tokens > max(WASTE, tokens):
+                break
+            size *= 2
+        blocks.append(counts[at : at + size])
+        at += size
+    return blocks
 
 
 class Spans:
-    """How many consecutive tokens each copy meets; one copy meets all where there is a single span."""
+    """How many consecutive tokens each copy meets; one copy meets all where there is a single span.
+
+    The products of a step are as many as its tokens ask for, however many clients they are of.
+    """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = tuple(counts)
-        self.edges = list(pairwise(accumulate(self.counts, initial=0)))
-        self._places: torch.Tensor | None = None
+        self.tokens = sum(self.counts)
+        self._blocks: list[_Block] | None = None
+        self._met = [copy for copy, count in enumerate(self.counts) if count]
 
-    def places(self, like: torch.Tensor) -> torch.Tensor:
-        """(tokens, copies, 1), one where a token is the copy's, else zero."""
-        if self._places is None:
-            owner = torch.repeat_interleave(torch.tensor(self.counts), output_size=self.edges[-1][1])
-            self._places = torch.nn.functional.one_hot(owner, len(self.counts)).unsqueeze(2).to(like)
-        return self._places
+    def of(self, tokens: torch.Tensor) -> "Spans":
+        """Of some of the tokens alone. tokens: their places, in ascending order."""
+        ends = torch.from_numpy(np.cumsum(self.counts))
+        return Spans(np.diff(torch.searchsorted(tokens.cpu(), ends).numpy(), prepend=0).tolist())
+
+    def _parts(self, weight: torch.Tensor, *tokens: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+        """Of each block: itself, its part of the weight, and of what has a row for each token.
+
+        weight: of the copies that meet a token. A product with another's would have padding of a neighbour's tokens.
+        """
+        if self._blocks is None:
+            counts = np.asarray([self.counts[copy] for copy in self._met], np.int64)
+            self._blocks = [_Block.of(part, weight.device) for part in _cut(counts)]
+        weights = weight.split_with_sizes([block.copies for block in self._blocks])
+        sizes = [block.tokens for block in self._blocks]
+        return zip(self._blocks, weights, *(x.split_with_sizes(sizes) for x in tokens), strict=True)
 
     def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`x Wᵀ` by span, in x's dtype. x: (tokens, d_in), weight: (d_out, d_in), or (copies, d_out, d_in)."""
@@ -42,38 +124,49 @@ class Spans:
         if len(weight) == 1:
             return x @ weight[0].T
         y = x.new_empty(len(x), weight.shape[1])
-        for each, (start, stop) in zip(weight, self.edges, strict=True):
-            torch.mm(x[start:stop], each.T, out=y[start:stop])
+        for block, each, rows, out in self._parts(self._those_met(weight), x, y):
+            if block.copies == 1:
+                torch.mm(rows, each[0].T, out=out)
+            else:
+                found = torch.bmm(block.padded(rows), each.transpose(1, 2))
+                torch.index_select(found.flatten(0, 1), 0, block.back, out=out)
         return y
 
     def add_times(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         """`y += x Wᵀ` by span, in place, in y's dtype."""
         x, weight = x.to(y.dtype), weight.to(y.dtype)
-        if weight.dim() == 2:
-            y.addmm_(x, weight.T)
+        if weight.dim() == 2 or len(weight) == 1:
+            y.addmm_(x, weight.view(weight.shape[-2:]).T)
             return
-        for each, (start, stop) in zip(weight, self.edges, strict=True):
-            y[start:stop].addmm_(x[start:stop], each.T)
+        for block, each, rows, out in self._parts(self._those_met(weight), x, y):
+            if block.copies == 1:
+                out.addmm_(rows, each[0].T)
+            else:
+                found = torch.bmm(block.padded(rows), each.transpose(1, 2))
+                out.add_(found.flatten(0, 1).index_select(0, block.back))
 
     def gradient(self, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The gradient of a weight of `times`: `dyᵀ x`, by span where it has copies."""
         x = x.to(dy.dtype)
         if dy.shape[1] > x.shape[1]:  # a wide result and its narrow transpose differ by a third in time on a CPU
             return self.gradient(x, dy, weight.transpose(-1, -2)).transpose(-1, -2).contiguous()
-        if weight.dim() == 2:
-            return (dy.T @ x).to(weight.dtype)
-        return torch.stack([dy[start:stop].T @ x[start:stop] for start, stop in self.edges]).to(weight.dtype)
+        if weight.dim() == 2 or len(weight) == 1:
+            return (dy.T @ x).to(weight.dtype).view(weight.shape)
+        found = dy.new_empty(len(self._met), *weight.shape[1:])
+        for block, each, left, right in self._parts(found, dy, x):
+            if block.copies == 1:
+                torch.mm(left.T, right, out=each[0])
+            else:
+                torch.bmm(block.alone(left).transpose(1, 2), block.padded(right), out=each)
+        if len(self._met) < len(self.counts):
+            found = found.new_zeros(weight.shape).index_copy_(0, self._index(found), found)
+        return found.to(weight.dtype)
 
-    def few(self, x: torch.Tensor) -> bool:
-        """Whether the copies are so few and narrow that `spread` pays."""
-        return len(self.counts) * x.shape[1] <= SPREAD
+    def _those_met(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if len(self._met) == len(self.counts) else weight.index_select(0, self._index(weight))
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens, copies · r) with x (tokens, r) in the columns of each token's copy, else zero.
-
-        With it, one product does for all copies what would be a small one for each: `spread(x) @ stacked`.
-        """
-        return (x.unsqueeze(1) * self.places(x)).view(len(x), -1)
+    def _index(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self._met, device=like.device)
 
 
 _current: ContextVar[Spans | None] = ContextVar("spans", default=None)
@@ -117,11 +210,11 @@ class _FactoredLinear(torch.autograd.Function):
         g = h
         if c is not None:
             h = h.to(c.dtype)
-            few = c.dim() == 3 and spans.few(h)
-            g = spans.spread(h) @ c.transpose(1, 2).reshape(-1, c.shape[1]) if few else spans.times(h, c)
+            g = spans.times(h, c)
         g = (g if scale == 1 else g * scale).to(x.dtype)
+        ready = None if weight is None else prepared(weight)
         if weight is not None:
-            y = F.linear(x, weight, base)
+            y = times(x, weight, base, ready)
         else:
             assert base is not None
             y = base
@@ -129,7 +222,7 @@ class _FactoredLinear(torch.autograd.Function):
         spans.add_times(y, g, b)
         _, _, _, needs_a, _, needs_b, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_a else None, h, g if needs_b else None, weight, a, c, b)
-        ctx.scale, ctx.spans = scale, spans
+        ctx.scale, ctx.spans, ctx.ready = scale, spans, ready
         return y
 
     @staticmethod
@@ -145,20 +238,16 @@ class _FactoredLinear(torch.autograd.Function):
             u = u.to(c.dtype)
         if ctx.scale != 1:
             u = u * ctx.scale
-        if c is not None and c.dim() == 3 and not spans.few(u):
+        if c is not None:
             dc = spans.gradient(u, h, c) if needs_c else None
-            u = spans.times(u, c.transpose(1, 2)) if needs_x or needs_a else u
-        elif c is not None:
-            placed = u if c.dim() == 2 else spans.spread(u)
-            dc = (placed.T @ h).view(c.shape) if needs_c else None
-            u = placed @ c.reshape(-1, c.shape[-1]) if needs_x or needs_a else u
+            u = spans.times(u, c.transpose(-1, -2)) if needs_x or needs_a else u
         u = u.to(dy.dtype)
         if needs_a:
             da = spans.gradient(u, x, a)
         if needs_x and weight is None:
             dx = spans.times(u, a.transpose(-1, -2))
         elif needs_x:
-            dx = dy @ weight
+            dx = times_back(dy, weight, ctx.ready)
             spans.add_times(dx, u, a.transpose(-1, -2))
         return None if weight is not None else dy, dx, None, da, dc, db, None, None
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.experts import DOWN, UP, Slot
 from fedlotr.adapters.export import PREFIX
 from fedlotr.adapters.layer import low_rank
+from fedlotr.adapters.stacked import WEIGHT, holders, slots_of, unstacked
 from fedlotr.errors import InputError
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
@@ -31,7 +33,6 @@ MORE_THAN_LORA = (
     "arrow_config",
     "layer_replication",
     "lora_bias",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -45,7 +46,8 @@ class Lora:
     """An adapter as its folder holds it.
 
     layers: by the name of the layer within the base, V (k, d_in) as A and U (d_out, k) as B, float32, the scale folded
-    into U. others: all further tensors by name. head: those of a mean-pooled adapter's head.safetensors.
+    into U; of PEFT's target_parameters a layer for each expert, as `adapters.experts` calls them, of which slots are.
+    others: all further tensors by name. head: those of a mean-pooled adapter's head.safetensors.
     labels: the names of its head's rows, where they are known. sha256: of all its files but these.
     """
 
@@ -54,6 +56,7 @@ class Lora:
     head: dict[str, torch.Tensor]
     labels: tuple[str, ...]
     sha256: str
+    slots: dict[str, Slot] = field(default_factory=dict)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -76,20 +79,51 @@ def read_lora(path: Path) -> Lora:
     if broken:
         raise InputError(f"{broken[0]} holds values that are not finite numbers")
     layers: dict[str, Factors] = {}
+    holders, counts = _holders(config, tensors), {}
     for name in sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")):
         a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight", None)
         if b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise InputError(f"{name}: its lora_A {tuple(a.shape)} has no lora_B that fits")
-        scale = _scale(config, name, a.shape[0])
-        layers[name] = Factors(a.float().contiguous(), (scale * b.double()).float().contiguous())
+        parameter = holders.get(name, name)
+        alone = parameter == name or parameter.endswith(WEIGHT)
+        r, scale = _rank_and_scale(config, parameter, len(a) if alone else None)
+        pair = Factors(a.float().contiguous(), (scale * b.double()).float().contiguous())
+        if alone:
+            layers[name] = pair
+            continue
+        try:
+            each = unstacked(pair, r)
+        except ValueError as error:
+            raise InputError(f"{parameter}: {error}") from error
+        counts[parameter] = len(each)
+        layers |= dict(zip(slots_of({parameter: len(each)}), each, strict=True))
     digest = hashlib.sha256()
     for file in (CONFIG, WEIGHTS, HEAD):
         if (folder / file).is_file():
             digest.update(hashlib.sha256((folder / file).read_bytes()).digest())
-    return Lora(layers, tensors, head, _labels(folder), digest.hexdigest())
+    return Lora(layers, tensors, head, labels_of(folder), digest.hexdigest(), slots_of(counts))
 
 
-def _labels(folder: Path) -> tuple[str, ...]:
+def _holders(config: Mapping[str, Any], tensors: Collection[str]) -> dict[str, str]:
+    """By the name of what holds a pair, the parameter that it adapts, of PEFT's target_parameters."""
+    asked = [str(name) for name in config.get("target_parameters") or ()]
+    parts = [part for part in (*UP, DOWN) if any(name.rpartition(".")[2] == part for name in asked)]
+    if odd := [name for name in asked if name.rpartition(".")[2] not in (*parts, "weight")]:
+        raise InputError(
+            f"more than a plain LoRA (target_parameters {odd[0]}); merge it and give the result by --model"
+        )
+    names = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
+    found: dict[str, str] = {}
+    for block in sorted({name.removesuffix(".base_layer") for name in names}):
+        meant = [part for part in (*parts, "weight") if any(f".{block}.{part}".endswith(f".{name}") for name in asked)]
+        held = {holder: parameter for parameter, holder in holders(block, meant).items()}
+        if meant and held.keys() <= names:
+            found |= held
+    return found
+
+
+def labels_of(folder: Path) -> tuple[str, ...]:
+    """The names of the rows of an adapter's head, in their order; none where they are not known."""
     try:
         names = json.loads((folder / LABELS).read_text(encoding="utf-8"))["id2label"]
         return tuple(str(names[str(row)]) for row in range(len(names)))
@@ -118,17 +152,18 @@ def _configuration(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / r of a layer, as PEFT reckons it."""
+def _rank_and_scale(config: Mapping[str, Any], name: str, rank: int | None) -> tuple[int, float]:
+    """r, and alpha / r, of a layer or a parameter, as PEFT reckons them. rank: of its tensors, where they tell."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
         r = ranks.get(get_pattern_key(list(ranks), name), config["r"])
         alpha = float(alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"]))
     except (KeyError, ValueError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"its {CONFIG} has no rank and alpha for {name} ({type(error).__name__}: {error})") from error
-    if r != rank or not rank or not math.isfinite(alpha):
-        raise InputError(f"{name}: its tensors have rank {rank}, its {CONFIG} says r {r!r} and alpha {alpha!r}")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if rank not in (None, r) or type(r) is not int or r < 1 or not math.isfinite(alpha):
+        tensors = "" if rank is None else f"its tensors have rank {rank}, "
+        raise InputError(f"{name}: {tensors}its {CONFIG} says r {r!r} and alpha {alpha!r}")
+    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

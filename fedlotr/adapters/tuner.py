@@ -5,6 +5,7 @@ its own `register_peft_method` writes, which is why PEFT is pinned to a minor ve
 """
 
 import enum
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from peft import PeftConfig, PeftType
 from peft import mapping as peft_mapping
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +43,13 @@ class CoreConfig(PeftConfig):
     r: int = field(default=16, metadata={"help": "Rank: the core is r × r."})
     alpha: float | None = field(
         default=None, metadata={"help": "The update is scaled by alpha / r; None: the method's."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / √r instead."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Regular expression -> rank of the layers whose names end so."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Regular expression -> alpha of the layers whose names end so."}
     )
     basis: str | None = field(default=None, metadata={"help": f"Where B and A come from: {', '.join(BASES)}."})
     tie: str | None = field(default=None, metadata={"help": f"Who shares B and A: {', '.join(TIES)}."})
@@ -77,13 +86,15 @@ class CoreConfig(PeftConfig):
             )
         if not row.factored:
             given = [name for name in ("alpha", "basis", "tie", "core") if getattr(self, name) is not None]
+            given += [name for name in ("rank_pattern", "alpha_pattern", "use_rslora") if getattr(self, name)]
             if given:
                 raise ValueError(f"method {self.method!r} trains whole matrices, without {' or '.join(given)}")
         else:
             self.basis, self.tie = self.basis or row.basis, self.tie or row.tie
             self.core = self.core or row.core
-        if self.r < 1:
-            raise ValueError(f"r is {self.r}; a rank is at least 1")
+        ranks = (self.r, *self.rank_pattern.values())
+        if min(ranks) < 1:
+            raise ValueError(f"r is {min(ranks)}; a rank is at least 1")
         if row.has_core and self.basis_kind.zero_b:
             raise ValueError(
                 f"basis {self.basis!r} has B = 0, so the core of {self.method!r} would never learn; take another basis"
@@ -94,9 +105,10 @@ class CoreConfig(PeftConfig):
             raise ValueError(
                 f"core {self.core!r} does not go with method {self.method!r}, which trains {', '.join(row.train)}"
             )
-        if self.r % (blocks := self.core_kind.blocks):
+        blocks = self.core_kind.blocks
+        if (uneven := next((r for r in ranks if r % blocks), None)) is not None:
             raise ValueError(
-                f"rank {self.r} cannot be cut into the {blocks} blocks of core {self.core!r}; take a multiple"
+                f"rank {uneven} cannot be cut into the {blocks} blocks of core {self.core!r}; take a multiple"
             )
         if self.basis_kind.one_layer and self.tie != "layer":
             raise ValueError(f"basis {self.basis!r} is made from one layer's weights, so tie {self.tie!r} cannot hold")
@@ -118,11 +130,16 @@ class CoreConfig(PeftConfig):
         """The entry of its core."""
         return self.row.core_kind(self.core)
 
-    @property
-    def scaling(self) -> float:
-        """s in `W x + s·B C A x`."""
+    def rank_of(self, name: str) -> int:
+        """Of a layer: r, or what the first pattern that is PEFT's name for it says."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+
+    def scaling_of(self, name: str) -> float:
+        """s in `W x + s·B C A x` of a layer: its alpha / r, or alpha / √r (Kalajdzievski 2023, rsLoRA)."""
         alpha = self.row.alpha if self.alpha is None else self.alpha
-        return 1.0 if alpha is None else alpha / self.r
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), alpha)
+        r = self.rank_of(name)
+        return 1.0 if alpha is None else alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def tag(self, key: str, layer: nn.Module) -> str:
         """The name of the tie that a module belongs to: its own, or its projection type's with the widths."""
@@ -171,7 +188,7 @@ class CoreModel(BaseTuner):
     ) -> None:
         config = cast(CoreConfig, peft_config)
         layer = target if isinstance(target, FactoredLayer) else FactoredLayer(target)
-        d_in, d_out, r, row = layer.in_features, layer.out_features, config.r, config.row
+        d_in, d_out, r, row = layer.in_features, layer.out_features, config.rank_of(current_key), config.row
         if r > min(d_in, d_out) and row.factored:
             raise ValueError(f"rank {r} is above the width of {current_key} ({d_in} in, {d_out} out)")
         core = config.core_kind
@@ -181,6 +198,7 @@ class CoreModel(BaseTuner):
         tied: dict[str, torch.Tensor] = {}
         if members:
             check_one_shape([*members, (current_key, layer)])
+            check_one_rank(config, [name for name, _ in members] + [current_key])
             tied = members[0][1].pair(adapter_name)
         if not row.freezes:
             basis = None
@@ -193,7 +211,7 @@ class CoreModel(BaseTuner):
         layer.add(
             adapter_name,
             r=r,
-            scaling=config.scaling,
+            scaling=config.scaling_of(current_key),
             basis=basis,
             parameters={
                 name: tied[name] if name in tied else torch.ones(shape) if name == "S" else torch.zeros(shape)
@@ -223,15 +241,17 @@ class CoreModel(BaseTuner):
         with basis_makers.one_thread(), torch.no_grad():
             for tag, members in ties.items():
                 layers = [layer for _, layer in members]
-                pair = config.bases.get(members[0][0]) or make_basis(config, tag, layers)
+                pair = config.bases.get(members[0][0]) or make_basis(config, tag, config.rank_of(members[0][0]), layers)
                 basis = layers[0].basis(adapter)
                 if basis is not None:
                     basis.A.copy_(pair.A)
                     basis.B.copy_(pair.B)
                 elif layers[0].core_A[adapter].device.type != "meta":
                     layers[0].core_A[adapter].copy_(pair.A)
-                    if config.row.has_core:  # the core starts at zero, and B must not
+                    if config.row.has_core or config.row.residual:  # a core starts at zero, and B must not
                         layers[0].core_B[adapter].copy_(pair.B)
+                for layer in layers if config.row.residual else ():
+                    layer.add_carry(adapter, *layer.negative(pair, adapter))
         found = bases_sha256(self.model, adapter)
         if config.bases_sha256 not in (None, found):
             raise ValueError(
@@ -251,12 +271,23 @@ def check_one_shape(members: Sequence[tuple[str, nn.Module]]) -> None:
             )
 
 
-def make_basis(config: CoreConfig, tag: str, layers: Sequence[nn.Module]) -> Factors:
-    """The pair of one tie, from its seed or its members' frozen weights."""
+def check_one_rank(config: CoreConfig, names: Sequence[str]) -> None:
+    """Raise ValueError where layers that would share a pair have different ranks."""
+    ranks = {config.rank_of(name): name for name in names}
+    if len(ranks) > 1:
+        (r, name), (k, other), *_ = ranks.items()
+        raise ValueError(
+            f"layers that share one pair need one rank: {name} has {r}, {other} has {k}; choose patterns that mean all "
+            "of them or none, or tie 'layer'"
+        )
+
+
+def make_basis(config: CoreConfig, tag: str, r: int, layers: Sequence[nn.Module]) -> Factors:
+    """The pair of one tie, of rank r, from its seed or its members' frozen weights."""
     if config.basis_kind.made_of == "gradient":
         raise ValueError(f"initialize_basis made no basis for {tag}; call it again for the present target_modules")
     d_in, d_out = widths(layers[0])
-    request = Request(tag, d_in, d_out, config.r, config.seed, lambda: (weight_of(layer).cpu() for layer in layers))
+    request = Request(tag, d_in, d_out, r, config.seed, lambda: (weight_of(layer).cpu() for layer in layers))
     return basis_from(config, request)
 
 
@@ -286,6 +317,11 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
         for name, module in model.named_modules()
         if isinstance(module, FactoredLayer)
     }
+
+
+def highest_rank(model: nn.Module, adapter: str = "default") -> int:
+    """Of a model's adapted layers; 0 where there is none."""
+    return max((layer.r[adapter] for layer in factored_layers(model).values()), default=0)
 
 
 def bases_of(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:

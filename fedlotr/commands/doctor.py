@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,9 +26,10 @@ STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 HELP = """usage: fedlotr doctor [CONFIG.yaml] [options]
 
 Look at this machine and at what a run with these words would need, without training. The words are those of
-`fedlotr simulate`; a model on the hub is fetched, and a GGUF file dequantised, as a run would. Each finding is ok, a
-warning, or a problem that would make the run fail. Exit code: 0 where a run would start, 2 where it would not. --json
-prints one JSON object; --quiet prints problems alone.
+`fedlotr simulate`; a model on the hub is fetched, and a GGUF file dequantised, as a run would. Of a language model by
+its name in `fedlotr cost` (mistral-7b) it tells what a run would need, from its dimensions alone, and that none would
+start. Each finding is ok, a warning, or a problem that would make the run fail. Exit code: 0 where a run would start, 2
+where it would not. --json prints one JSON object; --quiet prints problems alone.
 """
 
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "-h" in words or "--help" in words:
         print(HELP, options().format_help().split("\n\n", 2)[2], sep="\n", end="")
         return DONE
-    return through(lambda: _report(words))
+    return through(lambda: _report(words), to_the_end=argv is None)
 
 
 def _report(words: Sequence[str]) -> int:
@@ -59,6 +61,33 @@ def _report(words: Sequence[str]) -> int:
         problems, config, wrong = list(error.problems), error.config, error.wrong
     # Where a hub that cannot be reached is looked for in vain, the reason is at hand.
     findings = [*_hardware(config), *_software(config), *_network(), *_disk(config)]
+    try:
+        with _by_dimensions(config) as (looked_at, only):
+            return _told(looked_at, wrong, [*findings, *only], problems)
+    except InputError as error:
+        return refuse([*problems, *error.problems])
+
+
+@contextmanager
+def _by_dimensions(config: SimulationConfig) -> Iterator[tuple[SimulationConfig, list[Finding]]]:
+    """The configuration; where its model is a name of `cost`, with a folder that stands for it, and what is to be said.
+
+    Raises InputError where texts cannot be counted in tokens for it.
+    """
+    from fedlotr.cost.stand_in import hub_id_behind, stand_in
+
+    hub_id = hub_id_behind(config.model)
+    if hub_id is None:
+        yield config, []
+        return
+    text = f"{config.model} is known by its dimensions alone; tokens are counted by SmolLM2's tokenizer"
+    with stand_in(config.model) as folder:
+        finding = Finding("by dimensions", "problem", text, f"a run takes --model {hub_id}, or a folder")
+        yield config.model_copy(update={"model": str(folder)}), [finding]
+
+
+def _told(config: SimulationConfig, wrong: frozenset[str], findings: list[Finding], problems: list[str]) -> int:
+    """Look at the configuration, print all that is found; the exit code. problems: those known before."""
     with keeping() as said:
         checked, more = _check(config, wrong)
     problems += [problem for problem in more if problem not in problems]
@@ -285,6 +314,15 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
         f"{needs.one_off_bytes:,} B for each of {needs.participants} clients; "
         f"{readable_bytes(needs.total_bytes)} in all",
     )
+    if needs.derived_versions:
+        each = needs.tokens_a_round / config.clients_per_round
+        yield Finding(
+            "deriving",
+            "ok",
+            f"a client takes the gradient of {needs.derived_tokens:,} tokens of public rows for each version of the "
+            f"bases that it lacks, as many as {needs.derived_tokens / max(each, 1):,.1f} of its rounds have; there are "
+            f"{needs.derived_versions} of them",
+        )
     yield Finding(
         "a round",
         "ok",

@@ -1,5 +1,6 @@
 """What the doors of all commands have in common: how one ends, whatever its streams, its folder and its signals are."""
 
+import argparse
 import contextlib
 import errno
 import io
@@ -59,18 +60,19 @@ class _Display:
 _inside = False
 
 
-def through(command: Callable[[], int]) -> int:
+def through(command: Callable[[], int], to_the_end: bool = False) -> int:
     """Carry out a command and return its exit code; what ends it from outside is one line.
 
     A signal: 128 and its number. Standard output that cannot be written: `PIPE_CLOSED`, without a word, where its
     reader has gone, else 1. No memory: 1. A current folder that is gone: 2. A door within a door adds nothing.
+    `to_the_end`: the process ends with the command, and a signal that ended it may come again until it has.
     """
     global _inside
     if _inside:
         return command()
     _inside = True
     try:
-        with _streams(), listening():
+        with _streams(), listening(to_the_end):
             return _ended(command)
     finally:
         _inside = False
@@ -112,6 +114,27 @@ def refuse(problems: Sequence[str], stream: TextIO | None = None) -> int:
         )  # a library's words may have several lines, or a terminal's codes
         print(f"error: {line}", file=stream or sys.stderr, flush=True)
     return BAD_INPUT
+
+
+def fail(error: Exception) -> int:
+    """Say in a line what went wrong, and return FAILED."""
+    return _say(f"error: {visible(' '.join(str(error).split()))}", FAILED)
+
+
+def note(line: str) -> None:
+    """Say something beside what a command is for, on standard error."""
+    print(f"note: {visible(line)}", file=sys.stderr)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """What reads a word of a command line that is a whole number from `least` on, for `argparse`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} on")
+        return int(text)
+
+    return read
 
 
 def _say(line: str, code: int) -> int:

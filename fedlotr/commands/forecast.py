@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fedlotr.adapters.experts import Experts, slots
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import CoreConfig, bases_of
 from fedlotr.cost.formulas import WIRE_BYTES
@@ -20,6 +21,7 @@ from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import TextsSeen
 from fedlotr.run.checking import Checked
+from fedlotr.run.federation import public_of
 from fedlotr.run.fitting_texts import what_is_seen
 from fedlotr.run.summary import owed
 from fedlotr.training.cohort import cut_cohorts
@@ -49,7 +51,8 @@ class Forecast:
     participants: clients that take part at least once. one_off_bytes: what each of them receives once.
     cohorts: of the first round. *_a_round: means. process_bytes: memory of one process, a rough upper figure;
     device_bytes: the part of it that the model and its training take, which on a GPU is that one's memory.
-    work_bytes: of the files in the run directory while it goes on.
+    work_bytes: of the files in the run directory while it goes on. derived_tokens: that a client computes the gradient
+    of for each of the derived_versions of the bases, as many as there are by the last round, where it makes them.
     """
 
     parameters: int
@@ -68,6 +71,8 @@ class Forecast:
     process_bytes: int
     device_bytes: int
     work_bytes: int
+    derived_tokens: int = 0
+    derived_versions: int = 0
 
 
 def forecast(checked: Checked, baseline: int) -> Forecast:
@@ -125,7 +130,18 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         + 2 * kept * participants
         + 3 * basis
         + 4 * config.longest * (sum(map(len, checked.parts)) + 1),
+        **_derived(checked),
     )
+
+
+def _derived(checked: Checked) -> dict[str, int]:
+    config = checked.config
+    if not config.derive_bases:
+        return {}
+    examples, rows = public_of(checked)
+    moved = 0 if config.moves is None or config.moves.move.derivable else config.moves.versions(config.rounds - 1)
+    first = checked.core is not None and not checked.core.basis_kind.derivable
+    return {"derived_tokens": int(examples.lengths[rows].sum()), "derived_versions": moved + first}
 
 
 def _weights(checked: Checked, module: torch.nn.Module, width: int) -> int:
@@ -134,7 +150,8 @@ def _weights(checked: Checked, module: torch.nn.Module, width: int) -> int:
     form = quantize if quantize != "none" else form_of_weights(Path(checked.spec.path))
     if form == "none":
         return plain
-    matrices = [widths(module.get_submodule(name)) for name in linear_layers(module)]
+    experts = slots(module)  # which stay as they are
+    matrices = [widths(module.get_submodule(name)) for name in linear_layers(module) if name not in experts]
     return plain + round(sum(d_in * d_out for d_in, d_out in matrices) * (BYTES_OF_QUANTISED[form] - width))
 
 
@@ -174,15 +191,23 @@ def texts(checked: Checked) -> TextsSeen:
 def _activations(model: TrainableModel, width: int) -> int:
     """Bytes that one pass keeps for its backward."""
     tokens = model.pass_tokens(RAGGED_TOKENS if model.takes_ragged else PASS_TOKENS)
-    through = _widths_in(model.module)
+    config = model.module.config
+    seen = int(getattr(config, "num_experts_per_tok", 1))
+    through = _widths_in(model.module, seen)
     if model.spec.checkpointed:  # each block's input, and what is inside the one that runs again
-        inside = [_widths_in(part) for part in blocks(model.module)]
-        through += max(inside) - sum(inside) + len(inside) * int(getattr(model.module.config, "hidden_size", 0))
+        inside = [_widths_in(part, seen) for part in blocks(model.module)]
+        through += max(inside) - sum(inside) + len(inside) * int(getattr(config, "hidden_size", 0))
     return tokens * through * width * ACTIVATIONS + 4 * model.held_logits * 2
 
 
-def _widths_in(module: torch.nn.Module) -> int:
-    """Of all matrices' inputs and outputs together."""
+def _widths_in(module: torch.nn.Module, experts: int) -> int:
+    """Of the inputs and outputs of all matrices that a token meets together. experts: of a block, that it goes to."""
+    mixtures = [part for part in module.modules() if isinstance(part, Experts)]
+    idle = sum(_all_widths(part) * max(len(part) - experts, 0) // len(part) for part in mixtures)
+    return _all_widths(module) - idle
+
+
+def _all_widths(module: torch.nn.Module) -> int:
     weights = [(part, getattr(part, "weight", None)) for part in module.modules()]
     return sum(
         sum(weight.shape)

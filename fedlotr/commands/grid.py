@@ -38,7 +38,7 @@ refused. Exit code: 0 where all runs are finished, 1 where some failed, 2 for mi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a grid; everything for people goes to standard error, the closing table to standard output."""
-    return through(lambda: _grid(argv))
+    return through(lambda: _grid(argv), to_the_end=argv is None)
 
 
 def _grid(argv: Sequence[str] | None) -> int:

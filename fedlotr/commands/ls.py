@@ -1,4 +1,4 @@
-"""`fedlotr ls methods`, `strategies`, `formats`: what there is to choose from, what each costs, and a template."""
+"""`fedlotr ls methods`, `strategies`, `formats`, `metrics`: what there is to choose from, its costs, and a template."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from fedlotr.cost.formulas import PAIR, SEED_AND_HASH, in_words
 from fedlotr.errors import nearest
 from fedlotr.models.kinds import TASK_KINDS
 
-USAGE = "usage: fedlotr ls methods|strategies|formats [--json], or: fedlotr ls strategies --template"
+USAGE = "usage: fedlotr ls methods|strategies|formats|metrics [--json], or: fedlotr ls strategies --template"
 TEMPLATE = Path(__file__).parents[1] / "flower" / "template.py"
 """A strategy to copy, with a word on each of its methods."""
 
@@ -78,11 +78,20 @@ def formats() -> list[Row]:
     return [*ours, *({"format": point.name, "for": _task(), "what": point.value} for point in others)]
 
 
+def metrics() -> list[Row]:
+    """One row a metric that `--score` may name; the first of each task is computed in any case."""
+    return [
+        {"metric": name, "for": task, "better": "higher" if metric.higher_is_better else "lower", "what": metric.text}
+        for task, kind in TASK_KINDS.items()
+        for name, metric in kind.scores.items()
+    ]
+
+
 def _task(labelled: bool = False, scale: bool = False) -> str:
     return next(name for name, kind in TASK_KINDS.items() if (kind.headed, kind.scale) == (labelled, scale))
 
 
-KINDS = {"methods": methods, "strategies": strategies, "formats": formats}
+KINDS = {"methods": methods, "strategies": strategies, "formats": formats, "metrics": metrics}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from fedlotr.config.configuration import ConfigurationError, SimulationConfig, l
 from fedlotr.engines.endings import exit_code, heeded, in_words, told
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import as_json
-from fedlotr.machine import loading_for_good
+from fedlotr.libraries import loading_for_good
 from fedlotr.reporting.console import Console
 from fedlotr.reporting.escaping import lines
 from fedlotr.run.processes import CLIENT_APP, threads_of, workers_of
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended by SIGTERM and SIGHUP.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    return through(lambda: _simulate(words))
+    return through(lambda: _simulate(words), to_the_end=argv is None)
 
 
 def _simulate(words: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ names and shapes do not travel: both sides have them.
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,34 @@ class Stochastic(Codec):
         return q.astype(np.float32) * scale
 
 
+class TwoBits(Codec):
+    """Two bits a number: the nearest of -3/2, -1/2, 1/2 and 3/2 times one step a tensor, its root mean square: biased.
+
+    The step is that of the best four equal steps for numbers of a normal distribution, 0.9957 σ (Max 1960), which lose
+    0.12 of its variance. No number is off by more than (1/2 + 2⁻⁶) of the step, or its size less 1.49 steps. Zero is
+    told as half a step. (Squares that float32 has no room for are no matter: they are added up in float64.)
+    """
+
+    def size(self, numbers: int) -> int:
+        """The step, and four codes a byte."""
+        return SCALE + math.ceil(numbers / 4)
+
+    def encode(self, x: Float32, stream: np.random.Generator) -> bytes:
+        """Step, then codes 0 to 3 from the lowest level on; the first is in the lowest bits of its byte."""
+        step = np.float32(np.sqrt(np.square(x, dtype=np.float64).mean()) if len(x) else 0.0).reshape(1)
+        scale = BFloat16().encode(step, stream)
+        steps = x.astype(np.float64) / (float(_from_upper_half(scale)[0]) or 1.0)
+        q = np.clip(np.floor(steps) + 2, 0, 3).astype(np.uint8)
+        quads = np.append(q, np.zeros(-len(q) % 4, np.uint8)).reshape(-1, 4)
+        return scale + bytes((quads << np.array([0, 2, 4, 6], np.uint8)).sum(axis=1).astype(np.uint8).tobytes())
+
+    def decode(self, codes: memoryview, numbers: int) -> Float32:
+        """Levels times the step."""
+        scale, packed = _from_upper_half(codes[:SCALE]), np.frombuffer(codes[SCALE:], np.uint8)
+        q = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1)[:numbers]
+        return (q.astype(np.float32) - np.float32(1.5)) * scale
+
+
 class Sign(Codec):
     """One bit a number and one scale a tensor, mean|x| as a bfloat16: biased.
 
@@ -228,6 +256,7 @@ def codec_of(form: WireForm) -> Codec:
         "bfloat16": BFloat16,
         "int8": lambda: Stochastic(8),
         "int4": lambda: Stochastic(4),
+        "int2": TwoBits,
         "sign": Sign,
         "top-k": lambda: TopK(form),
     }
@@ -254,6 +283,23 @@ def encode(
         if not np.isfinite(x).all():
             raise CodecError(f"{name} has values that are not finite, for which there is no code")
         codes += codec.encode(x, stream)
+    return _sealed(form, codes, tied)
+
+
+def cut(form: WireForm, message: bytes, shapes: Mapping[str, tuple[int, ...]], names: Collection[str]) -> bytes:
+    """The message of some of a message's tensors, with the codes that they have in it. Raises as `decode` does."""
+    codec = codec_of(form)
+    sizes = {name: codec.size(math.prod(shapes[name])) for name in sorted(shapes)}
+    codes, kept, at = _codes(form, message, sum(sizes.values()), 0), b"", 0
+    for name, size in sizes.items():
+        if name in names:
+            kept += codes[at : at + size]
+        at += size
+    return _sealed(form, kept, 0)
+
+
+def _sealed(form: WireForm, codes: bytes, tied: int) -> bytes:
+    """A message of codes: squeezed where that makes it shorter, and with its checksum."""
     if form.zstd:
         small = zstandard.ZstdCompressor(compression_params=_zstd_parameters()).compress(codes)
         codes = small if len(small) < len(codes) else codes

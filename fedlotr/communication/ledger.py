@@ -71,7 +71,7 @@ def entry(server_round: int, client: int, direction: Direction, name: str, recor
     moments, steers training and is no part of the model.
     """
     kind: Kind = "control"
-    if name == "basis":
+    if name in ("basis", "public"):
         kind = "basis"
     elif name == "carry":
         kind = "carry"

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlotr.errors import InputError, nearest
+from fedlotr.errors import InputError, nearest, shorten
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,14 @@ def read_link(given: str) -> Link:
     if given in PROFILES:
         return PROFILES[given]
     if "=" not in given:
-        raise InputError(f"--link {given}: no such link{nearest(given, PROFILES)} (or {CUSTOM})")
+        raise InputError(f"--link {shorten(given)}: no such link{nearest(given, PROFILES)} (or {CUSTOM})")
     pairs = dict(part.partition("=")[::2] for part in given.split(","))
-    problems = [
-        f"--link {key}={value}: unknown{nearest(key, _READ)}" for key, value in pairs.items() if key not in _READ
-    ]
-    problems += [f"--link {given}: {key} is missing; expected {CUSTOM}" for key in ("up", "down") if key not in pairs]
+    shown, parts = f"--link {shorten(given)}", {key: shorten(f"{key}={value}") for key, value in pairs.items()}
+    problems = [f"--link {parts[key]}: unknown{nearest(key, _READ)}" for key in pairs if key not in _READ]
+    problems += [f"{shown}: {key} is missing; expected {CUSTOM}" for key in ("up", "down") if key not in pairs]
     read = {key: _amount(value, _READ[key]) for key, value in pairs.items() if key in _READ}
     problems += [
-        f"--link {key}={pairs[key]}: expected a number above 0 with a unit of {', '.join(filter(None, _READ[key]))}"
+        f"--link {parts[key]}: expected a number above 0 with a unit of {', '.join(filter(None, _READ[key]))}"
         for key, amount in read.items()
         if amount is None
     ]
@@ -118,7 +117,9 @@ def read_links(given: str, clients: int, seed: int) -> list[Link]:
     shares = [float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0.0 for _, share in pairs]
     given_shares = [bool(share) for _, share in pairs]
     if any(given_shares) and not (all(given_shares) and all(shares)):
-        problems.append(f"--link {given}: a share above 0 for every link, or for none, such as '4g:0.7,3g:0.3'")
+        problems.append(
+            f"--link {shorten(given)}: a share above 0 for every link, or for none, such as '4g:0.7,3g:0.3'"
+        )
     if problems:
         raise InputError(problems)
     if not any(given_shares):

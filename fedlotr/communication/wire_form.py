@@ -2,19 +2,22 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from fedlotr.errors import nearest
 
-Kind = Literal["float32", "bfloat16", "int8", "int4", "sign", "top-k"]
-KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "sign", "top-k")
+Kind = Literal["float32", "bfloat16", "int8", "int4", "int2", "sign", "top-k"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "int2", "sign", "top-k")
 ZSTD, DELTA = "+zstd", "delta+"
-NEED_DELTA = ("sign", "top-k")
+FINGERPRINT = 8
+"""Bytes of the hash of a pair of frozen factors."""
+NEED_DELTA = ("int2", "sign", "top-k")
 """They keep so little of a tensor that only a change can be told by them, with what was lost made up for later."""
-EXPECTED = "float32, bfloat16, int8, int4, sign or top-k:DENSITY, perhaps with +zstd, such as 'top-k:0.01+zstd'"
+EXPECTED = "float32, bfloat16, int8, int4, int2, sign or top-k:DENSITY, perhaps with +zstd, such as 'top-k:0.01+zstd'"
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ def read_form(given: str) -> WireForm:
 class Coding:
     """What both sides of a run know of its codecs, by their words.
 
-    feedback: whether a client adds to an update what its last one has lost.
+    feedback: whether a client adds to an update what its last one has lost. basis_codec: of frozen factors that are
+    sent, a singular vector at a time.
     """
 
     codec: str = "float32"
     broadcast_codec: str = "float32"
     feedback: bool = False
+    basis_codec: str = "float32"
 
     @cached_property
     def update(self) -> WireForm:
@@ -82,14 +87,30 @@ class Coding:
         """From server to client."""
         return read_form(self.broadcast_codec)
 
+    @cached_property
+    def basis(self) -> WireForm:
+        """Of frozen factors, to a client once."""
+        return read_form(self.basis_codec)
+
+    @cached_property
+    def fold(self) -> WireForm:
+        """Of a core that all fold, whole: as a broadcast, or in int8 where that can only tell changes."""
+        form = self.broadcast
+        return WireForm("int8" if form.kind in NEED_DELTA else form.kind, zstd=form.zstd)
+
     @property
     def at_work(self) -> bool:
-        """Whether anything is coded at all."""
+        """Whether any trained tensors are coded."""
         return self.update.coded or self.broadcast.coded
 
 
 UNCODED = Coding()
 """Everything travels as it is."""
+
+
+def coding_in(config: Mapping[str, Any]) -> Coding:
+    """Of a run's config.yaml; those of before there was a codec for bases sent them as they are."""
+    return Coding(config["codec"], config["broadcast_codec"], basis_codec=config.get("basis_codec", "float32"))
 
 
 def check_codec(given: str) -> str:
@@ -106,4 +127,12 @@ def check_broadcast_codec(given: str) -> str:
         raise ValueError(f"too little of a model would arrive; send the change alone: '{DELTA}{given}'")
     if form.delta and not form.coded:
         raise ValueError("as large as the whole, which is exact; choose float32, or a codec after 'delta+'")
+    return given
+
+
+def check_basis_codec(given: str) -> str:
+    """Of bases, which are sent whole. Raises ValueError for one that tells a change, or a share of the numbers."""
+    form = read_form(given)
+    if form.delta or form.kind == "top-k":
+        raise ValueError("bases are sent once and whole; choose float32, bfloat16, int8, int4, int2 or sign")
     return given

@@ -33,17 +33,24 @@ _PLACEHOLDERS = {
     "targets": "all-linear|NAME,NAME|REGEX",
     "init_adapter": "PATH",
     "strategy": "NAME|module:Class|file.py:Class",
+    "rank_pattern": "REGEX=RANK",
+    "alpha_pattern": "REGEX=ALPHA",
     "strategy_arg": "KEY=VALUE",
     "clip_norm": "float|none",
     "link": "NAME|RATES[,...]",
     "codec": "KIND[:DENSITY][+zstd]",
     "broadcast_codec": "[delta+]KIND[:DENSITY][+zstd]",
+    "basis_codec": "KIND[+zstd]",
+    "rebase": "T[:HOW]",
     "eval_data": "NAME|PATH",
     "eval_split": "NAME",
     "label_names": "FILE|NAME,NAME[,...]",
     "out": "FOLDER",
 }
 """What the help shows for a value where the type alone does not say it."""
+
+PATTERNS = frozenset({"rank_pattern", "alpha_pattern"})
+"""Options that are repeated, each with a pattern of layers' names, which may hold a sign of equality, and a number."""
 
 _YAML = (".yaml", ".yml")
 
@@ -72,7 +79,7 @@ def option_parser(fields: type[BaseModel], sections: Mapping[str, str]) -> argpa
         options: dict[str, Any] = {"metavar": _PLACEHOLDERS.get(key) or _kind(field.annotation)}
         if options["metavar"] == "bool":
             options = {"action": argparse.BooleanOptionalAction}
-        elif key == "strategy_arg":
+        elif key in ("strategy_arg", *PATTERNS):
             options["action"] = "append"
         # Where a field is left open, off or empty, its description says what that means.
         shown = "" if str(field.default) in ("None", "none", "False", "{}") else f" (default: {field.default})"
@@ -118,6 +125,10 @@ def read_words(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[di
         pairs = [pair.partition("=") for pair in read["strategy_arg"]]
         wrong = " ".join("".join(pair) for pair in pairs if not all(pair[:2]))
         read["strategy_arg"] = wrong or {name: _literal(value) for name, _, value in pairs}
+    for key in PATTERNS & read.keys():
+        cut = [pair.rpartition("=") for pair in read[key]]
+        bad = next(("".join(pair) for pair in cut if not all(pair)), None)
+        read[key] = bad if bad is not None else {pattern: number for pattern, _, number in cut}
     files.sort(key=lambda word: not (word.endswith(_YAML) or os.path.isfile(word)))
     return {**read, **unread}, files
 

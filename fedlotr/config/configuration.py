@@ -116,6 +116,8 @@ def _expectation(field: str, error: ErrorDetails, origins: _Origins) -> str:
     limits = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
+            if field in OF_OTHERS:
+                return OF_OTHERS[field]
             near = closest(field, _KEYS)
             return "no such option" + (f", did you mean '{origins.spelling(field)(near)}'?" if near else "; see --help")
         case "literal_error":
@@ -181,7 +183,7 @@ def _path_problems(config: SimulationConfig) -> Iterator[tuple[str, str]]:
 
 
 DEPENDENT = {
-    "method": {"basis", "tie", "core", "alpha", "strategy", "lr", "head_lr", "error_feedback"},
+    "method": {"basis", "tie", "core", "alpha", "rebase", "strategy", "lr", "head_lr", "error_feedback"},
     "engine": {"workers", "workers_per_gpu", "threads", "ray_address", "error_feedback"},
     "device": {"workers", "workers_per_gpu"},
     "baseline": {"strategy", "strategy_arg"},
@@ -190,6 +192,27 @@ DEPENDENT = {
 }
 """What a file says of another method or engine than the command line asks for is not meant for that one: a run's own
 config.yaml, given again with --method, names the first method's basis and rates."""
+
+
+_NO_DROPOUT = (
+    "there is no dropout: masks are drawn by place, and a client packed with others would not be the client alone; "
+    "a lower --rank, fewer --local-epochs and --weight-decay hold back too"
+)
+_NO_ACCUMULATION = (
+    "none is needed: --batch-size is all examples of an optimizer step, which is cut into passes that fit the memory"
+)
+_NO_PREFERENCES = "preferences are not learnt in this version: no DPO or its kin"
+OF_OTHERS = {
+    **dict.fromkeys(("dropout", "lora_dropout"), _NO_DROPOUT),
+    **dict.fromkeys(("gradient_accumulation", "gradient_accumulation_steps", "grad_accum"), _NO_ACCUMULATION),
+    **dict.fromkeys(("dpo", "dpo_beta", "preference"), _NO_PREFERENCES),
+    "target_modules": "--targets takes them",
+    "target_parameters": "--targets takes them: mlp.experts.gate_up_proj means a layer for each expert's matrix",
+    "use_rslora": "it is called --rslora here",
+    "lora_alpha": "it is called --alpha here",
+    "lora_r": "it is called --rank here",
+}
+"""What other programs call an option, or have and this one has not -> what is said of it."""
 
 
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off")

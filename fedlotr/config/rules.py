@@ -8,25 +8,40 @@ from typing import Any
 
 from fedlotr.adapters.kinds import BASES, CORES, bases_made_of, cores_that
 from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.moves import read_rebase
 from fedlotr.communication.wire_form import read_form
 from fedlotr.config.schema import Fields
 from fedlotr.config.values import columns_of
+from fedlotr.models.kinds import METRICS
+
+
+def _scored_of(what: str, score: str | None) -> bool:
+    return any(METRICS[name].of == what for name in (score or "").split(",") if name)
+
 
 TESTS: Mapping[str, Callable[[Any], object]] = {
     "any": lambda value: True,
     "absent": lambda value: value is None,
     "zero": lambda value: value == 0,
+    "empty": lambda value: not value,
     "several": lambda least: isinstance(least, int) and least > 1,
     "url": lambda address: "://" in (address or ""),
     "label": lambda columns: "label" in (columns_of(columns) or {}) if columns else False,
+    # of a score
+    "unchosen": lambda score: not _scored_of("choices", score),
+    "unsaid": lambda score: not _scored_of("answers", score),
     # of a codec
-    "coded": lambda codec: read_form(codec).coded,
-    "exact": lambda codec: not read_form(codec).lossy,
-    "zstd": lambda codec: read_form(codec).zstd,
-    "delta": lambda codec: read_form(codec).delta,
+    "coded": lambda codec: codec is not None and read_form(codec).coded,
+    "exact": lambda codec: codec is not None and not read_form(codec).lossy,
+    "zstd": lambda codec: codec is not None and read_form(codec).zstd,
+    "delta": lambda codec: codec is not None and read_form(codec).delta,
     # of a basis
     "gradient": lambda basis: BASES[basis].made_of == "gradient",
     "zero-B": lambda basis: BASES[basis].zero_b,
+    "by-gradient": lambda rebase: rebase is not None and not read_rebase(rebase).move.derivable,
+    "of-gradient": lambda basis: basis is not None and BASES[basis].made_of == "gradient",
+    "by-product": lambda rebase: rebase is not None and read_rebase(rebase).move.made_of == "product",
+    "by-start": lambda rebase: rebase is not None and read_rebase(rebase).move.made_of == "start",
     # of a core
     "unnested": lambda core: CORES[core].trained and not CORES[core].nested,
     "composed": lambda core: not CORES[core].plain,
@@ -41,10 +56,14 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     "factored": lambda method: METHODS[method].factored,
     "core": lambda method: METHODS[method].has_core,
     "adapting": lambda method: METHODS[method].adapts,
-    "moving": lambda method: METHODS[method].factored and not METHODS[method].freezes,
+    "moving": lambda method: METHODS[method].factored and not (METHODS[method].freezes or METHODS[method].both),
+    "frozen": lambda method: METHODS[method].freezes,
+    "beyond-B": lambda method: METHODS[method].factored and set(METHODS[method].train) != {"B"},
+    "residual": lambda method: METHODS[method].residual,
     "tied": lambda method: METHODS[method].may_tie and not METHODS[method].freezes,
     "untied": lambda method: METHODS[method].factored and not METHODS[method].may_tie,
     "core+B": lambda method: METHODS[method].factored and {"B", "C"} <= set(METHODS[method].train),
+    "turning": lambda method: METHODS[method].rebase,
     "no-B": lambda method: METHODS[method].factored and "B" not in METHODS[method].train,
 }
 """What a rule may ask of a value besides what it is."""
@@ -129,7 +148,9 @@ PLAIN = (
     "Opacus' hooks are for plain matrices: a method with the core "
     f"{' or '.join(cores_that(lambda kind: kind.plain))}, such as fed-sb or lora"
 )
-LARGEST_RANK = "the largest must be --rank; give --rank {c.largest_rank}, or one of {c.rank}"
+LARGEST_RANK = "the largest must be --rank; give --rank {c.largest_rank}, or one of {c.highest_rank}"
+OTHER_MOMENTS = "what an optimizer holds is about the bases that it was computed between; choose reset"
+OF_FACTORS = "alpha, basis, tie, core, client_rank, rank_pattern, alpha_pattern, rslora, cap_rank, rebase"
 
 TABLE = {
     "sample clients (sampled_clients>clients)": "more clients a round than there are",
@@ -202,16 +223,56 @@ TABLE = {
     "method:personal engine=flower": NO_CLIENT_STATE,
     "baseline method:personal": ALONE,
     "baseline client_eval (method:shared)": ALONE,
+    "rebase method:moving": "this method trains its factors in turn, with a core, or apart, and no frozen ones are "
+    "left to move; choose one that freezes them, such as fed-sb, lora-xs or ffa-lora, or lora",
+    "rebase:by-product method:beyond-B": "A is turned by what B learns alone; choose a method that trains B alone, "
+    "such as ffa-lora",
+    "rebase:by-start method:frozen": "what is folded would be learnt again between the same frozen factors; choose "
+    "{c.rebase_every}:gradient, or lora",
+    "basis:of-gradient method:residual": "whoever loads its adapter makes again what it began with, and of a gradient "
+    "cannot; leave --basis out",
+    "client_rank method:residual": "a block of the factors that it begins with is not what is taken off beside the "
+    "weights; choose lora",
+    "error_feedback method:any (rebase_every=1)": "bases move after every round, and what an update lost is of those "
+    "that were",
+    "rebase optimizer_state!=reset": OTHER_MOMENTS,
+    "method:turning optimizer_state!=reset": OTHER_MOMENTS,
+    "rebase baseline": "a baseline sends nothing, and its model has no update that is small; leave it out",
+    "method:turning baseline": "its factors are turned by the server, and a baseline has none; choose ffa-lora or lora",
+    "rebase:by-gradient public_examples:zero (privacy=none)": "it takes the gradient of public examples; give some, or "
+    "choose {c.rebase_every}:svd",
+    "rebase:by-gradient privacy!=none (public_data=none)": "it takes a gradient, and rows withheld from private data "
+    "are private: give --public-data, or choose {c.rebase_every}:svd",
+    "derive_bases (of_gradient=false)": "no basis here is made of a gradient, and those made "
+    "of a seed or of W cost nothing to send; leave it out",
+    "derive_bases privacy!=none (public_data=none)": "clients are sent the rows of which bases are "
+    "made, and rows withheld from private data are private: give --public-data, or leave it out",
+    "derive_bases baseline": "a baseline sends nothing; leave it out",
+    "derive_bases init_adapter": "the first bases are made beside that adapter, or are those that hold it, which "
+    "clients cannot know; leave one out",
     "client_rank method:personal": "factors that stay with the clients have the run's rank",
+    "score, score_by method:personal": "clients with factors of their own are scored by the task's own metric, on "
+    "rows of their own; leave it out",
+    "score, score_by baseline=local": "clients that each have a model of their own are scored by the task's own "
+    "metrics; leave it out",
+    "choices score:unchosen": "it says what --score choice chooses from; give that too, or leave it out",
+    "stop, temperature, extract!=all score:unsaid": "it is about answers that are generated and scored; give --score "
+    "exact_match too, or leave it out",
     "samples method:personal": NO_COMMON,
     "samples baseline=local": NO_COMMON,
+    "keep=best baseline=local": "each client has a model of its own, and there is no common adapter; leave it out",
+    "keep=best method:personal": "what stays with the clients is kept of the last round alone; leave it out",
+    "adapter_every baseline=local": "each client has a model of its own, and there is no common adapter; leave it out",
     "samples privacy!=none (public_eval=false public_data=none)": "a sample shows the text of a row, and no row is "
     "said to be nobody's secret; give --public-eval or --public-data, or leave it out",
     "client_adapters method:shared": "no factors stay with the clients: all have the one in adapter/",
-    "alpha, basis, tie, core, client_rank, targets!=all-linear method:bare": "this method adapts no layer",
-    "alpha, basis, tie, core, client_rank method:whole": "this method trains whole matrices, without factors",
-    "client_rank rank (method:factored largest_rank<rank)": LARGEST_RANK,
-    "client_rank rank (method:factored largest_rank>rank)": LARGEST_RANK,
+    "targets!=all-linear method:bare": "this method adapts no layer",
+    f"{OF_FACTORS} method:bare": "this method adapts no layer",
+    f"{OF_FACTORS} method:whole": "this method trains whole matrices, without factors",
+    "client_rank rank (method:factored largest_rank<highest_rank)": LARGEST_RANK,
+    "client_rank rank (method:factored largest_rank>highest_rank)": LARGEST_RANK,
+    "rslora method:factored (alpha=none alpha_pattern:empty method!=lotr-trained)": "it says what alpha is divided by; "
+    "give --alpha",
     "client_rank core (chosen_core:unnested method:factored)": NO_BLOCK,
     "client_rank method:factored (core=none chosen_core:unnested)": NO_BLOCK,
     "tie=type|all method:untied": "this method trains B and A in every layer, so no layers can share them",

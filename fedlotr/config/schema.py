@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
 from fedlotr.adapters.methods import METHODS, Method
-from fedlotr.communication.wire_form import Coding, check_broadcast_codec, check_codec
+from fedlotr.adapters.moves import Rebase, check_rebase, read_rebase
+from fedlotr.communication.wire_form import Coding, check_basis_codec, check_broadcast_codec, check_codec
 from fedlotr.config.partitions import PARTITIONS
 from fedlotr.config.plain import deeply, plain
 from fedlotr.config.values import (
@@ -37,9 +38,12 @@ from fedlotr.config.values import (
     read_columns,
     read_label_names,
     read_max_length,
+    read_patterns,
     read_sample,
+    read_score,
     read_targets,
 )
+from fedlotr.models.kinds import TASK_KINDS
 
 REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "show_examples"} | {
     "tensorboard",
@@ -47,6 +51,10 @@ REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "show_exam
     "wandb",
 }
 """Options that say where and how one run reports."""
+
+
+RankOfLayers = Annotated[int, Field(ge=1, le=LARGEST)]
+AlphaOfLayers = Annotated[float, Field(gt=0)]
 
 
 class Fields(BaseModel):
@@ -182,6 +190,20 @@ class Fields(BaseModel):
         gt=0,
         description="the adapted term is scaled by alpha / rank (default: by 1; lotr-trained: by 1 / rank)",
     )
+    rslora: bool = Field(default=False, description="scale by alpha / √rank instead, as rsLoRA does")
+    rank_pattern: Annotated[dict[str, RankOfLayers], BeforeValidator(read_patterns)] = Field(
+        default={},
+        description="rank of the layers whose names end so, as PEFT's rank_pattern: 'k_proj|v_proj=64'; may be "
+        "repeated, and the first that fits a layer holds (others: --rank)",
+    )
+    alpha_pattern: Annotated[dict[str, AlphaOfLayers], BeforeValidator(read_patterns)] = Field(
+        default={}, description="alpha of such layers, likewise (others: --alpha)"
+    )
+    cap_rank: bool = Field(
+        default=False,
+        description="give layers that are narrower than their rank the largest that they have room for (default: the "
+        "run is refused)",
+    )
     basis: Annotated[str, one_of("basis", BASES)] | None = Field(
         default=None, description="where the factors B and A come from (default: the method's)"
     )
@@ -191,6 +213,12 @@ class Fields(BaseModel):
     )
     core: Annotated[str, one_of("core", CORES)] | None = Field(
         default=None, description="what C between B and A is (default: the method's)"
+    )
+    rebase: Annotated[str, AfterValidator(check_rebase)] | None = Field(
+        default=None,
+        description="after every T rounds fold what was learnt into the model and go on between new bases, T:HOW: "
+        "gradient (at the present model, on public examples; the default), svd (the next singular vectors of the "
+        "weights), residual (of the weights with what was folded), random; of lora A, or start: both as they began",
     )
     targets: Annotated[str, BeforeValidator(read_targets), AfterValidator(check_targets)] = Field(
         default="all-linear",
@@ -251,16 +279,26 @@ class Fields(BaseModel):
         "example (default: 0.1), or of what one client's training changes",
     )
 
-    codec: Annotated[str, AfterValidator(check_codec)] = Field(
-        default="float32",
+    codec: Annotated[str, AfterValidator(check_codec)] | None = Field(
+        default=None,
         description="how an update travels, the difference to what the client was sent: float32, bfloat16, int8 and "
-        "int4 (stochastic rounding), sign (one bit a number), top-k (a share of the numbers); +zstd squeezes the bytes "
-        "where that pays",
+        "int4 (stochastic rounding), int2 (four levels), sign (one bit a number), top-k (a share of the numbers); "
+        "+zstd squeezes the bytes where that pays (default: int8 where clients make up for what it loses, else "
+        "float32)",
     )
-    broadcast_codec: Annotated[str, AfterValidator(check_broadcast_codec)] = Field(
-        default="float32",
+    broadcast_codec: Annotated[str, AfterValidator(check_broadcast_codec)] | None = Field(
+        default=None,
         description="how the trained tensors travel to a client: whole, or by the change of what it holds (delta+); "
-        "who holds nothing is sent all, as it is",
+        "who holds nothing is sent all, as it is (default: delta+int8, as of codec)",
+    )
+    basis_codec: Annotated[str, AfterValidator(check_basis_codec)] = Field(
+        default="int2",
+        description="how frozen factors travel that clients cannot make again by themselves: a subspace needs few bits",
+    )
+    derive_bases: bool = Field(
+        default=False,
+        description="clients make bases of gradients by themselves: each is sent the public rows once, then a hash a "
+        "layer, and the layers that came out otherwise; it costs them the computing (see doctor)",
     )
     link: str | None = Field(
         default=None,
@@ -332,6 +370,16 @@ class Fields(BaseModel):
     eval_every: int = Field(
         default=1, ge=1, le=LARGEST, description="rounds between two evaluations; the last round is always evaluated"
     )
+    stop_after: int | None = Field(
+        default=None,
+        ge=1,
+        le=LARGEST,
+        description="rounds without a better value of the decisive metric after which the run ends (patience; default: "
+        "it never does)",
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last", description="whose model the run's adapter is: the last round's, or that of the best one"
+    )
     eval_examples: int = Field(
         default=1024, ge=0, le=LARGEST, description="seeded rows of the test split to evaluate on; 0: all of them"
     )
@@ -341,6 +389,38 @@ class Fields(BaseModel):
         lt=1,
         description="share of each client's rows that is held back from it, for a score of each client by itself "
         "(default: 0.2 where factors stay with the clients, else 0)",
+    )
+    score: Annotated[str, BeforeValidator(read_score)] | None = Field(
+        default=None,
+        description="metrics of the test rows, with commas, the decisive one first, each with its standard error: "
+        + "; ".join(f"{name}: {', '.join(kind.scores)}" for name, kind in TASK_KINDS.items())
+        + " ('fedlotr ls metrics'; default: the task's own, without errors)",
+    )
+    score_by: str | None = Field(
+        default=None, description="column of the test split by whose values metrics are told too, such as task"
+    )
+    choices: str | None = Field(
+        default=None,
+        description="with --score choice: what may be answered to every row, with commas (default: what its prompt "
+        "offers, by lettered lines or 'Answer format: a/b')",
+    )
+    generate_tokens: int = Field(
+        default=256, ge=1, le=LARGEST, description="of a generated answer that is scored, at most"
+    )
+    extract: str = Field(
+        default="all",
+        description="with --score exact_match, what of an answer is compared: all, last-number, letter, boxed, or the "
+        "first group of a regular expression where it matches last, such as '#### (.+)'",
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="at which the tokens of a generated answer that is scored are drawn, by the seed; 0: the likeliest "
+        "each time",
+    )
+    stop: str | None = Field(
+        default=None, description="text that ends a generated answer which is scored, such as 'Question:'"
     )
     eval_data: str | None = Field(
         default=None,
@@ -421,6 +501,12 @@ class Fields(BaseModel):
     client_adapters: bool = Field(
         default=False, description="write an adapter for each client too, where factors stay with the clients"
     )
+    adapter_every: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_ROUNDS,
+        description="write the adapter also after every so many rounds, into adapters/round-N of the run's folder",
+    )
     tensorboard: bool = Field(default=False, description="also write TensorBoard's event files, into the run's folder")
     mlflow: bool = Field(default=False, description="also log to MLflow, where MLFLOW_TRACKING_URI says")
     wandb: bool = Field(default=False, description="also log to Weights & Biases; WANDB_MODE=offline keeps it here")
@@ -459,6 +545,11 @@ class Fields(BaseModel):
         return self.basis or self.row.basis
 
     @property
+    def highest_rank(self) -> int:
+        """That a layer may have."""
+        return max(self.rank, *self.rank_pattern.values(), 0)
+
+    @property
     def largest_rank(self) -> int:
         """That a client has."""
         return max(int(part.partition(":")[0]) for part in (self.client_rank or str(self.rank)).split(","))
@@ -472,6 +563,11 @@ class Fields(BaseModel):
     def labels(self) -> tuple[str, ...] | None:
         """The classes in their order, where they are given."""
         return None if self.label_names is None else label_names_of(self.label_names)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The metrics that are asked for."""
+        return tuple(self.score.split(",")) if self.score else ()
 
     @property
     def renamed(self) -> tuple[tuple[str, str], ...]:
@@ -506,7 +602,25 @@ class Fields(BaseModel):
     @property
     def coding(self) -> Coding:
         """How what crosses is coded, once the configuration is resolved."""
-        return Coding(self.codec, self.broadcast_codec, bool(self.error_feedback))
+        plain = "float32"
+        return Coding(self.codec or plain, self.broadcast_codec or plain, bool(self.error_feedback), self.basis_codec)
+
+    @property
+    def moves(self) -> Rebase | None:
+        """How bases move, where they do."""
+        words = self.rebase or self.row.rebase
+        return None if words is None else read_rebase(words)
+
+    @property
+    def of_gradient(self) -> bool:
+        """Whether bases, the first or later ones, are made of a gradient on public rows."""
+        moved = self.moves is not None and not self.moves.move.derivable
+        return self.row.freezes and (moved or BASES[self.chosen_basis].made_of == "gradient")
+
+    @property
+    def rebase_every(self) -> int:
+        """After how many rounds bases move; 0: they do not."""
+        return 0 if self.moves is None else self.moves.every
 
     @property
     def clients_per_round(self) -> int:

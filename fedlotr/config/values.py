@@ -14,7 +14,7 @@ from fedlotr.config.own import is_own
 from fedlotr.config.partitions import read_partition
 from fedlotr.config.plain import deeply, plain
 from fedlotr.errors import nearest, shorten, written
-from fedlotr.models.kinds import TASK_KINDS
+from fedlotr.models.kinds import METRICS, TASK_KINDS
 
 BUILT_IN_DATA = ("pydoc", "pydoc-chat")
 """Data sets that need no files."""
@@ -214,6 +214,17 @@ def read_label_names(given: object) -> object:
     return json.dumps(names) if any("," in name or name.startswith("[") for name in names) else ",".join(names)
 
 
+def read_score(given: object) -> object:
+    """Names of metrics, from "macro_f1,matthews" or a list of them, each once, with commas. Raises ValueError."""
+    parts = given.split(",") if isinstance(given, str) else given
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        return given
+    names = [part.strip().replace("-", "_").lower() for part in parts]
+    if unknown := next((name for name in names if name not in METRICS), None):
+        raise ValueError(f"{unknown!r} is no metric{nearest(unknown, METRICS)}; there are {', '.join(METRICS)}")
+    return ",".join(dict.fromkeys(names))
+
+
 def label_names_of(text: str) -> tuple[str, ...]:
     """The names in what `read_label_names` gave."""
     return tuple(json.loads(text) if text.startswith("[") else text.split(","))
@@ -254,6 +265,22 @@ def check_targets(given: str) -> str:
     except re.error as error:
         raise ValueError(f"expected 'all-linear' or a regular expression of module names ({error})") from None
     return given
+
+
+def read_patterns(given: object) -> dict[str, Any]:
+    """Regular expressions of layers' names with a number each: a mapping, or one as text, 'k_proj|v_proj=64'."""
+    if isinstance(given, str):
+        pattern, equals, number = given.rpartition("=")
+        given = {pattern: number} if equals and pattern else given
+    if not isinstance(given, Mapping):
+        raise ValueError("expected a pattern of layers' names and a number, such as 'k_proj|v_proj=64'")
+    for pattern in given:
+        try:
+            check_text(_plain_name(plain(pattern)), lines=False)
+            re.compile(str(plain(pattern)))
+        except re.error as error:
+            raise ValueError(f"{shorten(pattern)} is no regular expression of layers' names ({error})") from None
+    return {str(plain(pattern)): plain(number) for pattern, number in given.items()}
 
 
 def _held(value: object, name: str) -> object:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from fedlotr.adapters.layer import widths
+from fedlotr.adapters.layer import FactoredLayer, widths
 from fedlotr.adapters.tuner import projection_type
 from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError, nearest
@@ -52,22 +52,24 @@ def read_architecture(model: str, kind: Kind | None, labels: int, targets: str) 
     spec = ModelSpec(path=str(folder), kind=kind, labels=labels, mean_pooled=mean_pooled, pad_id=0)
     # What the files of a folder lack is a part of the head.
     module = meta_model(model, spec, None if any(folder.glob("*.safetensors")) else config)
-    check_meta(model, module, targets, headed=spec.headed)
+    check_meta(model, module, headed=spec.headed)
     shapes = shapes_of(module, chosen_layers(module, targets))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Architecture(shapes.layers, shapes.heads, kind, parameters, source)
 
 
 def shapes_of(module: nn.Module, adapted: Iterable[str]) -> Shapes:
-    """Of a model, of which these layers are adapted."""
-    shapes = {name: widths(module.get_submodule(name)) for name in adapted}
+    """Of a model, of which these layers are adapted, with their ranks where they are already."""
+    layers = {name: module.get_submodule(name) for name in adapted}
+    ranks = {name: layer.r.get("default") for name, layer in layers.items() if isinstance(layer, FactoredLayer)}
+    shapes = {name: widths(layer) for name, layer in layers.items()}
     heads = {
         f"{name}.{part}": parameter.numel()
         for name, layer in head_layers(module).items()
         for part, parameter in layer.named_parameters()
     }
     return Shapes(
-        tuple(Layer(name, projection_type(name, *shape), *shape) for name, shape in shapes.items()),
+        tuple(Layer(name, projection_type(name, *shape), *shape, ranks.get(name)) for name, shape in shapes.items()),
         tuple(heads[name] for name in sorted(heads)),
     )
 

@@ -2,18 +2,20 @@
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlotr.adapters.methods import METHODS, Method
+from fedlotr.adapters.moves import Rebase, read_rebase
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.cost.formulas import PUBLISHED, Bill, Published, Shapes, bill
 from fedlotr.errors import InputError, shorten
 from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import installed, load_strategy
 from fedlotr.flower.traits import StrategyTraits, traits_of
+from fedlotr.models.targets import by_pattern, check_patterns, too_narrow
 
 FEDIT = ("lora", "fedit")
 """What others are compared with."""
@@ -49,24 +51,31 @@ def bills(
     rounds: int,
     coding: Coding = UNCODED,
     strategies: Mapping[str, Mapping[str, Any]] | None = None,
+    rebase: Rebase | None = None,
+    public: int | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
     """A row for each of these methods and each way that its strategies cost; and what is left out, with the reason.
 
-    strategies: which, each with its arguments (default: all that are installed, without any).
+    strategies: which, each with its arguments (default: all that are installed, without any). rebase, public: as `bill`
+    has them, of the methods that they go with.
     Raises InputError where the rank is above the width of a layer.
     """
     rows: list[Row] = []
-    kinds, left_out = _made({name: {} for name in installed()} if strategies is None else strategies, ranks, clients)
+    own = [layer.rank for layer in shapes.layers if layer.rank is not None]
+    asked_of = {*ranks, *own}
+    kinds, left_out = _made({name: {} for name in installed()} if strategies is None else strategies, asked_of, clients)
     narrowest = min(shapes.layers, key=lambda layer: min(layer.d_in, layer.d_out))
     width = min(narrowest.d_in, narrowest.d_out)
     for method in methods:
         row = METHODS[method]
-        rank = rank_of(row, ranks)
-        if row.factored and rank > width:
+        rank = max(own, default=rank_of(row, ranks))
+        if row.factored and not own and rank > width:
             option = "--lora-rank" if rank_of(row, (0, 1)) else "--rank"
-            raise InputError(f"{option} {rank}: above the width {width} of {narrowest.name}; choose at most {width}")
-        if rank % (blocks := row.core_kind().blocks):
-            left_out[method] = f"rank {rank} cannot be cut into its {blocks} blocks"
+            way = f"choose at most {width}, or give --cap-rank"
+            raise InputError(f"{option} {rank}: above the width {width} of {narrowest.name}; {way}")
+        blocks = row.core_kind().blocks
+        if (uneven := next((r for r in own or [rank] if r % blocks), None)) is not None:
+            left_out[method] = f"rank {uneven} cannot be cut into its {blocks} blocks"
             continue
         if not row.adapts and not shapes.head:
             left_out[method] = "a language model has no classification head"
@@ -84,7 +93,19 @@ def bills(
             for group in [[name] for name in names] if merged else [names]:
                 who = [rank] * clients
                 asked = row, shapes.layers, shapes.heads, who, rounds, coding
-                made = bill(*asked, merged=merged, controls=controls, drawn=drawn)
+                each = {
+                    r: [kinds[group[0]].merges[r or rank]] * rounds for r in {layer.rank for layer in shapes.layers}
+                }
+                moves = (
+                    read_rebase(row.rebase) if row.rebase is not None else rebase if row.freezes or row.both else None
+                )
+                made_of = "" if moves is None else moves.move.made_of
+                if (made_of == "product" and set(row.train) != {"B"}) or (made_of == "start" and not row.both):
+                    moves = None
+                of_gradient = row.freezes and not row.basis_kind().derivable
+                moved = row.freezes and moves is not None and not moves.move.derivable
+                shown = public if of_gradient or moved else None
+                made = bill(*asked, merged=each, controls=controls, drawn=drawn, rebase=moves, public=shown)
                 counted = None if controls else PUBLISHED.get((method, group[0]))
                 numbers = None if counted is None else counted.of(shapes.layers, rank, clients) + shapes.head
                 rows.append(Row(method, tuple(group), rank, made, merged, controls, counted, numbers))
@@ -93,7 +114,23 @@ def bills(
 
 def fedit(shapes: Shapes, rank: int, clients: int, rounds: int) -> Bill:
     """What the others are compared with: LoRA averaged as FedIT, in float32."""
+    rank = max((rank if layer.rank is None else layer.rank for layer in shapes.layers), default=rank)
     return bill(METHODS[FEDIT[0]], shapes.layers, shapes.heads, [rank] * clients, rounds)
+
+
+def ranked(shapes: Shapes, rank: int, patterns: Mapping[str, int], *, cap: bool) -> Shapes:
+    """With a rank of its own for each layer, as a run's --rank-pattern and --cap-rank give it.
+
+    Raises InputError for a pattern that means no layer, and where a layer is too narrow and ranks are not capped.
+    """
+    check_patterns("--rank-pattern", patterns, [layer.name for layer in shapes.layers])
+    found = []
+    for layer in shapes.layers:
+        width, own = min(layer.d_in, layer.d_out), by_pattern(patterns, layer.name, rank)
+        if own > width and not cap:
+            raise InputError(too_narrow("--rank", own, layer.name, width))
+        found.append(layer._replace(rank=min(own, width)))
+    return replace(shapes, layers=tuple(found))
 
 
 @dataclass(frozen=True)
@@ -111,7 +148,7 @@ class _Terms:
 
 
 def _made(
-    strategies: Mapping[str, Mapping[str, Any]], ranks: tuple[int, int], clients: int
+    strategies: Mapping[str, Mapping[str, Any]], ranks: Collection[int], clients: int
 ) -> tuple[dict[str, _Terms], dict[str, str]]:
     """The terms of each; and those of other packages that cannot be loaded, made or asked, with the reason."""
     made: dict[str, _Terms] = {}
@@ -128,6 +165,6 @@ def _made(
     return made, left_out
 
 
-def _terms(strategy: Any, ranks: tuple[int, int], clients: int) -> _Terms:
+def _terms(strategy: Any, ranks: Collection[int], clients: int) -> _Terms:
     traits = traits_of(strategy)
     return _Terms(traits, {r: operator.index(traits.merges([r] * clients)) for r in ranks})

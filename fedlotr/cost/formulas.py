@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from types import MappingProxyType
 from typing import NamedTuple
 
 from fedlotr.adapters.kinds import CoreKind
 from fedlotr.adapters.methods import Factor, Method
-from fedlotr.communication.wire_form import UNCODED, Coding, Kind, WireForm
+from fedlotr.adapters.moves import Rebase
+from fedlotr.communication.wire_form import FINGERPRINT, UNCODED, Coding, Kind, WireForm
 
 WIRE_BYTES = 4
 """Of a trained number on the wire: float32."""
@@ -23,12 +24,20 @@ SEED_AND_HASH = 40
 
 
 class Layer(NamedTuple):
-    """An adapted matrix (d_out, d_in). kind: the layers of one projection type have it in common."""
+    """An adapted matrix (d_out, d_in). kind: the layers of one projection type have it in common.
+
+    rank: its own, of which a client of a lower rank has the leading block; None: that of the run or client.
+    """
 
     name: str
     kind: str
     d_in: int
     d_out: int
+    rank: int | None = None
+
+    def rank_at(self, r: int) -> int:
+        """Of a client, or a run, of rank r."""
+        return r if self.rank is None else min(self.rank, r)
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Formula:
 
     def over(self, layers: Iterable[Layer], r: int) -> int:
         """The sum over layers."""
-        shapes = Counter((layer.d_in, layer.d_out) for layer in layers)
-        return sum(count * self.of(r, *shape) for shape, count in shapes.items())
+        shapes = Counter((layer.rank_at(r), layer.d_in, layer.d_out) for layer in layers)
+        return sum(count * self.of(*shape) for shape, count in shapes.items())
 
 
 FACTORS: Mapping[Factor, Formula] = {
@@ -89,6 +98,7 @@ CODED: Mapping[Kind, CodedForm] = {
     "bfloat16": CodedForm("2·n", lambda n, k: 2 * n, "the upper half of float32"),
     "int8": CodedForm("2 + n", lambda n, k: 2 + n, "Alistarh et al. 2017, QSGD; one scale a tensor"),
     "int4": CodedForm("2 + ⌈n/2⌉", lambda n, k: 2 + -(-n // 2), "Alistarh et al. 2017, QSGD; one scale a tensor"),
+    "int2": CodedForm("2 + ⌈n/4⌉", lambda n, k: 2 + -(-n // 4), "Max 1960; one step a tensor"),
     "sign": CodedForm("2 + ⌈n/8⌉", lambda n, k: 2 + -(-n // 8), "Karimireddy et al. 2019, EF-SignSGD"),
     "top-k": CodedForm(
         "4·k + min(⌈n/8⌉, ⌈k·⌈log2 n⌉/8⌉)",
@@ -134,7 +144,7 @@ def _pairs(layers: Sequence[Layer], r: int) -> int:
 
 _STACKED = Published("c·r·Σ(d_in + d_out)", lambda layers, r, c: c * _pairs(layers, r))
 PUBLISHED: Mapping[tuple[str, str], Published] = {
-    ("fed-sb", "exact-average"): Published("N·r²", lambda layers, r, c: len(layers) * r * r),
+    ("fed-sb", "exact-average"): Published("N·r²", lambda layers, r, c: sum(layer.rank_at(r) ** 2 for layer in layers)),
     ("lora", "fedit"): Published("r·Σ(d_in + d_out)", lambda layers, r, c: _pairs(layers, r)),
     ("lora", "fedex-lora"): _STACKED,
     ("lora", "flora"): Published(
@@ -199,40 +209,53 @@ def bill(
     rounds: int | Sequence[Sequence[int]],
     coding: Coding = UNCODED,
     *,
-    merged: int | Sequence[int] = 0,
+    merged: int | Sequence[int] | Mapping[int | None, Sequence[int]] = 0,
     started: Mapping[str, int] = MappingProxyType({}),
     rank: int | None = None,
     controls: bool = False,
     drawn: bool = False,
+    rebase: Rebase | None = None,
+    public: int | None = None,
 ) -> Bill:
     """The bill of a method; of a run that chose another basis, tie or core, its row has them.
 
     heads: numbers of each tensor of the classification head. ranks: of each client. rounds: the clients of each round,
     or how many rounds there are that all take part in. coding: of the trained tensors; all else travels as it is.
-    merged: the rank that a strategy adds to every layer's carried term, each round or round by round; started: by
-    layer the rank of what every client has of it before. rank: of the run's factors (default: the largest of the
-    clients'). controls: whether control variates go with the trained tensors (Karimireddy et al. 2020, SCAFFOLD: as
-    many numbers again). drawn: whether clients draw A and B by themselves, so that these are not sent to them.
+    merged: the rank that a strategy adds to every layer's carried term, each round or round by round, or that by the
+    layers' own ranks; started: by layer the rank of what every client has of it before. rank: of the run's factors
+    (default: the largest of the clients'). controls: whether control variates go with the trained tensors (Karimireddy
+    et al. 2020, SCAFFOLD: as many numbers again). drawn: whether clients draw A and B by themselves, so that these are
+    not sent to them. rebase: how the bases move; then who missed folds is sent the core of each, and the next bases
+    where these cannot be derived. public: bytes of the rows of which clients make bases of gradients by themselves,
+    where they do: they are sent these once, and hashes and the head in place of bases.
     """
-    kinds = Counter((layer.d_in, layer.d_out, started.get(layer.name, 0)) for layer in layers)
+    kinds = Counter(((layer.d_in, layer.d_out), layer.rank, started.get(layer.name, 0)) for layer in layers)
     count = rounds if isinstance(rounds, int) else len(rounds)
-    added = list(accumulate([merged] * count if isinstance(merged, int) else merged, initial=0))
+    each = [merged] * count if isinstance(merged, int) else merged
+    by_rank = each if isinstance(each, Mapping) else {layer.rank: each for layer in layers}
+    added = {own: list(accumulate(ranks, initial=0)) for own, ranks in by_rank.items()}
     turns = row.sent
     published = tuple(f for f in row.train if f not in row.personal and not (drawn and f in PER_TIE))
-    shapes = {f: Counter((layer.d_in, layer.d_out) for layer in holders(row, f, layers)) for f in row.train}
+    held = {f: Counter(layer._replace(name="", kind="") for layer in holders(row, f, layers)) for f in row.train}
     rank = rank or max(ranks)
+    offered = None if public is None else sum(heads)
+    fold = 0 if rebase is None else folded(row, layers, rank, rebase, coding, offered)
 
     @cache
     def sent(factors: tuple[Factor, ...], r: int, form: WireForm) -> int:
-        sizes = [*heads, *(_factor(row, f).of(r, *shape) for f in factors for shape in shapes[f].elements())]
+        of = [(_factor(row, f), layer) for f in factors for layer in held[f].elements()]
+        sizes = [*heads, *(formula.of(layer.rank_at(r), layer.d_in, layer.d_out) for formula, layer in of)]
         return coded_bytes(form, sizes) + (WIRE_BYTES * sum(sizes) if controls else 0)
 
     def broadcast(r: int, has: int | None, number: int) -> int:
         """To a client. has: how many rounds there were before the one that it last took part in; None: it never did."""
         form = UNCODED.broadcast if has is None and coding.broadcast.delta else coding.broadcast
-        now, missed = added[number], added[number] - added[has or 0]
-        lacks = sum(n * carried(missed, k + now, (i, o)) for (i, o, k), n in kinds.items()) if missed else 0
-        return sent(published, r, form) + WIRE_BYTES * lacks
+        lacks = 0
+        for (shape, own, before), n in kinds.items():
+            if missed := added[own][number] - added[own][has or 0]:
+                lacks += n * carried(missed, before + added[own][number], shape)
+        folds = 0 if rebase is None else rebase.versions(number) - rebase.versions(has or 0)
+        return sent(published, r, form) + WIRE_BYTES * lacks + folds * fold
 
     ups, downs, clients, messages = [], [], 0, 0
     for number, crowd in enumerate(_crowds(ranks, rounds)):
@@ -241,16 +264,18 @@ def bill(
         clients += sum(n for (_, has), n in crowd.items() if has is None)
         messages += crowd.total()
     late = max(count - 1, 1)
-    held = sum(n * carried(k + added[-1], k + added[-1], (i, o)) for (i, o, k), n in kinds.items())
+    ends = [(n, shape, before + added[own][-1]) for (shape, own, before), n in kinds.items()]
     return Bill(
         trained=sum(_factor(row, f).over(holders(row, f, layers), rank) for f in row.train) + sum(heads),
         clients=clients,
         messages=messages,
         ups=tuple(ups),
         downs=tuple(downs),
-        one_off=one_off(row, layers, rank),
+        one_off=one_off(row, layers, rank, coding.basis, offered) + (public or 0),
         round_down=sum(broadcast(r, late - 1, late) for r in ranks) / len(ranks),
-        carried=WIRE_BYTES * held if added[-1] else 0,
+        carried=WIRE_BYTES * sum(n * carried(k, k, shape) for n, shape, k in ends)
+        if any(ranks[-1] for ranks in added.values())
+        else 0,
     )
 
 
@@ -267,13 +292,39 @@ def _crowds(ranks: Sequence[int], rounds: int | Sequence[Sequence[int]]) -> Iter
         last |= dict.fromkeys(clients, number)
 
 
-def one_off(row: Method, layers: Sequence[Layer], r: int) -> int:
-    """Bytes that a client receives once: nothing, a seed and a hash, or B and A of every tie."""
+def one_off(row: Method, layers: Sequence[Layer], r: int, form: WireForm, offered: int | None = None) -> int:
+    """Bytes that a client receives once: nothing, a seed and a hash, or B and A of every tie, each of their vectors
+    coded by itself. offered: numbers of the head, where a client makes bases of gradients by itself."""
     if not row.freezes:
         return 0
     if row.basis_kind().derivable:
         return SEED_AND_HASH
-    return WIRE_BYTES * PAIR.over(holders(row, "A", layers), r)
+    ties = holders(row, "A", layers)
+    if offered is not None:
+        return FINGERPRINT * len(ties) + WIRE_BYTES * offered
+    if not row.basis_kind().unit:
+        form = UNCODED.basis
+    vectors = ((layer.rank_at(r), width) for layer in ties for width in (layer.d_in, layer.d_out))
+    return coded_bytes(form, chain.from_iterable(repeat(width, rank) for rank, width in vectors))
+
+
+def folded(
+    row: Method, layers: Sequence[Layer], r: int, rebase: Rebase, coding: Coding, offered: int | None = None
+) -> int:
+    """Bytes that a client is sent for each fold that it missed: the core that all fold, and the vectors of the next
+    bases, of which a trained B is none, where clients cannot derive them. offered: as of `one_off`."""
+    sizes = [_factor(row, f).of(layer.rank_at(r), layer.d_in, layer.d_out)
+             for f in row.train for layer in holders(row, f, layers)]  # fmt: skip
+    cores = CHECKSUM + sum(CODED[coding.fold.kind].of(n, n) for n in sizes)
+    if rebase.move.derivable or row.both:  # both are trained, and broadcast as such
+        return cores
+    ties = holders(row, "A", layers)
+    if offered is not None:
+        return cores + FINGERPRINT * len(ties) + WIRE_BYTES * offered
+    widths = [
+        (layer.rank_at(r), w) for layer in ties for w in (layer.d_in, layer.d_out)[: 1 if "B" in row.train else 2]
+    ]
+    return cores + CHECKSUM + sum(rank * CODED[coding.basis.kind].of(width, width) for rank, width in widths)
 
 
 def holders(row: Method, factor: Factor, layers: Sequence[Layer]) -> Sequence[Layer]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedlotr.data.conversation import Message, Rendered, Style
 from fedlotr.data.cutting import Example, cut
 from fedlotr.data.templates import check_template, encode, render
@@ -16,6 +18,8 @@ from fedlotr.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fedlotr.training.examples import Examples
 
 AT_ONCE = 1000
 """Texts tokenised together: their tokens' places in the text take more memory than the tokens."""
@@ -76,6 +80,28 @@ def encode_language(
     return found
 
 
+def encode_answers(answers: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Examples:
+    """Conversations of which the last answer alone is a target, with nothing behind it, as examples in their order.
+
+    Raises InputError where `max_length` leaves no room for one.
+    """
+    from fedlotr.training.examples import Examples
+
+    tokens: list[list[int]] = []
+    starts: list[int] = []
+    for _, rendered, borders, example in _tokenised(list(enumerate(answers)), tokenizer, plain=False, eos=False):
+        kept: Example | None = example
+        if max_length is not None and len(example.tokens) > max_length:
+            kept = cut(replace(example, contents=_content_tokens(rendered, borders, example)), max_length)
+        if kept is None or not any(kept.targets):
+            raise InputError(f"--max-length {max_length}: no room for a choice of the test rows; give a larger one")
+        tokens.append(kept.tokens)
+        starts.append(kept.targets.index(True))
+    flat = np.fromiter((token for ids in tokens for token in ids), np.int32)
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    return Examples(flat, offsets, np.array(starts, np.int64), causal=True)
+
+
 def rendered_rows(
     columns: Mapping[str, Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
@@ -128,6 +154,12 @@ def _examples(
 ) -> Iterator[tuple[int, Rendered, Borders, Example]]:
     plain = "text" in columns
     rows = rendered_rows(columns, tokenizer, style, place, hidden=hidden)
+    return _tokenised(rows, tokenizer, plain=plain, eos=style.eos or not plain)
+
+
+def _tokenised(
+    rows: Sequence[tuple[int, Rendered]], tokenizer: PreTrainedTokenizerBase, *, plain: bool, eos: bool
+) -> Iterator[tuple[int, Rendered, Borders, Example]]:
     for start in range(0, len(rows), AT_ONCE):
         batch = rows[start : start + AT_ONCE]
         texts = [rendered.text for _, rendered in batch]
@@ -137,12 +169,7 @@ def _examples(
         places = encoded["offset_mapping"] if tokenizer.is_fast else [None] * len(batch)
         for (row, rendered), ids, offsets in zip(batch, encoded["input_ids"], places, strict=True):
             borders = Borders(rendered.text, ids, offsets, tokenizer)
-            yield (
-                row,
-                rendered,
-                borders,
-                _example(rendered, borders, tokenizer, plain=plain, eos=style.eos or not plain),
-            )
+            yield row, rendered, borders, _example(rendered, borders, tokenizer, plain=plain, eos=eos)
 
 
 def _example(

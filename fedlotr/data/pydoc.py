@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlotr.errors import InputError
-from fedlotr.machine import not_collecting
+from fedlotr.libraries import not_collecting
 
 WORDS = range(6, 81)
 """Words in a paragraph: shorter ones say nothing of their part, longer ones are mostly tables and listings."""

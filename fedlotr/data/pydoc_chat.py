@@ -25,7 +25,7 @@ from fedlotr.data.columns import Columns
 from fedlotr.data.families import families, words_of
 from fedlotr.data.prose import prose
 from fedlotr.data.pydoc import PARTS, parsed, sources, without_sources
-from fedlotr.machine import not_collecting
+from fedlotr.libraries import not_collecting
 
 LEFT_OUT = {"__future__", "encodings", "idlelib", "sre_compile", "sre_constants", "sre_parse", "turtledemo"}
 """Modules of many files, or nobody's, and hardly any documentation that answers a question."""

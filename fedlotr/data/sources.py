@@ -174,6 +174,16 @@ class Names:
             return None
         return form_seen(table, self.hidden)
 
+    def with_usual(self, table: Table) -> Names:
+        """With the texts of labelled rows by names that are usual for them, where no others are said or there."""
+        labelled = self.label or label_among(table.columns)
+        own = self.text or self.causal or self.nested or self.format is not None
+        if own or labelled is None or not {*_TEXTS}.isdisjoint(table.columns):
+            return self
+        found = (names for names in USUAL_TEXTS if all(_are_texts(table.columns.get(name, ())) for name in names))
+        usual = next(found, None)
+        return self if usual is None else replace(self, text=usual)
+
     def passed_over(self, table: Table, read: Collection[str]) -> str:
         """What to say of columns that a format would read beside those that are named; nothing where there are none.
 
@@ -258,6 +268,14 @@ class Names:
 
 
 _TEXTS = ("text", "text_a", "text_b", "prompt", "answer")
+USUAL_TEXTS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+)
+"""What the texts of labelled rows are called in GLUE and in sets that look like it; pairs first."""
 
 
 def _are_texts(values: Sequence[Any]) -> bool:
@@ -368,6 +386,9 @@ def _train(table: Table, names: Names, given: str) -> tuple[Names, Form | None, 
         about = {"format": form.name, "read_as": words, "texts": texts, "causal": not form.labelled}
         if not any(table.columns.values()):
             raise InputError(f"{given}: no row of train has an answer to learn ({words or form.name})")
+    if form is None and (usual := names.with_usual(table)) is not names:
+        names = usual
+        about = {"read_as": f"read as {'pair' if len(usual.text) == 2 else 'text'} + label: {' + '.join(usual.text)}"}
     if lost and not names.hidden:
         table = table._replace(notes=(*table.notes, f"{given}: {lost}"))
     table = _asked_for(table, names, "train")

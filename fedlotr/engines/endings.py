@@ -2,6 +2,7 @@
 
 import _imp
 import _thread
+import atexit
 import contextlib
 import logging
 import os
@@ -73,6 +74,18 @@ def _told(number: int, _: FrameType | None) -> None:
             os.write(2, SECOND)
 
 
+def _in_a_child() -> None:
+    """A process that a library forks, as lm-eval does for its pools, has nothing to clean up: it ends as any other."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _told:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _Listener.words = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
+
+
 def _disarm() -> None:
     """Where the handler of Ray's C++ was first, which calls ours, it has set an alarm that aborts this process."""
     if hasattr(signal, "alarm") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL:
@@ -111,11 +124,13 @@ def let_imports_go_on() -> None:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[bool]:
+def listening(to_the_end: bool = False) -> Iterator[bool]:
     """In the block each of `SIGNALS` that nobody else listens to raises one KeyboardInterrupt in the main thread.
 
-    Further ones leave the clean-up alone, until `LAST_STRAW`. A signal that is ignored (nohup) stays so. True where
-    this is the outermost such block of the process; False there, and in another thread, changes nothing.
+    Further ones leave the clean-up alone, until `LAST_STRAW`; `to_the_end` of the process, where it was told to end:
+    the interpreter takes a while to go, and a signal that met the system's handler then would change the exit code. A
+    signal that is ignored (nohup) stays so. True where this is the outermost such block of the process; False there,
+    and in another thread, changes nothing.
     """
     if threading.current_thread() is not threading.main_thread() or _Listener.words is not None:
         yield False
@@ -124,16 +139,22 @@ def listening() -> Iterator[bool]:
     before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) in free}
     hook = sys.unraisablehook
     _Listener.words, _Listener.raised, _Listener.heeded, _Listener.reminding = _Words(), False, False, False
+    last = contextlib.ExitStack()
+    if to_the_end:
+        atexit.register(last.close)  # before what libraries register, and so carried out after it
     try:
         sys.unraisablehook = _without_interrupts(hook)
         for number in before:
             signal.signal(number, _told)
         yield True
     finally:
+        words, _Listener.words = _Listener.words, None
+        ends = to_the_end and words.first is not None
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, (lambda said, _: words.hear(said) and None) if ends else handler)
+            if ends:  # the interpreter puts back the system's handlers, but of those that are ignored
+                last.callback(signal.signal, number, signal.SIG_IGN)
         sys.unraisablehook = hook
-        _Listener.words = None
 
 
 def _without_interrupts(hook: Callable[[Any], object]) -> Callable[[Any], object]:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import shutil
@@ -120,7 +121,7 @@ def start_ray(workers: int, address: str | None = None) -> OwnRay | None:
         start |= {"address": "local", "num_cpus": workers, "object_store_memory": OBJECT_STORE_BYTES}
         start |= {"include_dashboard": False, "_temp_dir": str(own.folder)}
     try:
-        with held_back(), _handler_of(signal.SIGTERM), variables():
+        with held_back(), _handler_of(signal.SIGTERM), variables(), _few_processes(own):
             ray.init(**start)
     except (OSError, ValueError, RuntimeError) as error:
         own.stop()
@@ -136,6 +137,24 @@ def start_ray(workers: int, address: str | None = None) -> OwnRay | None:
     # Ray prints the death of a worker to stdout, and has no public switch; ours is a line in the log.
     ray._private.worker._worker_logs_enabled = False
     return own
+
+
+@contextlib.contextmanager
+def _few_processes(own: OwnRay) -> Iterator[None]:
+    """A Ray of our own starts without what scales clusters, sends logs to the driver and answers a dashboard.
+
+    Nobody asks these here, and to import their libraries takes two seconds of CPU time while workers do the same.
+    """
+    parameters: Any = ray._private.parameter
+    node: Any = ray._private.node.Node
+    before = parameters.RayParams, node.start_api_server
+    if own.folder is not None:
+        parameters.RayParams = functools.partial(before[0], no_monitor=True, include_log_monitor=False)
+        node.start_api_server = lambda self, **_: setattr(self, "_webui_url", "")
+    try:
+        yield
+    finally:
+        parameters.RayParams, node.start_api_server = before
 
 
 def _kill_all() -> None:

@@ -27,10 +27,10 @@ def worker_class(client_app: str, threads: int, workers_per_gpu: int | None = No
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
             from fedlotr.engines.clients import limit_threads, load_client_app
             from fedlotr.flower.private import identify_process
-            from fedlotr.machine import loading_for_good
+            from fedlotr.libraries import loading_for_good
 
             identify_process()
-            with loading_for_good():
+            with loading_for_good(whole=not client_app.startswith("fedlotr.")):
                 self.app = load_client_app(client_app)
             self.held: dict[str, Any] = {}
             limit_threads(threads)  # torch, if the app loaded it, does not follow the environment in everything

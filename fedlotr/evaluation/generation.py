@@ -1,16 +1,17 @@
-"""What a language model says: greedy generation in batches, with a cache of keys and values, by transformers' own loop.
+"""What a language model says: generation in batches, with a cache of keys and values, by transformers' own loop.
 
-The likeliest token at each place, whatever sampling or penalties the model's generation configuration asks for: what a
-model says before and after training differs by the training alone, and is the same each time.
+The likeliest token at each place (greedy), whatever sampling or penalties the model's generation configuration asks
+for: what a model says before and after training differs by the training alone, and is the same each time. Or, with a
+temperature, tokens drawn by a seed, from all of the vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from fedlotr.models.limits import most_positions
 from fedlotr.training.model import TrainableModel
@@ -21,12 +22,20 @@ BATCH_ROWS = 64
 
 
 def generate(
-    model: TrainableModel, prompts: Sequence[Sequence[int]], tokens: int, stops: Collection[int]
+    model: TrainableModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    stops: Collection[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+    over: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The token ids with which the model goes on, for each prompt in its order, without the stop token that ended it.
 
     model: with its trained tensors as assigned. tokens: at most so many, and no more than the model has `positions` for
-    behind the prompt. stops: as `stop_ids` finds them; without any, all rows are of the full length.
+    behind the prompt. stops: as `stop_ids` finds them; without any, all rows are of the full length. temperature: what
+    logits are divided by before a token is drawn, by the seed; 0: none is drawn. The same prompts together give the
+    same draws.
 
     Prompts of similar length go together, padded on the left, where a model that is told of the padding sees none of
     it. Raises ValueError for a prompt without tokens, or with more than the model has positions for, and for a model
@@ -36,11 +45,13 @@ def generate(
         raise ValueError(f"a {type(model.module).__name__} cannot generate")
     limits = [room(model.module, prompt, tokens) for prompt in prompts]
     found: list[list[int]] = [[] for _ in prompts]
-    for rows in _batches([len(prompt) for prompt in prompts], limits):
-        # One limit for all rows of a batch: a shorter prompt's answer must not be cut by a longer one beside it.
-        answers = _batch(model, [prompts[row] for row in rows], limits[rows[0]], stops)
-        for row, answer in zip(rows, answers, strict=True):
-            found[row] = answer
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for rows in _batches([len(prompt) for prompt in prompts], limits):
+            # One limit for all rows of a batch: a shorter prompt's answer must not be cut by a longer one beside it.
+            answers = _batch(model, [prompts[row] for row in rows], limits[rows[0]], stops, temperature, over)
+            for row, answer in zip(rows, answers, strict=True):
+                found[row] = answer
     return found
 
 
@@ -119,7 +130,12 @@ def _batches(lengths: Sequence[int], limits: Sequence[int]) -> Iterator[list[int
 
 
 def _batch(
-    model: TrainableModel, prompts: Sequence[Sequence[int]], tokens: int, stops: Collection[int]
+    model: TrainableModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    stops: Collection[int],
+    temperature: float,
+    over: Callable[[list[int]], bool] | None,
 ) -> list[list[int]]:
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), model.spec.pad_id)
@@ -129,24 +145,62 @@ def _batch(
         mask[row, width - len(prompt) :] = 1
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=tokens,
-        do_sample=False,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         num_beams=1,
         use_cache=True,
         eos_token_id=sorted(stops) or None,
         pad_token_id=model.spec.pad_id,
         disable_compile=True,
     )
-    device = model.device
-    with _configured(cast(Any, model.module), config), torch.no_grad():
+    device, ended = model.device, None if over is None else _Over(over, stops, ids)
+    with _configured(cast(Any, model.module), config), _frugal(model.module), torch.no_grad():
         whole = cast(Any, model.module).generate(
-            ids.to(device), attention_mask=mask.to(device), generation_config=config
+            ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            stopping_criteria=[] if ended is None else [ended],
         )
-    return [_until(answer, stops) for answer in whole[:, width:].tolist()]
+    ends = [None] * len(prompts) if ended is None else ended.ends
+    return [_until(answer[:end], stops) for answer, end in zip(whole[:, width:].tolist(), ends, strict=True)]
+
+
+class _Over(StoppingCriteria):
+    """Ends the rows of a batch whose answers are over. ends: how many tokens of each count; None: all."""
+
+    def __init__(self, over: Callable[[list[int]], bool], stops: Collection[int], prompts: torch.Tensor) -> None:
+        self.ends: list[int | None] = [None] * len(prompts)
+        self._over, self._stops, self._width = over, stops, prompts.shape[1]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, answer in enumerate(input_ids[:, self._width :].tolist()):
+            if self.ends[row] is None and (answer[-1] in self._stops or self._over(answer)):
+                self.ends[row] = len(answer)
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
 
 def _until(answer: list[int], stops: Collection[int]) -> list[int]:
     """What stands before the first stop token."""
     return answer[: next((at for at, token in enumerate(answer) if token in stops), len(answer))]
+
+
+@contextmanager
+def _frugal(module: Any) -> Iterator[None]:
+    """In the block the model keeps no more at once than transformers' own would.
+
+    It attends as transformers has it by default (training does by whole matrices, which is quicker in bfloat16), and
+    the last states come to the output layer in one piece: of a slice a product would lay out the vocabulary's matrix
+    for every row.
+    """
+    output, before = module.get_output_embeddings(), module.config._attn_implementation
+    if getattr(module, "_supports_sdpa", False):
+        module.config._attn_implementation = "sdpa"
+    with ExitStack() as stack:
+        stack.callback(setattr, module.config, "_attn_implementation", before)
+        if output is not None:
+            whole = output.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() for x in inputs))
+            stack.callback(whole.remove)
+        yield
 
 
 @contextmanager

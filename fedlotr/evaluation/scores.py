@@ -14,7 +14,8 @@ from fedlotr.models.kinds import TASK_KINDS
 from fedlotr.training.examples import IGNORED, Batch, Examples
 from fedlotr.training.model import TrainableModel
 from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
-from fedlotr.training.varlen import Ragged, ragged_batches
+from fedlotr.training.varlen import Ragged
+from fedlotr.training.varlen_pass import branched_batches, ragged_batches
 
 NO_MOMENTS = (0.0,) * 5
 ALIKE = 1e-12
@@ -94,6 +95,9 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
                 losses *= model.spec.step**2
                 sums = [float(one.sum()) for one in (p, y, p * p, y * y, p * y)]
                 total += Scores(float(losses.sum()), len(chosen), moments=tuple(sums))
+                if found is not None:
+                    numbers = {"labels": in_unit(model, y), "predictions": in_unit(model, p)}
+                    found.put(chosen, losses=losses.cpu(), targets=1, correct=0, **numbers)
             else:
                 right = predictions == labels
                 total += Scores(float(losses.sum()), len(chosen), int(right.sum()))
@@ -101,6 +105,11 @@ def evaluate(model: TrainableModel, examples: Examples, rows: Rows, found: Resul
                     classes = {"labels": labels.cpu(), "predictions": predictions.cpu()}
                     found.put(chosen, losses=losses.cpu(), targets=1, correct=right.cpu(), **classes)
     return total
+
+
+def in_unit(model: TrainableModel, numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers on the model's own scale in the labels' unit."""
+    return (numbers * model.spec.step + model.spec.shift).cpu()
 
 
 def _passes(
@@ -112,8 +121,8 @@ def _passes(
     """
     most, predict = model.pass_tokens(EVALUATION_TOKENS), tokens or not examples.causal
     if model.takes_ragged:
-        for chosen, taken in ragged_batches(examples, rows, most):
-            ragged = taken.to(model.device)
+        batches = branched_batches if examples.causal else ragged_batches
+        for chosen, ragged in batches(model, examples, rows, most):
             with model.taking(ragged):
                 losses, predictions = model.scored(ragged, predict=predict)
             yield chosen, ragged, losses, ragged.labels if predictions is None else predictions

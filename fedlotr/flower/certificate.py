@@ -10,12 +10,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from fedlotr.adapters.layer import FactoredLayer
+from fedlotr.adapters.tuner import factored_layers
 from fedlotr.flower.records import Arrays
+from fedlotr.training.model import TrainableModel
 
 Matrix = npt.NDArray[np.float64]
 
@@ -227,3 +231,37 @@ def _norm(
     if matrix is not None:
         return float(np.square(left @ right + matrix).sum())
     return float(np.square(np.linalg.qr(left).R @ np.linalg.qr(right.T).R.T).sum())
+
+
+def layers_of(model: TrainableModel) -> list[Layer]:
+    """The adapted layers as the certificate reads them; none where a part of each stays with the clients."""
+    if model.personal:
+        return []
+    by_module: dict[str, dict[str, str]] = {}
+    for (module, part), tensor in model.names.items():
+        if module not in model.heads and part != "S":
+            by_module.setdefault(module, {})[part] = tensor
+    layers = factored_layers(model.module)
+
+    def frozen(module: str, factor: str) -> Any:
+        if factor in by_module[module]:
+            return None
+        tensor = layers[module].factor(factor, "default")
+        return None if tensor is None else tensor.detach().numpy().astype(np.float64)
+
+    def core(layer: FactoredLayer) -> Callable[[Any], Any]:
+        basis = layer.basis("default")
+        mixed = None if basis is None or basis.P is None else basis.P.double()
+        return lambda theta: layer.core["default"].expand({"C": torch.tensor(theta)}, mixed).numpy()
+
+    return [
+        Layer(
+            trained,
+            frozen(module, "A"),
+            frozen(module, "B"),
+            layers[module].scaling["default"],
+            core(layers[module]),
+            module,
+        )
+        for module, trained in by_module.items()
+    ]

@@ -5,21 +5,22 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar, cast
 
 import numpy.typing as npt
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedlotr.errors import InputError
 from fedlotr.flower.federation import Federation
-from fedlotr.flower.link import Cohort, Draft, Job, Link, Reply, Turn
+from fedlotr.flower.link import Cohort, Draft, Job, Link, Refused, Reply, Turn
 from fedlotr.flower.links.bases import Bases
-from fedlotr.flower.links.carry import CarriedTerm
 from fedlotr.flower.links.codec import Codec
 from fedlotr.flower.links.draws import Draws
 from fedlotr.flower.links.hidden import HiddenClients
 from fedlotr.flower.links.moments import Moments
+from fedlotr.flower.links.moving import Moving
 from fedlotr.flower.links.objectives import Objectives
 from fedlotr.flower.links.personal import Personal
 from fedlotr.flower.links.ranks import Ranks
 from fedlotr.flower.plugins import load_class
+from fedlotr.flower.records import ASKS
 from fedlotr.flower.serialize import pack, unpack
 from fedlotr.flower.workplace import Workplace
 from fedlotr.reporting.documents import OfLinks
@@ -27,9 +28,7 @@ from fedlotr.training.cohort import GradientTransform
 from fedlotr.training.corrections import chain as one_after_the_other
 from fedlotr.training.model import Tensors, TrainableModel
 
-LINKS: tuple[type[Link], ...] = (
-    *(Personal, Objectives, Moments, Bases, CarriedTerm, Ranks, Draws, HiddenClients, Codec),
-)
+LINKS: tuple[type[Link], ...] = (*(Personal, Objectives, Moments, Moving, Bases, Ranks, Draws, HiddenClients, Codec),)
 """In the order in which a side goes through them before it sends; what arrives meets them in the reverse."""
 GROUP = "fedlotr.links"
 """Entry point group in which packages announce links."""
@@ -90,6 +89,12 @@ class Chain(Sequence[Link]):
 
     # On the server.
 
+    def before(self, number: int, arrays: ArrayRecord) -> ArrayRecord:
+        """The model's tensors as a round begins with them."""
+        for link in self._links:
+            arrays = link.before(number, arrays)
+        return arrays
+
     def outgoing(self, turn: Turn, messages: Sequence[Message], nodes: Mapping[int, int]) -> list[Draft]:
         """A round begins: what each client is sent, by client. nodes: node id -> client."""
         for link in self._links:
@@ -102,6 +107,22 @@ class Chain(Sequence[Link]):
             for draft in drafts:
                 link.outgoing(draft)
         return sorted(drafts, key=lambda draft: draft.client)
+
+    def again(self, draft: Draft, reply: Message | None) -> Message | None:
+        """The message that a client is sent once more since its reply asks for it; None: it does not, or may not."""
+        if reply is None or not reply.has_content() or ASKS not in reply.content:
+            return None
+        asked = cast(ConfigRecord, reply.content[ASKS])
+        try:
+            (link,) = (link for link in self._links if link.name == asked["link"])
+            draft.records |= link.again(draft, asked)
+        except (Refused, KeyError, TypeError, ValueError):
+            return None  # it has not trained, and fails
+        about = draft.message.metadata
+        draft.message = Message(
+            RecordDict(draft.records), dst_node_id=about.dst_node_id, message_type=about.message_type, ttl=about.ttl
+        )
+        return draft.message
 
     def arrived(self, client: int, records: dict[str, Any]) -> None:
         """Undo what the way up did to a reply's records. Raises Refused."""

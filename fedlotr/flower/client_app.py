@@ -4,8 +4,9 @@ It needs the message's content and its own `node_config`, and finds its data in 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,34 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from transformers import PreTrainedTokenizerBase
 
 from fedlotr.communication.codecs import CodecError
+from fedlotr.evaluation.generation import generate
 from fedlotr.evaluation.results import Results
 from fedlotr.evaluation.scores import evaluate
 from fedlotr.flower.chain import Chain
-from fedlotr.flower.link import Cohort, Job
+from fedlotr.flower.link import Asks, Cohort, Job
+from fedlotr.flower.links.derived import asking
 from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.private import CLIENT_RAISED
-from fedlotr.flower.records import ARRAYS, CLIENT, CONFIG, METRICS, arrays_sha256, to_record, to_tensors
+from fedlotr.flower.records import (
+    ARRAYS,
+    ASKS,
+    CLIENT,
+    CONFIG,
+    METRICS,
+    OF,
+    STOP_TEXT,
+    STOPS,
+    TEMPERATURE,
+    TOKENS,
+    arrays_sha256,
+    to_record,
+    to_tensors,
+)
 from fedlotr.flower.workplace import Workplace, work_folder
+from fedlotr.models.source import load_tokenizer
 from fedlotr.privacy.dp_sgd import DPSGD, client_stream
 from fedlotr.streams import generator
 from fedlotr.training.cohort import ClientWork, train_cohort, training_order
@@ -49,6 +68,17 @@ class Worker:
         self.model = workplace.build_model()
         self.chain = Chain.at_client(workplace, self.model)
 
+    def holding(self, text: str) -> Callable[[list[int]], bool] | None:
+        """What says whether an answer's tokens hold the text; None where there is none."""
+        if not text:
+            return None
+        return lambda answer: text in str(self._tokenizer.decode(answer, skip_special_tokens=True))
+
+    @functools.cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        path = self.workplace.recipe.model.path
+        return load_tokenizer(Path(path), path)
+
     def train(self, jobs: Sequence[Job]) -> None:
         """Train clients, each from what its own message says; what each keeps is changed in place.
 
@@ -59,7 +89,15 @@ class Worker:
             config = dict(job.records[CONFIG])
             if unknown := sorted(set(config) - UNDERSTOOD - self.chain.understands):
                 raise ValueError(f"the strategy sends {', '.join(unknown)}, which this client does not act on")
-            self.chain.receive(job)
+            kept = dict(job.memory.items())
+            try:
+                self.chain.receive(job)
+            except Asks as asks:
+                job.asks = asks
+                for name in list(job.memory):
+                    del job.memory[name]
+                job.memory.update(kept)  # it will read this message once more
+                continue
             arrays, moving = job.records[ARRAYS], self.model.moving(job.round)
             still = ArrayRecord({name: array for name, array in arrays.items() if name not in moving})
             shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items() if name in moving)
@@ -170,6 +208,8 @@ def client_of(context: Context) -> int:
 def _reply(message: Message, job: Job, *, uniform: bool) -> Message:
     if job.failure is not None:  # its cohort need not train again
         return Message(Error(CLIENT_RAISED, job.failure), reply_to=message)
+    if job.asks is not None:
+        return Message(RecordDict({ASKS: asking(job.asks)}), reply_to=message)
     trained = job.trained
     metrics: dict[str, Any] = {
         "num-examples": trained.examples,
@@ -194,8 +234,9 @@ def train(message: Message, context: Context) -> Message:
 def evaluate_shard(message: Message, context: Context) -> Message:
     """Score the server's model on the held-out rows from `start` to `stop`: sums, which add up over shards.
 
-    Where `rows` is asked for, also what came of each row. Or, asked for its own rows: this client's model, with what
-    stays with it, on what is held back of its own.
+    Where `rows` is asked for, also what came of each row; of `choices` instead of rows, the same; of `prompts`, what
+    the model says to them. Or, asked for its own rows: this client's model, with what stays with it, on what is held
+    back of its own.
     """
     here = worker(workplace_folder(context))
     job = Job(client=client_of(context), records=dict(message.content.items()), memory=context.state)
@@ -206,8 +247,16 @@ def evaluate_shard(message: Message, context: Context) -> Message:
         examples, rows = here.workplace.train, here.workplace.held_back(job.client)
     else:
         here.model.assign(arrays)
-        examples, rows = here.workplace.test, np.arange(int(config["start"]), int(config["stop"]))
-    found = Results.empty(len(rows)) if config.get("rows") else None
+        examples = getattr(here.workplace, str(config.get(OF, "test")))
+        rows = np.arange(int(config["start"]), int(config["stop"]))
+    if TOKENS in config:
+        prompts = [examples.tokens[examples.offsets[row] : examples.offsets[row + 1]].tolist() for row in rows]
+        draws = int(generator(here.workplace.recipe.seed, "answers", int(rows[0])).integers(2**62))
+        how = int(config[TOKENS]), config[STOPS], float(config[TEMPERATURE])
+        answers = generate(here.model, prompts, *how, draws, here.holding(str(config[STOP_TEXT])))
+        said = {"tokens": np.array([*chain(*answers)], np.int64), "counts": np.array([*map(len, answers)])}
+        return Message(RecordDict({"rows": to_record(said)}), reply_to=message)
+    found = Results.empty(len(rows), scale=here.model.spec.scale) if config.get("rows") else None
     scores = evaluate(here.model, examples, rows, found)
     metrics = MetricRecord(
         {

@@ -1,13 +1,14 @@
 """What the round loop is told of a run; all else is the strategy's or the engine's affair."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord
 
 from fedlotr.adapters.carry import Carry
 from fedlotr.communication.wire_form import UNCODED, Coding
-from fedlotr.evaluation.results import Results
+from fedlotr.evaluation.results import Evaluated
 from fedlotr.flower.certificate import Layer
 from fedlotr.privacy.guard import NoGuard
 
@@ -28,8 +29,10 @@ class Federation:
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     task: one of `TASK_KINDS`. method: for error messages. moving: round -> the tensors that clients send then; None:
-    all, always.
-    measure: further metrics, of what the model made of each test row.
+    all, always. mover: what moves the bases, where they move. derived: where clients make bases by themselves, the
+    server's `Derived`.
+    measure: further metrics, of what the model made of each test row, and of what else was `further` evaluated.
+    further: "choices" or "prompts" -> how many there are. answers: what an evaluate message of prompts says.
     ranks: of each client; None: all have the run's, which is `rank`. carried: what the model carries from the start.
     mean_moments: whether means of AdamW's second moments travel beside them.
     guard: keeps the clients' privacy. coding: of what crosses. links: the user's, as `chain.link_classes` finds them.
@@ -51,10 +54,14 @@ class Federation:
     task: str
     method: str
     moving: Callable[[int], frozenset[str]] | None = None
-    measure: Callable[[Results], dict[str, float | None]] | None = None
+    measure: Callable[[Evaluated], dict[str, Any]] | None = None
+    further: Mapping[str, int] = field(default_factory=dict)
+    answers: Mapping[str, Any] = field(default_factory=dict)
     ranks: Sequence[int] | None = None
     rank: int = 0
     carried: Carry = field(default_factory=Carry)
+    mover: Any = None
+    derived: Any = None
     mean_moments: bool = False
     guard: NoGuard = field(default_factory=NoGuard)
     coding: Coding = UNCODED

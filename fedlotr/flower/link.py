@@ -8,10 +8,10 @@ Each side has an object of its own for the whole run; what a class does not over
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.workplace import Workplace
@@ -26,6 +26,14 @@ class Refused(Exception):  # noqa: N818 (it is what becomes of a reply, and no e
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
+
+
+class Asks(Exception):  # noqa: N818 (nor is this an error: it is what a client says)
+    """A client cannot begin without more. link: whose message it needs again; version, ties: of what."""
+
+    def __init__(self, link: str, version: int, ties: Sequence[int]) -> None:
+        super().__init__(f"it needs {len(ties)} pairs of bases {version}")
+        self.link, self.version, self.ties = link, version, list(ties)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,7 @@ class Job:
     records: its message's. memory: what it keeps between rounds (`Context.state`), to be changed in place. own: tensors
     that stay with it. optimizer: what its optimizer goes on from. row: its place in its `Cohort`. result: of its
     training. arrays: what goes up of that (default: the tensors as they are); beside: further records; identity: what
-    it says of itself. failure: why nothing can go up.
+    it says of itself. failure: why nothing can go up; asks: what it needs first.
     """
 
     client: int
@@ -115,6 +123,7 @@ class Job:
     beside: dict[str, ArrayRecord] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
+    asks: Asks | None = None
 
     @property
     def round(self) -> int:
@@ -154,12 +163,12 @@ class Link:
     turn: Turn
 
     @classmethod
-    def at_server(cls, run: Federation) -> Self | None:
+    def at_server(cls, run: Federation) -> "Link | None":
         """The server's object for a run; None where the run has no use for it."""
         return cls()
 
     @classmethod
-    def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self | None:
+    def at_client(cls, workplace: Workplace, model: TrainableModel) -> "Link | None":
         """A worker's object, which serves all the clients that it simulates; what is one client's is in its memory."""
         return cls()
 
@@ -169,12 +178,20 @@ class Link:
 
     # The server's side.
 
+    def before(self, number: int, arrays: ArrayRecord) -> ArrayRecord:
+        """The model's tensors as a round begins with them, of those that the last one left."""
+        return arrays
+
     def begin(self, turn: Turn) -> None:
         """A round begins; what an unfinished one left is forgotten."""
         self.turn = turn
 
     def outgoing(self, draft: Draft) -> None:
         """Add to what a client is sent, or replace it."""
+
+    def again(self, draft: Draft, asked: ConfigRecord) -> dict[str, Any]:
+        """What a client's message gets besides, or other than before, since it asked this link. Raises Refused."""
+        raise Refused("records", f"it asks the link {self.name} for what that never sends")
 
     def arrived(self, client: int, records: dict[str, Any]) -> None:
         """Undo what the way up did to a reply's records, before they are checked. Raises Refused."""
@@ -213,7 +230,7 @@ class Link:
     # The client's side.
 
     def receive(self, job: Job) -> None:
-        """Read a message. Raises what makes this client fail."""
+        """Read a message. Raises what makes this client fail, or `Asks` for what it lacks."""
 
     def alike(self, job: Job) -> Any:
         """What must agree, besides tensors and config, where clients train together; hashable."""

@@ -12,8 +12,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord
 from fedlotr.flower.reading import value
 
 Arrays = dict[str, npt.NDArray[np.float64]]
-ARRAYS, CONFIG, METRICS, CLIENT = "arrays", "config", "metrics", "client"
-"""Records: trained tensors both ways, what a message asks; what a reply says of its training, and who it is from."""
+ARRAYS, CONFIG, METRICS, CLIENT, ASKS = "arrays", "config", "metrics", "client", "asks"
+"""Records: trained tensors both ways, what a message asks; what a reply says of its training, and who it is from; or,
+alone, what a client needs before it can train."""
+OF, TOKENS, STOPS, STOP_TEXT, TEMPERATURE = "of", "tokens", "stops", "stop-text", "temperature"
+"""What an evaluate message's config says: which of the workplace's examples (test, choices, prompts); of prompts, how
+many tokens an answer has at most, which end it, which text does (empty: none), and at which temperature they are
+drawn."""
 FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.core_(?P<factor>[A-Z])")
 """How the trained tensors of an adapted layer are called."""
 Bases = Mapping[str, tuple[torch.Tensor, torch.Tensor]]

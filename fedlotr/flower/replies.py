@@ -16,7 +16,7 @@ from fedlotr.flower.lazy import LazyRecord
 from fedlotr.flower.link import Draft, Refused, Reply
 from fedlotr.flower.private import CLIENT_CRASHED
 from fedlotr.flower.reading import value
-from fedlotr.flower.records import ARRAYS, CLIENT, METRICS
+from fedlotr.flower.records import ARRAYS, ASKS, CLIENT, METRICS
 
 RECORDS = {ARRAYS: ArrayRecord, METRICS: MetricRecord, CLIENT: ConfigRecord}
 """What a reply consists of, ConfigRecords of other names apart."""
@@ -98,6 +98,8 @@ class Rules:
             named = name if KIND.fullmatch(name) else "error"
             raise Refused("worker died" if message.error.code == CLIENT_CRASHED else named, reason)
         records: dict[str, Any] = dict(message.content.items())
+        if ASKS in records:
+            raise Refused("other bases", "it asks for bases again, or for what it was not offered, and has not trained")
         self.chain.arrived(client, records)
         beside = self.chain.expects(client)
         _check_records(records, beside)

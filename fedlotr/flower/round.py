@@ -22,14 +22,15 @@ from fedlotr.adapters.carry import Carry, in_words
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.flower.blame import blaming
-from fedlotr.flower.certificate import Product, Weighted, aggregation_error, codec_error, transport_error
+from fedlotr.flower.certificate import Layer, Product, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.chain import Chain, post
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.fit import check_controls, published
 from fedlotr.flower.lazy import Decoded
-from fedlotr.flower.link import Reply, Turn
+from fedlotr.flower.link import Draft, Reply, Turn
 from fedlotr.flower.links.carry import CarriedTerm, additions, lost
 from fedlotr.flower.links.codec import lost_by
+from fedlotr.flower.links.moving import Moving
 from fedlotr.flower.norms import Norms, Watch, begun_with, bounded
 from fedlotr.flower.plugins import whoever_is_there
 from fedlotr.flower.records import Arrays, to_arrays, to_record
@@ -71,6 +72,11 @@ class State:
         """What the server has merged into the model."""
         link = self.chain.of(CarriedTerm)
         return Carry() if link is None else link.carry
+
+    def layers(self, federation: Federation) -> Sequence[Layer]:
+        """How the certificate reads the trained tensors, between the present bases."""
+        link = self.chain.of(Moving)
+        return federation.layers if link is None else link.layers
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
 def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
     started, number = time.monotonic(), state.round + 1
     chain, guard = state.chain, federation.guard
+    state.arrays = chain.before(number, state.arrays)
 
     clients, nodes = _cohort(federation, number), nodes_by_client(grid)
     view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
@@ -143,7 +150,7 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     drafts = chain.outgoing(turn, messages, view.nodes)
     starts = begun_with(drafts, turn.expected)
     guard.charge(number, [draft.client for draft in drafts])
-    replies = view.send_and_receive(post(drafts))
+    replies = _answered(view, chain, drafts, view.send_and_receive(post(drafts)))
 
     metrics = METRICS_OF_A_REPLY if not guard.promises or guard.hides_clients else METRICS_OF_A_REPLY - {"loss"}
     rules = Rules(expected=turn.expected, chain=chain, metrics=metrics, weights=federation.weights)
@@ -187,6 +194,16 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
         return Round(cast(MetricsRow, row | hidden), view.entries, {})
     said = {reply.client: _said(reply) for reply in good}
     return Round(cast(MetricsRow, row), view.entries, failures, said, combined.answer.mean)
+
+
+def _answered(view: RoundGrid, chain: Chain, drafts: Sequence[Draft], replies: Sequence[Message]) -> list[Message]:
+    """The replies, once every client that asked for more has been sent it. One that asks for ever is left asking."""
+    found = {view.nodes[reply.metadata.src_node_id]: reply for reply in replies}
+    for _ in chain:  # each link may be asked
+        again = [again for draft in drafts if (again := chain.again(draft, found.get(draft.client))) is not None]
+        for reply in view.send_and_receive(again) if again else ():
+            found[view.nodes[reply.metadata.src_node_id]] = reply
+    return list(found.values())
 
 
 def _messages(
@@ -249,7 +266,7 @@ def _combined(
             )
         fitting = published(aggregated, turn.moved, norms.largest())
         try:
-            added = additions(answer.carry, federation.layers, to_arrays(state.arrays))
+            added = additions(answer.carry, state.layers(federation), to_arrays(state.arrays))
             carry = state.chain.the(CarriedTerm).merge(added)
         except ValueError as problem:
             raise ValueError(f"{problem}{norms.largest()}") from problem
@@ -280,15 +297,15 @@ def _errors(
     mean: what the strategy published, float64; sent: in the wire's numbers.
     """
     hidden, start, weighted = federation.guard.hides_clients, to_arrays(state.arrays), _weighted(good, state)
-    error = None
+    error, layers = None, state.layers(federation)
     if traits_of(strategy).averages and not hidden:
         certified = mean | dict(combined.answer.mean or {})
-        error = aggregation_error(federation.layers, start, certified, weighted, combined.added)
+        error = aggregation_error(layers, start, certified, weighted, combined.added)
     if federation.coding.update.lossy:
-        lossy = None if hidden else _codec_error(federation, kept, good, weighted, start, turn.moved)
+        lossy = None if hidden else _codec_error(federation, state, kept, good, weighted, start, turn.moved)
     else:
         missed = partial(lost, state.carry, combined.carry, combined.added)
-        lossy = transport_error(federation.layers, start, mean, sent, combined.added, missed)
+        lossy = transport_error(layers, start, mean, sent, combined.added, missed)
     return {"aggregation_error": error, "transport_error": lossy}
 
 
@@ -313,6 +330,7 @@ def _weighted(good: Sequence[Reply], state: State) -> list[Weighted]:
 
 def _codec_error(
     federation: Federation,
+    state: State,
     kept: ClientStates,
     good: Sequence[Reply],
     weighted: Sequence[Weighted],
@@ -325,7 +343,7 @@ def _codec_error(
     seen = [one for one in gone if one is not None]
     if not good or len(seen) < len(good):
         return None
-    return codec_error(federation.layers, start, weighted, seen)
+    return codec_error(state.layers(federation), start, weighted, seen)
 
 
 def _loss(metrics: MetricRecord | None, good: Sequence[Reply]) -> float:

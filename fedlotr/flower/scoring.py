@@ -1,24 +1,24 @@
 """The server's own work between rounds: the model scored on the held-out examples, or each client's on its own rows."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlotr.adapters.carry import Carry
 from fedlotr.errors import FedlotrError
-from fedlotr.evaluation.results import Results
+from fedlotr.evaluation.results import Evaluated, Results
 from fedlotr.evaluation.scores import Scores, shards, sum_scores
 from fedlotr.flower.federation import Federation
-from fedlotr.flower.links.carry import carry_records
 from fedlotr.flower.links.personal import OWN_ROWS
+from fedlotr.flower.records import OF
 from fedlotr.flower.replies import first_line
 from fedlotr.flower.round import nodes_by_client
 from fedlotr.models.kinds import METRICS, decisive
-from fedlotr.reporting.documents import ClientEvaluation
+from fedlotr.reporting.documents import ClientEvaluation, Spread
 
 log = logging.getLogger("fedlotr")
 
@@ -26,35 +26,57 @@ EVALUATION_SHARD = 128
 """Held-out examples in one evaluate message: small enough to keep several workers busy to the end."""
 
 
-def evaluate(
-    grid: Grid, federation: Federation, arrays: ArrayRecord, carry: Carry | None = None
-) -> dict[str, float | None]:
+PROMPT_SHARD = 32
+"""Prompts in one."""
+
+Records = Mapping[str, Any]
+NONE: Records = MappingProxyType({})
+
+
+def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord, beside: Records = NONE) -> dict[str, Any]:
     """Loss, the metrics of the task, and the federation's own one, on the held-out examples.
 
-    The server's own work, spread over the engine's workers; it passes by the ledger. carry: what the model carries;
-    workers lack its newest version. Raises FedlotrError where a shard fails.
+    The server's own work, spread over the engine's workers; it passes by the ledger. beside: of what
+    the model carries, what workers lack. Raises FedlotrError where a shard fails.
     """
-    measured = {} if federation.measure is None else {"rows": True}
-    pieces = [
-        {"start": piece.start, "stop": piece.stop, **measured}
-        for piece in shards(federation.held_out, EVALUATION_SHARD)
+    measured: dict[str, Any] = {} if federation.measure is None else {"rows": True}
+    pieces = [("test", piece, measured) for piece in shards(federation.held_out, EVALUATION_SHARD)]
+    for of, count in federation.further.items():
+        size, config = (PROMPT_SHARD, federation.answers) if of == "prompts" else (EVALUATION_SHARD, measured)
+        pieces += [(of, piece, {OF: of, **config}) for piece in shards(count, size)]
+    asked = [
+        (at % federation.clients, {"start": piece.start, "stop": piece.stop, **config}, "evaluation")
+        for at, (_, piece, config) in enumerate(pieces)
     ]
-    asked = [(at % federation.clients, config, "evaluation") for at, config in enumerate(pieces)]
-    answers = _ask(grid, asked, arrays, carry)
-    scores = sum_scores([_scores(answer) for answer in answers])
-    further: dict[str, float | None] = {}
+    answers = _ask(grid, asked, arrays, beside)
+    by: dict[str, list[Any]] = {}
+    for (of, _, _), answer in zip(pieces, answers, strict=True):
+        by.setdefault(of, []).append(answer)
+    scores = sum_scores([_scores(answer) for answer in by["test"]])
+    further: dict[str, Any] = {}
     if federation.measure is not None:
-        rows = [{name: array.numpy() for name, array in answer["rows"].items()} for answer in answers]
-        further = federation.measure(Results.joined(rows))
+        rows = {of: [_arrays(answer) for answer in parts] for of, parts in by.items()}
+        choices = Results.joined(rows["choices"]) if "choices" in rows else None
+        said = [one for part in rows["prompts"] for one in _cut(part)] if "prompts" in rows else None
+        further = federation.measure(Evaluated(Results.joined(rows["test"]), choices, said))
     return {"loss": scores.mean_loss, **scores.metrics(federation.task), **further}
 
 
+def _arrays(answer: Any) -> dict[str, Any]:
+    return {name: array.numpy() for name, array in answer["rows"].items()}
+
+
+def _cut(part: dict[str, Any]) -> list[list[int]]:
+    """The tokens of each answer of a shard."""
+    return [ids.tolist() for ids in np.split(part["tokens"], np.cumsum(part["counts"])[:-1])]
+
+
 def evaluate_clients(
-    grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], carry: Carry | None = None, *, task: str
+    grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], beside: Records = NONE, *, task: str
 ) -> ClientEvaluation:
     """Every client's own model on its own rows.
 
-    held_back: each client's number of such rows; who has none is left out. carry: as for `evaluate`.
+    held_back: each client's number of such rows; who has none is left out. beside: as for `evaluate`.
     The metric is the task's decisive one. Raises FedlotrError where a client fails.
     """
     asked = [
@@ -62,21 +84,20 @@ def evaluate_clients(
         for client, rows in enumerate(held_back)
         if rows
     ]
-    found = [_scores(answer) for answer in _ask(grid, asked, arrays, carry)]
+    found = [_scores(answer) for answer in _ask(grid, asked, arrays, beside)]
     metric = decisive(task)
     scores = [getattr(one, metric) for one in found]
     return summary_of(metric, [one.mean_loss for one in found], scores)
 
 
 def _ask(
-    grid: Grid, asked: Sequence[tuple[int, dict[str, Any], str]], arrays: ArrayRecord, carry: Carry | None
+    grid: Grid, asked: Sequence[tuple[int, dict[str, Any], str]], arrays: ArrayRecord, beside: Records
 ) -> list[Any]:
     """What comes of evaluate messages, in their order: (client, config, what it is called where it fails) of each."""
     nodes = nodes_by_client(grid)
-    carried = {} if carry is None else carry_records(carry, max(carry.version - 1, 0))
     messages = [
         Message(
-            RecordDict({"arrays": arrays, "config": ConfigRecord(config), **carried}),
+            RecordDict({"arrays": arrays, "config": ConfigRecord(config), **beside}),
             nodes[client],
             MessageType.EVALUATE,
         )
@@ -107,13 +128,17 @@ def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
     return float(np.mean(ordered[: -(-len(ordered) // 10)]))
 
 
-def summary_of(metric: str, losses: Sequence[float], scores: Sequence[float]) -> ClientEvaluation:
-    """Of scores by client. metric: which they are."""
+def spread_of(metric: str, scores: Sequence[float]) -> Spread:
+    """How far scores are apart. metric: which they are."""
+    larger_is_worse = not METRICS[metric].higher_is_better
     return {
-        "metric": metric,
-        "clients": len(scores),
-        "loss": float(np.mean(losses)),
         "mean": float(np.mean(scores)),
         "spread": float(np.std(scores)),
-        "worst_tenth": worst_tenth(scores, larger_is_worse=not METRICS[metric].higher_is_better),
+        "worst_tenth": worst_tenth(scores, larger_is_worse=larger_is_worse),
     }
+
+
+def summary_of(metric: str, losses: Sequence[float], scores: Sequence[float]) -> ClientEvaluation:
+    """Of scores by client. metric: which they are."""
+    loss = float(np.mean(losses))
+    return {"metric": metric, "clients": len(scores), "loss": loss, **spread_of(metric, scores)}

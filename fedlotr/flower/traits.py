@@ -11,13 +11,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, MultiKrum, QFedAvg
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAdagrad,
+    FedAdam,
+    FedAvgM,
+    FedMedian,
+    FedTrimmedAvg,
+    FedYogi,
+    MultiKrum,
+    QFedAvg,
+)
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.methods import Method
 from fedlotr.flower.fewest import Fewest, fewest_of_flowers
 
-FLOWERS = {Bulyan: {"several": True}, QFedAvg: {"losses": True}}
+FLOWERS: dict[type[FlowerStrategy], dict[str, bool]] = {
+    **{Bulyan: {"several": True}, QFedAvg: {"losses": True}},
+    **{kind: {"remembers": True} for kind in (FedAvgM, FedAdagrad, FedAdam, FedYogi)},
+}
 """What is known of Flower's own."""
 
 
@@ -42,6 +55,8 @@ class StrategyTraits:
     ranks: client -> the rank that it is to train from now on, where that is below its own; None: it changes no ranks.
     merges: ranks of a round's clients -> the rank that they add to a layer's carried term; `doctor` reckons by it.
     fewest: the clients that a round needs at least for what the strategy promises, and why; None: any number goes.
+    remembers: whether it keeps something of the factors from round to round that is of no use between other bases, such
+    as moments of their steps.
     several: whether it fails on a single update. losses: whether it reads the clients' training losses.
     mean_before_step: set in `combine`, the same as `Combined.mean` says.
     """
@@ -55,6 +70,7 @@ class StrategyTraits:
     ranks: Mapping[int, int] | None = None
     merges: Callable[[Sequence[int]], int] = _nothing
     fewest: Callable[[], Fewest | None] = lambda: None
+    remembers: bool = False
     several: bool = False
     losses: bool = False
     mean_before_step: Mapping[str, npt.NDArray[np.float64]] | None = None

@@ -29,6 +29,9 @@ from fedlotr.privacy.dp_sgd import ExampleNoise
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.examples import Examples
 from fedlotr.training.model import TrainableModel
+from fedlotr.training.moving import gradient_bases
+
+PUBLIC = "public.safetensors"
 
 
 def work_folder(run: Path, start: str) -> Path:
@@ -42,7 +45,8 @@ class Recipe:
 
     core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
     threads: to compute with; another number gives other bits. noise: where clients hide their single examples.
-    coding: of what crosses. links: of the user's, as `chain.link_classes` finds them.
+    coding: of what crosses. links: of the user's, as `chain.link_classes` finds them. rebase: where bases move, the
+    fields of `Rebase`.
     """
 
     model: ModelSpec
@@ -54,6 +58,7 @@ class Recipe:
     noise: ExampleNoise | None = None
     coding: Coding = UNCODED
     links: tuple[str, ...] = ()
+    rebase: dict[str, Any] | None = None
 
 
 class Workplace:
@@ -73,15 +78,22 @@ class Workplace:
         bases: Mapping[str, Factors],
         carry: Mapping[str, Factors],
         held_back: Sequence[npt.NDArray[np.int64]] = (),
+        further: Mapping[str, Examples] | None = None,
+        public: Examples | None = None,
     ) -> "Workplace":
         """Lay out the folder. parts: each client's rows of `train`. bases: of `bases_of`; none where none is frozen.
 
         carry: by layer the pair of the adapter that the run starts from, which is to clients a part of the base.
         held_back: the rows of `train` that each client is evaluated on by itself, and never trains on.
+        further: what the server has evaluated beside `test`: "choices" of its rows, "prompts" to be answered.
+        public: rows of which clients make bases by themselves.
         """
         folder.mkdir(parents=True, exist_ok=True)
         train.save(folder / "train.safetensors")
-        test.save(folder / "test.safetensors")
+        for name, examples in {"test": test, **(further or {})}.items():
+            examples.save(folder / f"{name}.safetensors")
+        if public is not None:
+            public.save(folder / PUBLIC)
         dealt = {"": parts, "held_": held_back or [np.zeros(0, np.int64)] * len(parts)}
         columns = {f"{of}rows": np.concatenate(rows) for of, rows in dealt.items()}
         offsets = {f"{of}offsets": np.cumsum([0, *(len(one) for one in rows)]) for of, rows in dealt.items()}
@@ -105,6 +117,7 @@ class Workplace:
             noise=None if found["noise"] is None else ExampleNoise(**found["noise"]),
             coding=Coding(**found["coding"]),
             links=tuple(found["links"]),
+            rebase=found["rebase"],
         )
 
     @cached_property
@@ -116,6 +129,16 @@ class Workplace:
     def test(self) -> Examples:
         """The server's held-out examples."""
         return Examples.load(self.folder / "test.safetensors")
+
+    @cached_property
+    def choices(self) -> Examples:
+        """The choices of the test rows."""
+        return Examples.load(self.folder / "choices.safetensors")
+
+    @cached_property
+    def prompts(self) -> Examples:
+        """What of the test rows is to be answered."""
+        return Examples.load(self.folder / "prompts.safetensors")
 
     @cached_property
     def _clients(self) -> dict[str, npt.NDArray[np.int64]]:
@@ -148,6 +171,30 @@ class Workplace:
         model = TrainableModel(load_base(recipe.model), recipe.model, core, carry)
         self.record_load()
         return model
+
+    @property
+    def public(self) -> Examples:
+        """The public rows, in a run whose clients make bases of them."""
+        return Examples.load(self.folder / PUBLIC)
+
+    def keep_public(self, examples: Examples) -> None:
+        """Keep public rows that a message brought, as a client's own disk would."""
+        if not (self.folder / PUBLIC).exists():
+            partial = self.folder / f"public.{os.getpid()}.partial"
+            examples.save(partial)
+            partial.replace(self.folder / PUBLIC)
+
+    def first_bases(self, head: Mapping[str, torch.Tensor]) -> dict[str, Factors]:
+        """Bases made here of the gradient on the public rows, as the server makes them. head: what is behind them."""
+        recipe = self.recipe
+        assert recipe.core is not None
+        core = CoreConfig(**recipe.core)
+        core.bases_sha256 = None
+        bare = TrainableModel(load_base(recipe.model), recipe.model, None)
+        self.record_load()
+        bare.assign(head)
+        examples = self.public
+        return gradient_bases(bare, core, examples, np.arange(len(examples))).bases or {}
 
     def save_carry(self, carry: Carry) -> None:
         """Keep what a client has received, as its own disk would: one file a version, the last two of them."""

@@ -28,7 +28,16 @@ from fedlotr.reporting.documents import Summary
 from fedlotr.run.checking import columns_of, read_source
 from fedlotr.run.contents import Content
 from fedlotr.run.directory import RunDirectory
-from fedlotr.run.resumption import BY_CONTENT, MAY_CHANGE, ROWS, as_kept, by_content, compare_contents, contents_in
+from fedlotr.run.resumption import (
+    BY_CONTENT,
+    MAY_CHANGE,
+    ROWS,
+    as_kept,
+    begun_with,
+    by_content,
+    compare_contents,
+    contents_in,
+)
 from fedlotr.run.simulation import check_all, run_simulation
 from fedlotr.said import keeping
 
@@ -150,7 +159,7 @@ def differences(runs: Sequence[Run], out: Path) -> list[str]:
         if not folder.plan.is_file():
             continue
         try:
-            before = SimulationConfig(**yaml.safe_load(folder.plan.read_text(encoding="utf-8")))
+            before = begun_with(yaml.safe_load(folder.plan.read_text(encoding="utf-8")))
             folder.summary()
         except InputError as error:
             problems += error.problems
@@ -189,7 +198,7 @@ def _other_contents(
         rows = sha256.get(_data_of(run))
         if extra is None or rows is None or run.row.name not in contents:
             continue
-        begun = SimulationConfig(**extra["configuration"])
+        begun = begun_with(extra["configuration"])
         now = dict(contents[run.row.name])
         now |= {name: {"rows": rows} for name in ROWS if name in now}
         now = as_kept(now, run.config, Folder.of(run, out).path)
@@ -201,7 +210,7 @@ def _other_contents(
 
 def _has_moved(run: Run, plan: Path) -> bool:
     """Whether a plan names things by other paths than the grid does now, which checked that they are the same."""
-    before = SimulationConfig(**yaml.safe_load(plan.read_text(encoding="utf-8")))
+    before = begun_with(yaml.safe_load(plan.read_text(encoding="utf-8")))
     return any(getattr(before, name) != getattr(run.config, name) for name in BY_CONTENT)
 
 

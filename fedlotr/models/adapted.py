@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fedlotr.models.loading import head_layers, linear_layers, unbatched_layers, why_left
+from fedlotr.models.mixtures import expert_tensors
 from fedlotr.models.targets import ALL
 
 TYPES_SHOWN = 8
@@ -39,6 +40,7 @@ class Adapted:
 def what_is_adapted(model: nn.Module, chosen: Collection[str], targets: str) -> Adapted:
     """Of a model, on whatever device. chosen: the names of the layers that are adapted. targets: what was asked for."""
     left: dict[str, list[str]] = {}
+    chosen = set(chosen)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = head_layers(model)
     unbatched = unbatched_layers(model, ALL)
@@ -51,17 +53,19 @@ def what_is_adapted(model: nn.Module, chosen: Collection[str], targets: str) -> 
     if output is not None:
         names = [name for name, module in model.named_modules() if module is output and name not in heads]
         left.setdefault("the output layer", []).extend(names)
-    experts = [n for n, t in model.named_parameters() if t.dim() == 3 and "experts" in n.split(".")]
-    if experts:
-        left["experts that are one tensor, no layers"] = experts
+    if experts := expert_tensors(model):
+        left["experts that cannot be taken apart"] = experts
     if heads:
         left["the head, trained whole"] = list(heads)
-    return Adapted(_types(list(chosen)), {why: _types(names) for why, names in left.items() if names})
+    return Adapted(
+        _types([name for name in linear_layers(model) if name in chosen]),
+        {why: _types(names) for why, names in left.items() if names},
+    )
 
 
 def _types(names: Sequence[str]) -> dict[str, int]:
-    """By what follows the number of a block, or the whole name where there is none."""
-    return dict(Counter(re.split(r"\.\d+\.", name)[-1] for name in names))
+    """By what follows the number of a block, or the whole name where there is none; experts of a block are one type."""
+    return dict(Counter(re.split(r"\.\d+\.", re.sub(r"(?<=experts)\.\d+", "", name))[-1] for name in names))
 
 
 def _some(types: dict[str, int]) -> str:

@@ -19,21 +19,27 @@ COUNTED = "create_position_ids_from_input_ids"
 
 def most_positions(model: nn.Module) -> int | None:
     """The longest text, in tokens, that the tables of positions have room for; None where there is no table."""
-    return min(_rooms(model), default=None)
+    return min((rows - offset - first for rows, offset, first in _tables(model)), default=None)
 
 
-def _rooms(model: nn.Module) -> Iterator[int]:
+def first_positions(model: nn.Module) -> list[int]:
+    """What the position of a text's first token may be: 0, or where positions are counted from behind padding."""
+    return sorted({0, *(first for _, _, first in _tables(model))})
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """Of each table of positions its rows, how many it leaves out by itself, and the first position, without those."""
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         table = getattr(module, "weight", None)
         if leaf not in POSITIONS or table is None or table.dim() != 2 or reads_no_text(name):
             continue
-        first = int(getattr(module, "offset", 0) or 0)  # OPT and its kin
+        offset = int(getattr(module, "offset", 0) or 0)  # OPT and its kin
         padding = getattr(module, "padding_idx", None)
         above = model.get_submodule(parent)
         if padding is None and (hasattr(above, COUNTED) or hasattr(sys.modules[type(above).__module__], COUNTED)):
             padding = getattr(above, "padding_idx", None)
-        yield table.shape[0] - first - (0 if padding is None or first else int(padding) + 1)
+        yield table.shape[0], offset, 0 if padding is None or offset else int(padding) + 1
 
 
 def known_tokens(model: nn.Module) -> int | None:

@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from fedlotr.adapters.experts import unfuse
 from fedlotr.adapters.layer import CopiesLinear, widths
 from fedlotr.adapters.quantised import is_quantised, multiply_plainly, quantise
 from fedlotr.models.checkpointing import run_again
 from fedlotr.models.kinds import TASK_KINDS
+from fedlotr.models.mixtures import EXPERTS, expert_tensors, routes
 from fedlotr.models.supported import form_of_weights
 from fedlotr.models.targets import matches, meant, nearest_types
 from fedlotr.models.user_class import import_class
@@ -43,6 +45,13 @@ UNBATCHED = {
 }
 """By architecture the last parts of the names of layers that also meet an input without a batch axis (the table of
 relative positions), whose rows have no client: copies for a cohort cannot be told apart there."""
+
+
+OUTPUT = (
+    "the output layer is never adapted: the loss reads its weight, often the embedding's too, in pieces, with no room "
+    "for factors between"
+)
+"""Why what is named is refused, for a message."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +112,13 @@ class MeanPooledClassifier(nn.Module):
         logits: torch.Tensor = self.classifier((hidden * mask).sum(1) / mask.sum(1))
         return logits
 
-    def ragged(self, averages: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """Packed token ids (1, tokens) to logits (rows, labels). averages: (rows, tokens)."""
-        return self.pooled(averages, self.encoder(**inputs).last_hidden_state)
-
-    def pooled(self, averages: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The encoder's last hidden states of packed tokens (1, tokens, size) to logits (rows, labels)."""
-        logits: torch.Tensor = self.classifier(averages @ hidden[0].float())
-        return logits
-
 
 def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.Module:
     """The frozen base in eval mode (no dropout), its weights memory-mapped from safetensors.
 
     Its logits are zero, but where `spec.head_rows` says which rows of the head in its files make them.
 
+    Experts are a layer for each of their matrices, where they can be (`adapters.experts`).
     The layers of the classification head are `CopiesLinear`: `classifier` or `score`, and the linear layers before it
     that the files lack, as nearly every checkpoint on the hub lacks RoBERTa's `classifier.dense`, DistilBERT's
     `pre_classifier` or BERT's pooler. Those are drawn, alike in every process.
@@ -152,7 +153,9 @@ def load_base(spec: ModelSpec, *, meta: bool = False, config: Any = None) -> nn.
     if spec.checkpointed:
         run_again(module)
     module.eval().requires_grad_(False)
-    return module if meta else module.to(spec.device)
+    module = module if meta else module.to(spec.device)
+    unfuse(module)  # last of all: what changes a tensor after it would part it from the layers that are views of it
+    return module
 
 
 def _of_rows(layer: nn.Linear, rows: tuple[int, ...]) -> nn.Linear:
@@ -310,12 +313,12 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
     """Names of the linear layers to adapt: `all-linear`, or those that `targets.matches`.
 
     Never adapted: the head, the output embedding, under mean pooling the pooler, which is not used, layers that no text
-    goes through, and `UNBATCHED`. Raises ValueError where nothing matches, or one of several alternatives does not,
-    with some names that would.
+    goes through, routers, experts that cannot be unfused, and `UNBATCHED`. Raises ValueError where nothing matches, or
+    one of several alternatives does not, with the reason, or some names that would.
     """
     unbatched = unbatched_layers(model, targets)
     linear = [name for name in linear_layers(model) if name not in unbatched and why_left(model, name) is None]
-    chosen = meant(targets, linear, unbatched)
+    chosen = meant(targets, linear, unbatched, refused(model))
     if not chosen and unbatched:
         raise ValueError(
             f"it matches {', '.join(unbatched[:3])} alone, which cannot be adapted: they also meet an input without a "
@@ -330,10 +333,24 @@ def adaptable_layers(model: nn.Module, targets: str) -> list[str]:
     return chosen
 
 
+def refused(model: nn.Module) -> dict[str, str]:
+    """What is never adapted by name, with the reason that a message gives."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = head_layers(model)
+    left = {
+        name: f"it cannot be adapted, {reason}" for name in linear_layers(model) if (reason := why_left(model, name))
+    }
+    outputs = {name: OUTPUT for name, module in model.named_modules() if module is output and name not in heads}
+    head = dict.fromkeys(heads, "the head is trained whole, so it takes no adapter")
+    return {**left, **outputs, **head, **dict.fromkeys(expert_tensors(model), EXPERTS)}
+
+
 def why_left(model: nn.Module, name: str) -> str | None:
     """Why a linear layer beside the head is never adapted, whatever is asked for; None where it can be."""
     if isinstance(model, MeanPooledClassifier) and "pooler" in name.split("."):
         return "not used where tokens are averaged"
+    if routes(model, name):
+        return "a router stays as it is"
     return "no text goes through them" if reads_no_text(name) else None
 
 

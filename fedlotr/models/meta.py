@@ -6,9 +6,11 @@ from typing import Any
 from torch import nn
 
 from fedlotr.errors import InputError
-from fedlotr.models.loading import ModelSpec, adaptable_layers, head_layers, load_base
+from fedlotr.models.loading import OUTPUT, ModelSpec, adaptable_layers, head_layers, load_base
+from fedlotr.models.mixtures import EXPERTS, expert_tensors
 from fedlotr.models.source import first_line
-from fedlotr.models.supported import check_kind, fused_experts, read_architecture
+from fedlotr.models.supported import check_kind, read_architecture
+from fedlotr.models.targets import ALL, matches, without
 
 
 def meta_model(given: str, spec: ModelSpec, config: Any = None) -> nn.Module:
@@ -25,20 +27,23 @@ def meta_model(given: str, spec: ModelSpec, config: Any = None) -> nn.Module:
         raise InputError(f"--model {given}: {error if type(error) is ValueError else reason}") from error
 
 
-def check_meta(given: str, model: nn.Module, targets: str, *, headed: bool) -> None:
+def check_meta(given: str, model: nn.Module, *, headed: bool) -> None:
     """Raises InputError for a model that cannot be trained here. headed: whether it must have a head."""
     if headed and not head_layers(model):
         raise InputError(f"--model {given}: a {type(model).__name__} has no classification head that is known here")
-    if targets == "all-linear" and (experts := fused_experts(model)) is not None:
-        raise InputError(
-            f"--model {given}: a mixture of experts whose experts are one tensor ({experts}), not linear layers: they "
-            "cannot be adapted; choose the layers that can be, as in --targets '.*attn.*'"
-        )
 
 
 def chosen_layers(model: nn.Module, targets: str) -> list[str]:
-    """As `adaptable_layers`. Raises InputError where there is none."""
+    """As `adaptable_layers`. Raises InputError where there is none, or experts are meant that are no layers."""
+    experts = expert_tensors(model)
     try:
+        if meant := [name for name in experts if matches(targets, name)]:
+            layers = [name for name in adaptable_layers(model, ALL) if matches(targets, name)]
+            more = f" and {len(meant) - 1} more" if len(meant) > 1 else ""
+            way = f"the layers alone are --targets {without(layers, experts)}" if layers else "choose others"
+            raise ValueError(f"of this mixture of experts it means {meant[0]}{more}: {EXPERTS}; {way}")
         return adaptable_layers(model, targets)
     except ValueError as error:
-        raise InputError(f"--targets {targets}: {error}") from error
+        said = any(reason in str(error) for reason in (EXPERTS, OUTPUT))
+        beside = f"; {experts[0]} is no layer: {EXPERTS}" if experts and not said else ""
+        raise InputError(f"--targets {targets}: {error}{beside}") from error

@@ -86,4 +86,11 @@ def repeatable(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        put_back_algorithms(*before)
+
+
+def put_back_algorithms(deterministic: bool, warn_only: bool) -> None:
+    """Let torch choose them as it did; where it still does so nothing is called, since that would load its compiler."""
+    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if now != (deterministic, warn_only):
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

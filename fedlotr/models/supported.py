@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -150,9 +149,3 @@ def check_kind(config: Any, kind: str) -> None:
     mapping, called = CLASSES[kind]
     if type(config) not in mapping:
         raise ValueError(f"a {config.model_type} is no {called}: transformers has no class of it for --task {kind}")
-
-
-def fused_experts(model: nn.Module) -> str | None:
-    """The name of a parameter that holds all experts of a mixture in one, if there is such a layer."""
-    names = (name for name, tensor in model.named_parameters() if tensor.dim() == 3 and "experts" in name.split("."))
-    return next(names, None)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from fedlotr.errors import InputError, shorten, written
 
 ALL = "all-linear"
 _NAME = re.compile(r"[\w.-]+")
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(\w+)")
 _REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?\(")
 
 
@@ -17,9 +20,29 @@ def matches(targets: str, name: str) -> bool:
 
 
 def matches_one(pattern: str, name: str) -> bool:
-    """A regular expression matches a whole name; a plain name also the end of one, behind a dot, as in PEFT."""
+    """A regular expression matches a whole name; a plain name also the end of one, behind a dot, as in PEFT.
+
+    Of an expert's layer any of its names (`names_of`).
+    """
     plain = _NAME.fullmatch(pattern) is not None
-    return re.fullmatch(pattern, name) is not None or (plain and name.endswith(f".{pattern}"))
+    return any(
+        re.fullmatch(pattern, known) is not None or (plain and known.endswith(f".{pattern}"))
+        for known in names_of(name)
+    )
+
+
+def names_of(layer: str) -> list[str]:
+    """All names of a layer. One of an expert, `experts.3.gate_up_proj`, has three more.
+
+    The parameter's that holds it, `experts.gate_up_proj`, as PEFT's target_parameters have it; and those of the layers
+    that other mixtures, and the models without, have in its place: gate_proj and up_proj.
+    """
+    found = _EXPERT.fullmatch(layer)
+    if found is None:
+        return [layer]
+    block, place, part = found.groups()
+    halves = [f"{block}.{place}.{half}" for half in ("gate_proj", "up_proj")] if part == "gate_up_proj" else []
+    return [layer, f"{block}.{part}", *halves]
 
 
 def patterns(targets: str) -> list[str]:
@@ -68,19 +91,74 @@ def nearest_types(given: str, names: Sequence[str]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(types[:12])}"
 
 
-def meant(targets: str, names: Sequence[str], others: Collection[str]) -> list[str]:
+def meant(targets: str, names: Sequence[str], others: Collection[str], refused: Mapping[str, str]) -> list[str]:
     """The layers among these names that are meant. others: layers that are known and not adapted.
 
-    Raises ValueError where one of several alternatives matches nothing, with the nearest names.
+    refused: what can never be adapted, with the reason. Raises ValueError where one of several alternatives means that
+    alone, or matches nothing, then with the nearest names; or where all of them together mean nothing else.
     """
     if targets == ALL:
         return list(names)
     chosen = [name for name in names if matches(targets, name)]
-    if chosen:
-        for part, pattern in alternatives(targets):
-            if not any(matches_one(pattern, name) for name in (*names, *others)):
-                raise ValueError(f"of it {part!r} matches no layer that can be adapted; {nearest_types(part, names)}")
+    for part, pattern in alternatives(targets):
+        if any(matches_one(pattern, name) for name in (*names, *others)):
+            continue
+        if known := [name for name in refused if matches_one(pattern, name)]:
+            raise ValueError(f"of it {part!r} means {_first(known)}: {refused[known[0]]}")
+        if chosen:
+            raise ValueError(f"of it {part!r} matches no layer that can be adapted; {nearest_types(part, names)}")
+    if not chosen and (known := [name for name in refused if matches(targets, name)]):
+        raise ValueError(f"it means {_first(known)}: {refused[known[0]]}")
     return chosen
+
+
+def without(names: Sequence[str], others: Collection[str]) -> str:
+    """These layers and none of the others, as --targets takes them: the ends of their names, as short as can be."""
+    ends = dict.fromkeys(
+        next((end for end in _ends(name) if not any(matches_one(end, other) for other in others)), name)
+        for name in names
+    )
+    return ",".join(ends)
+
+
+def _ends(name: str) -> list[str]:
+    """The last part of a name, the last two, and so on, as far as there is no number."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1) if not any(p.isdigit() for p in parts[at:])]
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def by_pattern(patterns: Mapping[str, int], name: str, other: int) -> int:
+    """The number of the first pattern that means a layer, as PEFT reads those of its `rank_pattern`; else the other."""
+    return next((number for pattern, number in patterns.items() if _ends_so(pattern, name)), other)
+
+
+def check_patterns(option: str, patterns: Mapping[str, float], names: Sequence[str]) -> None:
+    """Raises InputError for each pattern, or alternative of one, that means none of these layers."""
+    problems = []
+    for pattern, number in patterns.items():
+        for part, variant in list(alternatives(pattern)) or [(pattern, pattern)]:
+            if not any(_ends_so(variant, name) for name in names):
+                given = f"{option} {shorten(f'{pattern}={number:g}')}"
+                near = nearest_types(part, names)
+                problems.append(f"{given}: {written(part)} matches no layer that is adapted; {near}")
+    if problems:
+        raise InputError(problems)
+
+
+def too_narrow(option: str, rank: int, name: str, width: int) -> str:
+    """Of a layer that has no room for its rank, and the ways out."""
+    return (
+        f"{option} {rank}: above the width {width} of {name}; choose a rank of at most {width}, for that layer alone "
+        f"by --rank-pattern '{name.rpartition('.')[2]}={width}', or give --cap-rank"
+    )
+
+
+def _ends_so(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _split(pattern: str, mark: str) -> list[str]:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-from scipy.special import ndtri
 
 
 class NoiseStream:
@@ -32,6 +31,8 @@ class NoiseStream:
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         """Standard normals of a tensor's shape, float64, on the CPU."""
+        from scipy.special import ndtri  # here: a run without privacy needs no scipy, which takes half a second to load
+
         return torch.from_numpy(ndtri(self.uniform(like.numel()))).reshape(like.shape)
 
     def chosen(self, among: int, rate: float) -> npt.NDArray[np.int64]:

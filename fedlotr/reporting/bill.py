@@ -12,7 +12,7 @@ from rich.console import Console
 from fedlotr.adapters.kinds import CORES
 from fedlotr.adapters.methods import METHODS
 from fedlotr.communication.links import Link
-from fedlotr.communication.wire_form import Coding
+from fedlotr.communication.wire_form import FINGERPRINT, Coding
 from fedlotr.cost.formulas import CODED, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, of_core, source
 from fedlotr.files import as_json as valid_json
 from fedlotr.reporting.console import readable_bytes
@@ -63,7 +63,8 @@ class Model(Protocol):
 class Quote:
     """What is shown: the model by name, its bills, those that are left out and why, and what they are held against.
 
-    against: the bill of FedIT, of as many clients and rounds. coding: of all rows.
+    against: the bill of FedIT, of as many clients and rounds. coding: of all rows. rebase: how bases move, in words, of
+    methods that can. public: bytes of the rows of which clients make bases of gradients by themselves.
     """
 
     name: str
@@ -73,6 +74,8 @@ class Quote:
     against: Bill
     link: Link
     coding: Coding
+    rebase: str | None = None
+    public: int | None = None
 
 
 def entries(quote: Quote) -> list[dict[str, Any]]:
@@ -128,6 +131,9 @@ def as_json(quote: Quote) -> str:
                 "link": asdict(quote.link),
                 "codec": quote.coding.codec,
                 "broadcast_codec": quote.coding.broadcast_codec,
+                "basis_codec": quote.coding.basis_codec,
+                "rebase": quote.rebase,
+                "public_bytes": quote.public,
                 "clients": quote.against.clients,
                 "rounds": len(quote.against.ups),
                 "rows": entries(quote),
@@ -200,7 +206,7 @@ def as_table(quote: Quote, width: int = WIDTH) -> str:
         "Each adapted layer sends, in numbers of 4 bytes:",
         *(f"  {method:14} {in_words(METHODS[method])}   ({source(METHODS[method])})" for method in _methods(rows)),
     ]
-    lines[:0] = _coded(quote.coding)
+    lines[:0] = [*_coded(quote.coding), *_moved(quote)]
     lines += [
         f"{row.method} with {row.strategies[0]}: published as {row.published.text}; {row.published.note}"
         for row in rows
@@ -228,7 +234,26 @@ def _coded(coding: Coding) -> list[str]:
             text += f", k = ⌈{form.density}·n⌉" if form.kind == "top-k" else ""
             text += "; at most, before zstd" if form.zstd else ""
             lines.append(text + ("; all numbers in the first round" if form.delta else ""))
-    return [*lines, "× FedIT, even at: against FedIT in float32."] if lines else []
+    lines += ["× FedIT, even at: against FedIT in float32."] if lines else []
+    if (form := coding.basis).coded:
+        text = f"one-off as {coding.basis_codec}: 4 bytes, and of each of B's and A's vectors {CODED[form.kind].text}"
+        lines.append(text + ("; at most, before zstd" if form.zstd else ""))
+    return lines
+
+
+def _moved(quote: Quote) -> list[str]:
+    """What `rebase` and `public` add to the bytes."""
+    lines = []
+    if quote.rebase is not None:
+        lines.append(
+            f"down: bases move ({quote.rebase}); of each fold that a client missed the core, and what bases cost"
+        )
+    if quote.public is not None:
+        lines.append(
+            f"bases of gradients: {quote.public:,} B of public rows once, then {FINGERPRINT} B a pair of each version, "
+            "and the head that they were made beside"
+        )
+    return lines
 
 
 def _alike(strategies: Sequence[str]) -> str:

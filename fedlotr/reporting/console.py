@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
-from fedlotr.errors import visible
+from fedlotr.errors import shorten, visible
 from fedlotr.models.kinds import METRICS
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
 from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, kinds_of, under
@@ -30,6 +30,8 @@ from fedlotr.reporting.samples import MARKDOWN, in_short, samples_in
 
 SHOWN_CLIENTS = 8
 """Rows of the partition table when there are more clients than `SHOWN_CLIENTS + 4`; four rows then sum up the rest."""
+SHOWN_GROUPS = 12
+"""Groups of test rows that are told one by one; of more, report.html has each."""
 
 SHOWN_LABELS = 8
 """Labels that get a column each in the partition table; of more labels only the number is shown."""
@@ -167,9 +169,11 @@ class Console(Callbacks):
         if self.run_dir is not None:
             lines = [f"run      {self.run_dir}"]  # a path stays whole
             if summary.get("baseline") != "local":  # whose clients have no model in common
+                kept = summary.get("adapter_round", summary.get("rounds"))
+                of = "" if kept == summary.get("rounds") else f" is that of round {kept}, the best;"
                 lines += [
                     f"adapter  {self.run_dir / 'adapter'}",
-                    "         (README.md there has the lines that use it)",
+                    f"        {of} (README.md there has the lines that use it)",
                 ]
             if (samples := samples_in(self.run_dir)) is not None:
                 lines.append(f"samples  {self.run_dir / MARKDOWN}")
@@ -289,7 +293,7 @@ def _exact_bytes(count: float) -> str:
 
 def _forms(own: str | None) -> dict[str, str]:
     """How each metric is written, one of the caller's own first."""
-    return FORMS if own is None or own in FORMS else {own: FORMS["accuracy"], **FORMS}
+    return FORMS if own is None else {own: FORMS.get(own, FORMS["accuracy"]), **FORMS}
 
 
 def _results(record: Mapping[str, Any], metric: str | None = None) -> list[str]:
@@ -303,6 +307,12 @@ def _results(record: Mapping[str, Any], metric: str | None = None) -> list[str]:
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _rank(config: SimulationConfig) -> str:
+    """Of the run's layers, and of those that have another."""
+    ranks = [f"rank {config.rank}", *(f"{r} for {pattern}" for pattern, r in config.rank_pattern.items())]
+    return ", ".join(ranks) + (", capped by the layers' widths" if config.cap_rank else "")
 
 
 def _joined(*parts: str | None) -> str:
@@ -344,7 +354,7 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
             "method",
             _joined(
                 config.method,
-                f"rank {config.rank}" if METHODS[config.method].factored else None,
+                _rank(config) if METHODS[config.method].factored else None,
                 known("basis {}", "basis"),
                 known("tie {}", "tie"),
                 known("strategy {}", "strategy"),
@@ -472,9 +482,12 @@ def _result_rows(summary: Summary) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name, form in _forms(summary.get("metric")).items():
         if final.get(name) is not None:
-            rows.append((f"{name}, final", form.format(final[name])))
+            error = (summary.get("standard_errors") or {}).get(name)
+            beside = "" if error is None else f" ± {form.format(error)}"
+            rows.append((f"{name}, final", f"{form.format(final[name])}{beside}"))
         if best.get(name) is not None:
             rows.append((f"{name}, best", f"{form.format(best[name])} (round {best['round']})"))
+    rows += _by_group(summary)
     if final.get("loss") is not None:
         rows.append(("loss, final", f"{final['loss']:.4f}"))
         if losses := summary.get("losses"):
@@ -496,6 +509,24 @@ def _result_rows(summary: Summary) -> list[tuple[str, str]]:
         )
         rows.append(("  of their worst tenth", form.format(own["worst_tenth"])))
     return rows
+
+
+def _by_group(summary: Summary) -> list[tuple[str, str]]:
+    """The metrics of each group of test rows, with their standard errors, of few groups; and their spread over all."""
+    found, groups = [], summary.get("score_by") or {}
+    for group, scored in groups.items() if len(groups) <= SHOWN_GROUPS else ():
+        each: Mapping[str, Any] = scored
+        told = []
+        for name in each["standard_errors"]:
+            form = FORMS.get(name, FORMS["accuracy"])
+            error = each["standard_errors"][name]
+            value = "none" if each[name] is None else form.format(each[name])
+            told.append(f"{name} {value}" + ("" if error is None else f" ± {form.format(error)}"))
+        found.append((f"  {shorten(group)}, {_count(each['rows'], 'row')}", ", ".join(told)))
+    for name, over in (summary.get("over_groups") or {}).items():
+        mean, spread, worst = map(FORMS[name].format, (over["mean"], over["spread"], over["worst_tenth"]))
+        found.append((f"{name} over {_count(over['groups'], 'group')}", f"{mean} ± {spread}, worst tenth {worst}"))
+    return found
 
 
 def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]:

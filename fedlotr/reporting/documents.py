@@ -57,23 +57,42 @@ class AdaptedLayers(TypedDict):
     """Why layers are not adapted -> the same of these."""
 
 
-class ClientEvaluation(TypedDict):
-    """Every client's own model on rows that it holds back; each client counts the same."""
+class Spread(TypedDict):
+    """A metric over clients, or over groups of test rows, each of which counts the same."""
+
+    mean: float
+    spread: float
+    """Their standard deviation."""
+    worst_tenth: float
+    """The mean over the worst tenth of them."""
+
+
+class ClientEvaluation(Spread):
+    """Every client's own model on rows that it holds back."""
 
     metric: str
     """The one that `mean`, `spread` and `worst_tenth` are of: accuracy, rmse or perplexity."""
     clients: int
     loss: float
     """Mean, in the unit of `Judged`."""
-    mean: float
-    spread: float
-    """Standard deviation over the clients."""
-    worst_tenth: float
-    """Mean over the worst tenth of the clients."""
+
+
+class OverGroups(Spread):
+    """A metric over the groups of `--score-by`."""
+
+    groups: int
+    """In which it is defined."""
+
+
+class Scored(TypedDict):
+    """A group of test rows (`--score-by`): beside these, each metric by its name."""
+
+    rows: int
+    standard_errors: Mapping[str, float | None]
 
 
 class Judged(TypedDict):
-    """What a model is judged by beside its loss; metrics of the caller's own stand here too."""
+    """What a model is judged by beside its loss; metrics of the caller's own and of `--score` stand here too."""
 
     accuracy: NotRequired[float | None]
     """Share of the test examples; None where nothing was scored."""
@@ -86,6 +105,12 @@ class Judged(TypedDict):
     """Where each client has a model of its own, of each metric M: M_std, the deviation, and M_worst_tenth."""
     client_evaluation: NotRequired[ClientEvaluation]
     """Where clients hold rows back."""
+    standard_errors: NotRequired[Mapping[str, float | None]]
+    """Of each metric of `--score`; None for a single row."""
+    score_by: NotRequired[Mapping[str, Scored]]
+    """Value of the column `--score-by` -> what its rows come to."""
+    over_groups: NotRequired[Mapping[str, OverGroups]]
+    """Metric -> its spread over these; without one that is defined in none."""
 
 
 class Evaluation(Judged):
@@ -176,8 +201,8 @@ class Fingerprint(TypedDict):
 class AdaptedShapes(TypedDict):
     """What bills are reckoned from, as `formulas.Shapes` has it."""
 
-    layers: list[tuple[str, str, int, int]]
-    """Name, type of projection, d_in and d_out of each adapted layer."""
+    layers: list[tuple[str, str, int, int, int | None]]
+    """Name, type of projection, d_in, d_out and rank of each adapted layer."""
     heads: tuple[int, ...]
     """Numbers in each tensor of the head."""
 
@@ -443,6 +468,10 @@ class Summary(Fingerprint):
     metric: str
     """The decisive one."""
     over_clients: Mapping[str, float | None] | None
+    standard_errors: Mapping[str, float | None] | None
+    """Of the metrics after the last round, with `--score`."""
+    score_by: Mapping[str, Scored] | None
+    over_groups: Mapping[str, OverGroups] | None
     losses: dict[str, str]
     """What `loss` and `train_loss` of a row are, in words."""
     texts: Texts
@@ -452,6 +481,8 @@ class Summary(Fingerprint):
     client_evaluation: ClientEvaluation | None
     best: dict[str, Any]
     """round, decisive metric and loss of the round that was best by that metric."""
+    adapter_round: int
+    """The round whose model the adapter is."""
     failed_clients: int | None
     """Over all rounds; None where whole clients are hidden."""
     failures: dict[str, dict[str, int]]

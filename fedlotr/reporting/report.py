@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlotr.adapters.methods import METHODS
-from fedlotr.communication.wire_form import Coding
+from fedlotr.communication.wire_form import coding_in
 from fedlotr.cost.billing import Row, bills
 from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
@@ -62,6 +62,7 @@ def report_page(run: RunRecord) -> str:
     sections = [
         _outcome(run),
         _learning(run),
+        *_scores(run),
         *_samples(run),
         _communication(run, traffic),
         *_bill(run),
@@ -170,6 +171,39 @@ def _learning(run: RunRecord) -> Section:
     return Section("Learning", figures, text)
 
 
+def _scores(run: RunRecord) -> list[Section]:
+    """The metrics of `--score` with their standard errors, in all and of each group; nothing of a run without them."""
+    last: Mapping[str, Any] = run.last or {}
+    begun: Mapping[str, Any] = run.summary.get("initial") or {}
+    names = list(last.get("standard_errors") or ())
+    if not names:
+        return []
+    groups = [("all rows", begun, last)]
+    before = begun.get("score_by") or {}
+    groups += [(name, before.get(name) or {}, group) for name, group in (last.get("score_by") or {}).items()]
+    rows = [
+        [
+            of,
+            first.get("rows", after.get("rows")),
+            name,
+            first.get(name),
+            after.get(name),
+            after["standard_errors"][name],
+        ]
+        for of, first, after in groups
+        for name in names
+    ]
+    columns = ["of", "rows", "metric", "before the first round", f"after round {last['round']}", "standard error"]
+    figure = Figure("scores", "Metrics of the test rows", table=Table(columns, rows), open=True, wide=True)
+    forms, spreads = {name: metric.form.format for name, metric in METRICS.items()}, last.get("over_groups") or {}
+    text = " ".join(
+        f"{name} over {over['groups']} groups, each of which counts the same: mean {forms[name](over['mean'])}, "
+        f"standard deviation {forms[name](over['spread'])}, worst tenth {forms[name](over['worst_tenth'])}."
+        for name, over in spreads.items()
+    )
+    return [Section("Scores", [figure], text)]
+
+
 def _samples(run: RunRecord) -> list[Section]:
     """What a language model says; nothing of a run that has asked nothing."""
     if run.samples is None:
@@ -250,7 +284,7 @@ def _bills(run: RunRecord) -> tuple[list[Row], dict[str, str]]:
     strategies: dict[str, dict[str, Any]] = {name: {} for name in built_in()}
     if (own := config.get("strategy")) and ":" not in own:  # a class that stands in a file is not run for a page
         strategies[own] = config.get("strategy_arg") or {}
-    rank, coding = config["rank"], Coding(config["codec"], config["broadcast_codec"])
+    rank, coding = config["rank"], coding_in(config)
     try:
         return bills(
             shapes, list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies

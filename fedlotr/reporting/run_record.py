@@ -24,7 +24,7 @@ from fedlotr.reporting.samples import samples_in
 AMOUNTS = ("payload_bytes", "wire_bytes")
 LARGEST = 1e150
 """Of a number that can be drawn: the square of a larger one is none."""
-OBJECTS = ("client_evaluation", "over_clients")
+OBJECTS = ("client_evaluation", "over_clients", "standard_errors", "score_by", "over_groups")
 """Keys of a row that hold more than a number, beside its failures."""
 NOTES_SHOWN = 5
 """Of one file; others are counted."""

@@ -43,6 +43,7 @@ from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import known_tokens, most_positions
 from fedlotr.models.loading import ModelSpec
 from fedlotr.models.meta import chosen_layers
+from fedlotr.models.mixtures import in_mixtures
 from fedlotr.models.source import (
     check_length,
     dtype_on_disk,
@@ -61,7 +62,9 @@ from fedlotr.run.baselines import pooled
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
 from fedlotr.run.contents import Content, code_content, model_content
 from fedlotr.run.examples import Dealt, Tokenised, check_tokens, encode_one, tokenised
+from fedlotr.run.layer_ranks import Patterns, check_ties, layer_patterns
 from fedlotr.run.public_rows import check_public, check_scored
+from fedlotr.run.sheet import Sheet, chosen_on_test, sheet_of
 from fedlotr.run.skeleton import build_skeleton
 from fedlotr.run.warm_start import WarmStart, warm_start
 from fedlotr.said import say
@@ -78,7 +81,8 @@ class Checked:
 
     source: of its train the rows that are used, one for each example. public: those withheld from all clients, or,
     where there is one, examples of `public_source`; parts: each client's to train on; held_back: those it is evaluated
-    on by itself. examples: all of them, as tokens. test_rows: the rows of the test split, one for each example.
+    on by itself. examples: all of them, as tokens. test_rows: the rows of the test split, one for each example; sheet:
+    what they are scored by.
     groups: of all rows of train, where they were dealt by groups.
     """
 
@@ -94,6 +98,7 @@ class Checked:
     labels: Labels
     test_rows: Rows
     examples: Tokenised
+    sheet: Sheet
     start: WarmStart | None
     own_model: OwnModel | None = None
     own_task: OwnTask | None = None
@@ -232,6 +237,9 @@ def check(
     )
     examples, rows, limit = tokenised(config, task, tokenizer, rows, found.positions)
     check_tokens(config, rows, examples, tokenizer, found.tokens)
+    sheet = sheet_of(config, task, rows.source, rows.test_rows, tokenizer, found.positions)
+    if (note := chosen_on_test(config, source)) is not None:
+        say(note)
     config = config.model_copy(update={"max_length": limit})
     training, parts = _training(config), list(rows.parts)
     if config.baseline == "central":
@@ -249,6 +257,7 @@ def check(
         labels=rows.labels,
         test_rows=rows.test_rows,
         examples=examples,
+        sheet=sheet,
         start=start,
         own_model=own,
         own_task=own_task,
@@ -342,7 +351,7 @@ def _left_out(
     if config.privacy != "none":
         return source
     texts = [name for name, kind in source.beside.items() if kind == TEXT] if own else columns
-    source = source.read_by(texts)
+    source = source.read_by([*texts, *([config.score_by] if config.score_by else [])])
     for name in (name for name, kind in source.left_out.items() if kind == CHAT):
         say(f"--data {source.name}: '{name}' left out: {instead_of_chat(name)}")
     return source
@@ -477,17 +486,36 @@ def _adapter(
     if targets is None:
         return None, None, Adapted()
     adapted = what_is_adapted(skeleton, targets, config.targets) if adapts else Adapted()
+    if config.privacy == "example" and config.privacy_engine == "opacus":
+        found.attempt(lambda: _check_hooks(skeleton, targets), "privacy_engine", "targets")
     if adapts:
+        sizes = {name: widths(skeleton.get_submodule(name)) for name in targets}
+        patterns = None
         if METHODS[config.method].factored:
-            found.attempt(lambda: _check_rank(config, skeleton, targets), "rank")
-        core = found.attempt(lambda: _core(config, targets), "method", "rank", "alpha", "basis", "tie", "core")
+            about = ("rank", "rank_pattern", "alpha_pattern", "cap_rank")
+            patterns = found.attempt(lambda: layer_patterns(config, sizes), *about)
+        core = found.attempt(
+            lambda: _core(config, targets, patterns), "method", "rank", "alpha", "basis", "tie", "core"
+        )
         if core is not None and core.tie == "all":
             found.attempt(lambda: _check_one_shape(skeleton, targets), "tie")
+        if core is not None and patterns is not None:
+            found.attempt(lambda: check_ties(core, skeleton, targets), "tie", "rank_pattern")
     if config.init_adapter is None or not sure:
         return core, None, adapted
     given = config.init_adapter
     start = found.attempt(lambda: warm_start(given, skeleton, targets, config.method, names), "init_adapter", "method")
     return core, start, adapted
+
+
+def _check_hooks(skeleton: nn.Module, targets: Sequence[str]) -> None:
+    """Raises InputError for layers in which Opacus' hooks would take single tokens for examples."""
+    if inside := in_mixtures(skeleton, targets):
+        more = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
+        raise InputError(
+            f"--privacy-engine opacus: {inside[0]}{more} see the tokens of a mixture of experts without their rows, so "
+            "its hooks would take each token for an example; choose cohort, or leave these layers out by --targets"
+        )
 
 
 def _training(config: SimulationConfig) -> LocalTraining:
@@ -506,15 +534,6 @@ def _training(config: SimulationConfig) -> LocalTraining:
     )
 
 
-def _check_rank(config: SimulationConfig, skeleton: nn.Module, targets: list[str]) -> None:
-    narrowest = min(targets, key=lambda name: min(widths(skeleton.get_submodule(name))))
-    width = min(widths(skeleton.get_submodule(narrowest)))
-    if config.rank > width:
-        raise InputError(
-            f"--rank {config.rank}: above the width {width} of {narrowest}; choose a rank of at most {width}"
-        )
-
-
 def _check_one_shape(skeleton: nn.Module, targets: list[str]) -> None:
     try:
         check_one_shape([(name, skeleton.get_submodule(name)) for name in targets])
@@ -522,12 +541,15 @@ def _check_one_shape(skeleton: nn.Module, targets: list[str]) -> None:
         raise InputError(f"--tie all: {error}") from error
 
 
-def _core(config: SimulationConfig, targets: list[str]) -> CoreConfig:
+def _core(config: SimulationConfig, targets: list[str], patterns: Patterns | None) -> CoreConfig:
     try:
         return CoreConfig(
             method=config.method,
             r=config.rank,
             alpha=config.alpha,
+            use_rslora=config.rslora,
+            rank_pattern=dict(patterns.ranks) if patterns else {},
+            alpha_pattern=dict(patterns.alphas) if patterns else {},
             basis=config.basis,
             tie=config.tie,
             core=config.core,

@@ -158,6 +158,10 @@ class RunDirectory:
         """The folder of one client's adapter, where each has its own."""
         return self.path / "adapters" / f"client-{client:05d}"
 
+    def adapter_after(self, server_round: int) -> Path:
+        """The folder of the adapter as it was after a round, where such are written."""
+        return self.path / "adapters" / f"round-{server_round:05d}"
+
     def open_round_folders(self) -> None:
         """Make the folders that rounds write to; should they vanish later, that is an error and not made good."""
         self.ledger.mkdir(exist_ok=True)
@@ -246,23 +250,26 @@ class RunDirectory:
         """The rounds that a checkpoint is kept of."""
         return sorted(number for path in self.checkpoints.glob("round-*.json") if (number := _round_of(path)))
 
-    def checkpoint_of(self, server_round: int) -> Checkpoint:
-        """The checkpoint of a round, with its ledger. Raises InputError where there is none that is whole."""
+    def checkpoint_of(self, server_round: int, option: str = "--resume-round") -> Checkpoint:
+        """The checkpoint of a round, with its ledger. Raises InputError where there is none that is whole.
+
+        option: that names the round.
+        """
         kept = [number for number in self.rounds() if number != server_round]
-        others = f"choose one of {', '.join(map(str, kept))}" if kept else "there is no other; leave --resume-round out"
+        others = f"choose one of {', '.join(map(str, kept))}" if kept else f"there is no other; leave {option} out"
         path = self.checkpoints / f"round-{server_round:05d}.json"
         if not path.exists():
-            raise InputError(f"--resume-round {server_round}: no checkpoint of that round is kept; {others}")
+            raise InputError(f"{option} {server_round}: no checkpoint of that round is kept; {others}")
         try:
             return self._read_checkpoint(path)
         except DAMAGE as error:
-            raise InputError(f"--resume-round {server_round}: {path.name} is damaged ({error}); {others}") from error
+            raise InputError(f"{option} {server_round}: {path.name} is damaged ({error}); {others}") from error
 
     def drop_results(self) -> None:
         """Drop what a run left that was finished: it is of rounds that do not count any more."""
         for file in (self.path / "summary.json", self.path / "report.html"):
             file.unlink(missing_ok=True)
-        for folder in (self.adapter, self.path / "adapters"):
+        for folder in (self.adapter, *(self.path / "adapters").glob("client-*")):
             if folder.is_dir():
                 shutil.rmtree(folder)
 
@@ -307,6 +314,12 @@ class RunDirectory:
             for file in folder.glob("round-*"):
                 if (_round_of(file) or 0) > self.saved and file.is_file():
                     file.unlink()
+        for folder in (self.path / "adapters").glob("round-*"):
+            if folder.name[6:].isdigit() and int(folder.name[6:]) > self.saved:
+                shutil.rmtree(folder)
+        for file in (self.path / "eval").glob("*-round-*.json"):  # what `fedlotr eval` has found of such a round
+            if (of := file.stem.rpartition("-")[2]).isdigit() and int(of) > self.saved:
+                file.unlink()
 
     def write_summary(self, summary: Summary) -> None:
         """summary.json."""

@@ -1,8 +1,9 @@
 """The `adapter/` folder of a run: a plain PEFT LoRA, and a README whose lines use it without anything of ours."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from fedlotr.adapters.experts import slots
 from fedlotr.adapters.export import export_lora
 from fedlotr.adapters.layer import widths
-from fedlotr.adapters.start import LABELS
+from fedlotr.adapters.start import CONFIG, LABELS
 from fedlotr.adapters.tuner import factored_layers
 from fedlotr.errors import visible
 from fedlotr.files import write_atomically
@@ -27,6 +29,30 @@ from fedlotr.training.model import TrainableModel
 
 ENCODER = "encoder."
 """What `MeanPooledClassifier` calls the model inside it."""
+
+
+DIFFERING_RANKS = (
+    "Its layers have different ranks: `rank_pattern` and `alpha_pattern` in adapter_config.json say which. PEFT reads "
+    "them. Converters and servers that know one rank and one alpha for all layers (llama.cpp's "
+    "`convert_lora_to_gguf.py`, vLLM) do not: give them what `fedlotr export RUN --to peft --uniform-rank` makes: "
+    "all layers are filled up with zeros to the largest rank, or `--to merged`."
+)
+"""What the README says of such an adapter."""
+
+
+EXPERTS = (
+    "It adapts experts as PEFT's `target_parameters` do, which needs transformers 5. Converters and servers that know "
+    "adapters of layers alone do not read that: give them what `fedlotr export RUN --to merged` makes."
+)
+MISTAKEN = " PEFT 0.21 warns that it ignored the patterns of experts' ranks; it does not."
+"""What the README says of such an adapter, and of one whose ranks differ."""
+
+
+HAND_ON = (
+    "For others, `fedlotr export RUN --to peft` makes a folder of it with a model card and without the place that the "
+    "base has on this machine; `--to merged` plain weights, `--to hub` a repository."
+)
+"""What the README in a run's own folder says."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,8 @@ def write_adapter(
     origin = origin_of(source)
     if origin is not None and is_gguf(base):
         origin = Origin(Path(base).name, origin.sha256)  # as the run's user calls it
-    readme = _readme(
+    readme = render(
+        "adapter.md",
         spec=spec,
         mean_pooled=mean_pooled,
         base=base,
@@ -86,8 +113,33 @@ def write_adapter(
         shared_alone=bool(model.personal),
         quantize=quantize,
         client=client,
+        hand_on=HAND_ON,
+        ranks=DIFFERING_RANKS if _has(folder, "rank_pattern") else "",
+        experts=EXPERTS + MISTAKEN * _has(folder, "rank_pattern") if _has(folder, "target_parameters") else "",
     )
     write_atomically(folder / "README.md", readme)
+
+
+def elsewhere(readme: str, before: str, now: str, *, own: bool, uniform: bool) -> str:
+    """An adapter's README, as `write_adapter` makes it, for a reader on another machine.
+
+    before, now: what the base is called, here and there. own: whether the lines load the base from a folder `base` that
+    the README tells how to make. uniform: whether all layers have one rank now.
+    """
+    place = "base" if own else now
+    readme = re.sub(r"(?m)^base, adapter = .*$", lambda _: f'base, adapter = {place!r}, "."  # {visible(now)}', readme)
+    readme = readme.replace(code_span(before), code_span(now)).replace(f"{HAND_ON}\n\n", "")
+    return readme.replace(f"{DIFFERING_RANKS}\n\n", "") if uniform else readme
+
+
+def line_of(readme: str, begins: str) -> str | None:
+    """What stands behind the = of a README's line, in Python; None where there is no such line."""
+    found = re.search(rf"(?m)^{re.escape(begins)} = (.*)$", readme)
+    return None if found is None else found[1]
+
+
+def _has(folder: Path, key: str) -> bool:
+    return bool(json.loads((folder / CONFIG).read_text(encoding="utf-8"))[key])
 
 
 def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -> None:
@@ -118,6 +170,10 @@ def _export(folder: Path, model: TrainableModel, base: str, mean_pooled: bool) -
         head=None if mean_pooled else head,
         modules_to_save=() if mean_pooled else sorted(saved),
         placeholder=placeholder,
+        slots={
+            _inner(name, mean_pooled): replace(slot, parameter=_inner(slot.parameter, mean_pooled))
+            for name, slot in slots(model.module).items()
+        },
     )
     if mean_pooled:
         tensors = {name.rpartition(".")[2]: tensor.detach().clone().contiguous() for name, tensor in head.items()}
@@ -143,7 +199,8 @@ def _inputs(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return names if set(by_itself) - set(names) else []
 
 
-def _readme(**facts: Any) -> str:
+def render(template: str, **facts: Any) -> str:
+    """A README of one of the templates."""
     environment = Environment(
         loader=PackageLoader("fedlotr.reporting", "templates"),
         undefined=StrictUndefined,
@@ -152,7 +209,7 @@ def _readme(**facts: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"repr": repr, "code": code_span, "markdown": markdown, "visible": visible}
-    return environment.get_template("adapter.md").render(facts)
+    return environment.get_template(template).render(facts)
 
 
 def _inner(name: str, mean_pooled: bool) -> str:

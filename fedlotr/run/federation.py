@@ -2,23 +2,26 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
-from fedlotr.adapters.layer import FactoredLayer
-from fedlotr.adapters.tuner import bases_of, factored_layers
+from fedlotr.adapters.tuner import bases_of, highest_rank
+from fedlotr.communication.basis_coding import shapes_of
 from fedlotr.config.configuration import SimulationConfig
-from fedlotr.data import measure
-from fedlotr.flower.certificate import Layer
+from fedlotr.evaluation.generation import stop_ids
+from fedlotr.flower.certificate import layers_of
 from fedlotr.flower.federation import Federation, Weights
+from fedlotr.flower.links.codec import coded_record
+from fedlotr.flower.links.derived import Derived, Offer, public_record
+from fedlotr.flower.links.moving import Mover
 from fedlotr.flower.links.ranks import client_ranks
-from fedlotr.flower.records import bases_record, derivable_record
+from fedlotr.flower.records import STOP_TEXT, STOPS, TEMPERATURE, TOKENS, bases_record, derivable_record, to_record
 from fedlotr.privacy.guard import NoGuard
+from fedlotr.run.checking import Checked
 from fedlotr.run.preparation import Prepared
-from fedlotr.training.model import TrainableModel
+from fedlotr.run.sheet import measurer
+from fedlotr.training.examples import Examples
+from fedlotr.training.moving import head_of
+from fedlotr.training.packing import Rows
 
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -34,11 +37,20 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
     factor = LR_FACTORS[config.lr_schedule]
     bases = bases_of(model.module)
     basis: Any = None
-    if bases and checked.core is not None:
+    derived = offers(config, prepared)
+    if derived is not None and derived.first is not None:
+        basis = to_record(derived.first.arrays())
+    elif bases and checked.core is not None:
         if checked.core.basis_kind.derivable:
             basis = derivable_record(config.seed, prepared.bases_sha256)
         else:
-            basis = bases_record(bases)
+            message = prepared.bases_message
+            basis = bases_record(bases) if message is None else coded_record(message)
+    answers: dict[str, Any] = {}
+    if checked.sheet.prompts is not None:
+        stops = list(stop_ids(model.module, checked.tokenizer))
+        answers = {TOKENS: config.generate_tokens, STOPS: stops, TEMPERATURE: config.temperature}
+        answers[STOP_TEXT] = config.stop or ""
     return Federation(
         clients=len(checked.parts),
         sampled=config.clients_per_round,
@@ -48,15 +60,19 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
         lr_factor=lambda server_round: factor((server_round - 1) / config.rounds),
         basis=basis,
         bases_sha256=prepared.bases_sha256,
-        layers=certificate_layers(model),
+        layers=layers_of(model),
         held_out=len(prepared.workplace.test),
         task=checked.task.kind,
         method=config.method,
         moving=lambda server_round: frozenset(model.published) & model.moving(server_round),
-        measure=None if own is None or own.metric_name is None else partial(measure, own),
+        measure=measurer(config, checked.sheet, own, checked.tokenizer),
+        further={name: len(examples) for name, examples in checked.sheet.further.items()},
+        answers=answers,
         ranks=ranks_of(config),
-        rank=config.rank,
+        rank=highest_rank(model.module) or config.rank,
         mean_moments=config.optimizer_state == "mean-v",
+        derived=derived,
+        mover=mover(config, prepared),  # before what the model carries, which it lets know of its bases
         carried=model.carried,
         guard=guard or NoGuard(),
         coding=config.coding,
@@ -68,40 +84,32 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
     )
 
 
+def mover(config: SimulationConfig, prepared: Prepared) -> Mover | None:
+    """What moves the bases, where they move."""
+    if config.moves is None:
+        return None
+    public, threads = public_of(prepared.checked), prepared.workplace.recipe.threads
+    offered = threads if config.derive_bases else None
+    return Mover(prepared.model, config.moves, config.coding, config.seed, lambda: public, offers=offered)
+
+
+def offers(config: SimulationConfig, prepared: Prepared) -> Derived | None:
+    """What clients are told that make bases by themselves, where they do."""
+    if not config.derive_bases:
+        return None
+    first, model = None, prepared.model
+    if prepared.bases_message is not None:
+        first = Offer.of(bases_of(model.module), head_of(model), prepared.bases_message)
+    rows, shapes = public_record(*public_of(prepared.checked)), shapes_of(bases_of(model.module))
+    return Derived(rows=rows, form=config.coding.basis, shapes=shapes, first=first)
+
+
+def public_of(checked: Checked) -> tuple[Examples, Rows]:
+    """The public rows, and of which examples."""
+    examples = checked.examples
+    return (examples.train if examples.shown is None else examples.shown).examples, checked.public
+
+
 def ranks_of(config: SimulationConfig) -> list[int] | None:
     """The rank of each client, where they differ."""
     return None if config.client_rank is None else client_ranks(config.client_rank, config.clients, config.seed)
-
-
-def certificate_layers(model: TrainableModel) -> list[Layer]:
-    """The adapted layers as the certificate reads them; none where a part of each stays with the clients."""
-    if model.personal:
-        return []
-    by_module: dict[str, dict[str, str]] = {}
-    for (module, part), tensor in model.names.items():
-        if module not in model.heads and part != "S":
-            by_module.setdefault(module, {})[part] = tensor
-    layers = factored_layers(model.module)
-
-    def frozen(module: str, factor: str) -> Any:
-        if factor in by_module[module]:
-            return None
-        tensor = layers[module].factor(factor, "default")
-        return None if tensor is None else tensor.detach().numpy().astype(np.float64)
-
-    def core(layer: FactoredLayer) -> Callable[[Any], Any]:
-        basis = layer.basis("default")
-        mixed = None if basis is None or basis.P is None else basis.P.double()
-        return lambda theta: layer.core["default"].expand({"C": torch.tensor(theta)}, mixed).numpy()
-
-    return [
-        Layer(
-            trained,
-            frozen(module, "A"),
-            frozen(module, "B"),
-            layers[module].scaling["default"],
-            core(layers[module]),
-            module,
-        )
-        for module, trained in by_module.items()
-    ]

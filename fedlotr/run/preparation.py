@@ -1,20 +1,30 @@
 """From what has been checked to what a run needs: tokens, head, bases, and the place where workers find them."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedlotr.adapters.bases import Factors, threads
+from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.export import PREFIX
-from fedlotr.adapters.gradient_bases import initialize_basis
+from fedlotr.adapters.going_on import holds, take_over
+from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.start import carrying
-from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256
+from fedlotr.adapters.tuner import CoreConfig, bases_of, bases_sha256, factored_layers, highest_rank
+from fedlotr.communication.basis_coding import coded, decoded, shapes_of
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.data import Encoded
 from fedlotr.errors import InputError
+from fedlotr.flower.links.derived import public_record, public_rows
+from fedlotr.flower.links.draws import OWN_FACTORS
+from fedlotr.flower.plugins import load_strategy
+from fedlotr.flower.traits import traits_of
 from fedlotr.flower.workplace import Recipe, Workplace
 from fedlotr.models.loading import head_layers, load_base, unbatched_layers
 from fedlotr.privacy.dp_sgd import ExampleNoise
@@ -28,19 +38,24 @@ from fedlotr.said import say
 from fedlotr.training.examples import Examples
 from fedlotr.training.head import fit_head
 from fedlotr.training.model import TrainableModel
-from fedlotr.training.packing import Rows, pack
+from fedlotr.training.moving import gradient_bases
+from fedlotr.training.packing import Rows
 
 log = logging.getLogger("fedlotr")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The server's side of a run, ready for round one. seen: of the texts, as `what_is_seen` has it."""
+    """The server's side of a run, ready for round one.
+
+    bases_message: of the frozen factors, where they are sent coded. seen: of the texts, as `what_is_seen` has it.
+    """
 
     checked: Checked
     model: TrainableModel
     workplace: Workplace
     bases_sha256: str
+    bases_message: bytes | None
     seen: TextsSeen
 
 
@@ -77,13 +92,20 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     for texts in filter(len, (train, test)):
         try_longest(bare, texts, config.model, config.longest)
     carry = {} if checked.start is None else checked.start.layers
+    lasts = bool(carry) and _factors_last(config)
+    gradient = core is not None and core.basis_kind.made_of == "gradient"
+    message = None
+    made = _bases_of_before(checked, bare, shown, public) if lasts and gradient else None
     with carrying(base, carry):
         _begin_head(checked, bare, shown, public)
-        if core is not None and core.basis_kind.made_of == "gradient":
-            core = _with_bases(core, bare, shown, public)
+        if core is not None and gradient:
+            made = made or _with_bases(checked, core, bare, shown, public)
+            core, message = made.core, made.message
     model = TrainableModel(base, checked.spec, core, carry)
     if checked.start is not None:
         (log.info if checked.start.other_labels is None else say)(checked.start.in_words(has_head=bool(bare.heads)))
+    if lasts and core is not None:
+        carry = _go_on(model, core, carry)
     # A client makes the others again by itself.
     bases = bases_of(model.module) if core is not None and not core.basis_kind.derivable else {}
     recipe = Recipe(
@@ -92,16 +114,28 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         training=checked.training,
         weights=config.weights or "examples",
         seed=config.seed,
-        threads=config.threads or torch.get_num_threads(),
+        threads=_threads(config),
         noise=noise,
         coding=config.coding,
         links=config.links,
+        rebase=None if config.moves is None else asdict(config.moves),
     )
-    workplace = Workplace.write(folder, recipe, train, test, checked.parts, bases, carry, checked.held_back)
+    shared = public_rows(public_record(shown, public), causal=shown.causal) if config.derive_bases else None
+    workplace = Workplace.write(
+        *(folder, recipe, train, test, checked.parts, bases, carry),
+        held_back=checked.held_back,
+        further=checked.sheet.further,
+        public=shared,
+    )
     workplace.record_load()
     if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
-        _warn_of_small_steps(workplace.step_tokens(range(len(checked.parts))), config.rank)
-    return Prepared(checked, model, workplace, bases_sha256(model.module), seen)
+        _warn_of_small_steps(workplace.step_tokens(range(len(checked.parts))), highest_rank(model.module))
+    return Prepared(checked, model, workplace, bases_sha256(model.module), message, seen)
+
+
+def _threads(config: SimulationConfig) -> int:
+    """To compute with, in a worker."""
+    return config.threads or torch.get_num_threads()
 
 
 def _in_steps(checked: Checked, base: nn.Module) -> Checked:
@@ -143,17 +177,75 @@ def _begin_head(checked: Checked, bare: TrainableModel, shown: Examples, public:
         fit_head(bare, shown, public)
 
 
-def _with_bases(core: CoreConfig, bare: TrainableModel, shown: Examples, public: Rows) -> CoreConfig:
-    """With bases made of the gradient on public rows."""
-    batches = [public[chosen] for chosen in pack(shown.lengths[public])]
+@dataclass(frozen=True)
+class _Made:
+    """A configuration with bases of the gradient, and the message of them where they are coded."""
 
-    def loss(_: nn.Module, rows: Rows) -> torch.Tensor:
-        return bare.losses(shown.batch(rows, bare.spec.pad_id).to(bare.device)).sum()
+    core: CoreConfig
+    message: bytes | None
 
+
+def _with_bases(checked: Checked, core: CoreConfig, bare: TrainableModel, shown: Examples, public: Rows) -> _Made:
+    """With bases made of the gradient on public rows, as clients will decode them, or make them."""
+    derived = checked.config.derive_bases
     try:
-        return initialize_basis(bare.module, batches, loss, core)
+        with threads(_threads(checked.config) if derived else torch.get_num_threads()):
+            found = gradient_bases(bare, core, shown, public)
     except ValueError as error:
         raise InputError(f"--basis {core.basis}: {error}; or leave that layer out by --targets") from error
+    form, bases = checked.config.coding.basis, found.bases or {}
+    if not (form.coded or derived) or not core.basis_kind.unit:
+        return _Made(found, None)
+    message = coded(form, bases, checked.config.seed)
+    found.bases = decoded(form, message, shapes_of(bases))
+    return _Made(found, message)
+
+
+def _factors_last(config: SimulationConfig) -> bool:
+    """Whether what a factor begins with lasts: not so where a strategy merges factors, or has clients draw them."""
+    if config.baseline is not None:
+        return True
+    if config.moves is not None and METHODS[config.method].both:
+        return False
+    traits = traits_of(
+        load_strategy(config.chosen_strategy, config.strategy_arg, config.clients_per_round, config.seed)
+    )
+    return not traits.merges([1, 1]) and OWN_FACTORS not in traits.asks
+
+
+def _bases_of_before(checked: Checked, bare: TrainableModel, shown: Examples, public: Rows) -> _Made | None:
+    """With the bases that a run without an adapter to start from makes of the gradient, where these hold the adapter.
+
+    None where they do not, or there are none; the head is then as it was.
+    """
+    core, start, head = checked.core, checked.start, bare.values()
+    assert core is not None and start is not None
+    _begin_head(replace(checked, start=None), bare, shown, public)
+    found: _Made | None = None
+    with contextlib.suppress(InputError):  # beside the adapter there may be a gradient
+        found = _with_bases(checked, core, bare, shown, public)
+    bare.assign(head)
+    if found is None:
+        return None
+
+    def tag(name: str) -> str:
+        return core.tag(name, bare.module.get_submodule(name))
+
+    made = {tag(name): pair for name, pair in (found.core.bases or {}).items()}
+    held = (holds(pair, made[tag(name)]) for name, pair in start.layers.items())
+    return found if all(held) else None
+
+
+def _go_on(model: TrainableModel, core: CoreConfig, carry: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Take over into the run's factors what they can hold of an adapter; what is left of it is carried."""
+    left = take_over(factored_layers(model.module), core.row, carry)
+    model.carry(Carry.start(left))
+    whole = sum(name not in left for name in carry)
+    parts = sum(name in left and len(left[name].A) < len(pair.A) for name, pair in carry.items())
+    if whole or parts:
+        beside = f", and of {parts} with a part of it" if parts else ""
+        log.info("the run's factors go on with the adapter in %s of %s layers%s", whole, len(carry), beside)
+    return left
 
 
 def _warn_of_small_steps(tokens: Sequence[int], rank: int) -> None:

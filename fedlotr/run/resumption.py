@@ -26,6 +26,9 @@ MAY_CHANGE = {
     "resume",
     "resume_round",
     "client_adapters",
+    "adapter_every",
+    "keep",
+    "stop_after",
     "tensorboard",
     "mlflow",
     "wandb",
@@ -52,13 +55,18 @@ def saved_configuration(out: Path) -> SimulationConfig | None:
     if not path.is_file():
         return None
     try:
-        return SimulationConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        return begun_with(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"--resume: {path} cannot be read ({reason}); bring it back from a copy, or write it anew from what "
             f"{out / 'checkpoints'}/round-*.json say under 'configuration', or start a new run with another --out"
         ) from error
+
+
+def begun_with(values: Mapping[str, Any]) -> SimulationConfig:
+    """The configuration that a run was begun with; before there were codecs, all travelled as it is."""
+    return SimulationConfig(**{**dict.fromkeys(("codec", "broadcast_codec", "basis_codec"), "float32"), **values})
 
 
 def fixed_values(config: SimulationConfig) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def differences(before: SimulationConfig, now: SimulationConfig) -> list[str]:
 
 def changed_defences(checkpoint: Checkpoint, now: SimulationConfig) -> list[str]:
     """What protects the run from here on and did not before, or the other way round, one line an option."""
-    before = SimulationConfig(**checkpoint.extra["configuration"])
+    before = begun_with(checkpoint.extra["configuration"])
     return [
         f"{flag_of(name)} is {shorten(getattr(now, name))} from round {checkpoint.round + 1} on; before it was "
         f"{shorten(getattr(before, name))}"
@@ -125,7 +133,7 @@ def continue_from(
         checkpoint = directory.checkpoint_of(config.resume_round)
     begun, known = before, {}
     if checkpoint is not None:
-        begun, known = SimulationConfig(**checkpoint.extra["configuration"]), contents_in(checkpoint.extra)
+        begun, known = begun_with(checkpoint.extra["configuration"]), contents_in(checkpoint.extra)
         contents = as_kept(contents, config, directory.path)
         if "data" not in contents:  # without its key nobody can say; the ledger, which needs it too, refuses by name
             known = {name: content for name, content in known.items() if name not in ROWS}
@@ -202,19 +210,22 @@ def compare_contents(
     return problems, told
 
 
-def check_model(checkpoint: Checkpoint, bases_sha256: str, start: ArrayRecord) -> None:
-    """Raise InputError where the model that was made now is not the one that a checkpoint goes on with."""
+def check_model(checkpoint: Checkpoint, bases_sha256: str, start: ArrayRecord, option: str = "--resume") -> None:
+    """Raise InputError where the model that was made now is not the one that a checkpoint goes on with.
+
+    option: that asks for it.
+    """
     if checkpoint.extra["bases_sha256"] != bases_sha256:
         raise InputError(
-            f"--resume: the bases made now ({bases_sha256[:12]}…) are not those of the run "
-            f"({checkpoint.extra['bases_sha256'][:12]}…): {_why_other_bases(checkpoint)}; go on where it began"
+            f"{option}: the bases made now ({bases_sha256[:12]}…) are not those of the run "
+            f"({checkpoint.extra['bases_sha256'][:12]}…): {_why_other_bases(checkpoint)}; do this where it began"
         )
     wanted = _shapes({name: array.numpy() for name, array in start.items()})
     found = _shapes({name: array for name, array in checkpoint.arrays.items() if name in wanted})
     if found != wanted:
         differing = sorted(name for name in wanted if found.get(name) != wanted[name])
         raise InputError(
-            f"--resume: the checkpoint has other tensors than this model ({', '.join(differing[:3])}); name by "
+            f"{option}: the checkpoint has other tensors than this model ({', '.join(differing[:3])}); name by "
             "--model the one that the run began with"
         )
 

@@ -5,7 +5,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from fedlotr.engines.flower import FlowerGrid
 from fedlotr.files import finite
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain
-from fedlotr.flower.links.carry import carried_in
+from fedlotr.flower.links.carry import CarriedTerm, carried_in
 from fedlotr.flower.links.personal import personal
 from fedlotr.flower.norms import Watch
 from fedlotr.flower.records import to_record, to_tensors
@@ -33,12 +32,12 @@ from fedlotr.reporting.documents import Evaluation, MetricsRow, Summary
 from fedlotr.run.baselines import Alone, over_clients, without_wire
 from fedlotr.run.callbacks import Audience, evaluated, finished
 from fedlotr.run.directory import Checkpoint, RunDirectory
-from fedlotr.run.export import OwnBase, write_adapter
 from fedlotr.run.federation import federation
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.resumption import ROWS, changed_defences, check_model, fixed_values
 from fedlotr.run.samples import Model, Sampling
 from fedlotr.run.summary import best_of, metrics_of, summarise
+from fedlotr.run.writing import adapter_writer
 from fedlotr.said import Heard, say
 
 log = logging.getLogger("fedlotr")
@@ -129,7 +128,7 @@ class Rounds:
     def run(self, strategy: FlowerStrategy, state: State) -> Summary:
         """The rounds that are left, then adapter and summary; returns that."""
         config = self.config
-        while state.round < config.rounds and can_pay(self.federation, state.round + 1):
+        while state.round < config.rounds and can_pay(self.federation, state.round + 1) and not self._stalled():
             began, computed = time.monotonic(), time.process_time()
             done = run_round(self.grid, strategy, self.federation, state)
             self._look_at_the_clock(state.round, time.monotonic() - began, time.process_time() - computed)
@@ -145,14 +144,18 @@ class Rounds:
                 if not math.isfinite(evaluation["loss"]) and state.watch.once("loss"):
                     say(f"round {state.round}: the model that it published has a loss that is not finite")
                 done.metrics["evaluate_seconds"] = time.monotonic() - began
+            if config.adapter_every is not None and state.round % config.adapter_every == 0:
+                now = to_tensors(state.arrays), state.carry
+                self._write_adapter(now, self.directory.adapter_after(state.round))  # before the round counts
             self._keep(done, state, strategy)
             self.audience.tell(*finished(done, evaluation, self.directory.path))
         if state.round < config.rounds:
             self._end_early(state)
+        kept = state.round
         if isinstance(strategy, Alone):
             state = replace(state, arrays=strategy.all(config.clients, state.arrays))
         else:
-            self._write_adapters(state)
+            kept = self._write_adapters(state)
             self._sample(state)
         self.audience.tell(TrainedEvent(state.round))
         loads = self.prepared.workplace.loads()
@@ -168,6 +171,7 @@ class Rounds:
             privacy=self.federation.guard.summary(),
             warnings=self.heard.lines,
             checkpoints=self.directory.rounds(),
+            adapter_round=kept,
         )
         summary = cast(Summary, finite(summary))
         self.directory.write_summary(summary)
@@ -204,65 +208,80 @@ class Rounds:
             done.metrics["simulated_seconds_median_client"] = found.median
             done.metrics["simulated_slowest_client"] = found.slowest
 
+    def _stalled(self) -> bool:
+        """Whether the model has not got better for as many rounds as `--stop-after` says, as far as it was scored."""
+        best = best_of(self.prepared, self.history)
+        scored = [row["round"] for row in self.history if row["evaluate_seconds"] is not None]
+        patience = self.config.stop_after
+        return patience is not None and best is not None and scored[-1] - best["round"] >= patience
+
     def _end_early(self, state: State) -> None:
-        """Say that the privacy budget is spent. Raises BudgetSpentError where there is nothing to end with."""
+        """Say why: the model gets no better, or the privacy budget is spent.
+
+        Raises BudgetSpentError where there is nothing to end with.
+        """
+        if self._stalled() and (best := best_of(self.prepared, self.history)) is not None:
+            metric, since = next(iter(metrics_of(self.prepared))), state.round - best["round"]
+            say(
+                f"no better {metric} than round {best['round']}'s for {since} rounds: the run ends after round "
+                f"{state.round} of {self.config.rounds} (--stop-after {self.config.stop_after})"
+            )
+            return
         spent = f"the privacy budget allows no round {state.round + 1} of {self.config.rounds}"
         if not any(row["evaluate_seconds"] is not None for row in self.history):
             raise BudgetSpentError(f"{spent}, and none before it was evaluated; start a new run with another --out")
         say(f"{spent}: the run ends here")
 
-    def _write_adapters(self, state: State) -> None:
-        """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it."""
+    def _write_adapters(self, state: State) -> int:
+        """The run's adapter; and, where that is wanted, one of every client with the factors that stayed with it.
+
+        Returns the round whose model it is.
+        """
         config, model, shared = self.config, self.prepared.model, to_tensors(state.arrays)
-        write = partial(
-            write_adapter,
-            model=model,
-            base=self.prepared.checked.base_name,
-            source=Path(self.prepared.checked.spec.path).resolve(),
-            method=config.method,
-            max_length=config.longest,
-            labels=self.prepared.checked.task.label_names,
-            pair=len(self.prepared.checked.task.columns) == 2,
-            tokenizer=self.prepared.checked.tokenizer,
-            own=self._own_base(),
-            quantize=config.quantize,
-        )
-        model.carry(state.carry)
-        model.assign(shared)
-        write(self.directory.adapter)
+        best = best_of(self.prepared, self.history) if config.keep == "best" else None
+        kept = state.round if best is None else best["round"]
+        found = self._model_of(kept, state)
+        if found is None:
+            say(f"--keep best: no whole checkpoint holds round {kept}; the adapter is the last round's")
+            found, kept = (shared, state.carry), state.round
+        self._write_adapter(found, self.directory.adapter)
         if config.client_adapters:
+            write = adapter_writer(self.prepared)
             for client in range(config.clients):
                 model.assign(shared | personal(self.grid.client_states.get(client, {})))
                 write(self.directory.adapter_of(client), client=client)
+        return kept
+
+    def _write_adapter(self, model: Model, folder: Path) -> None:
+        """The adapter of a common model."""
+        self.prepared.model.carry(model[1])
+        self.prepared.model.assign(model[0])
+        adapter_writer(self.prepared)(folder)
+
+    def _model_of(self, number: int, state: State) -> Model | None:
+        """A round's model; None where no whole checkpoint holds it."""
+        if number == state.round:
+            return to_tensors(state.arrays), state.carry
+        if (checkpoint := self.directory.whole_checkpoint(number)) is None:
+            return None
+        trained = {name: checkpoint.arrays[name] for name in state.arrays}
+        return to_tensors(to_record(trained)), carried_in(
+            checkpoint.extra["links"], checkpoint.arrays, self.federation.carried
+        )
 
     def _sample(self, state: State) -> None:
         """Have the models of the best and of the last round answer the run's prompts."""
-
-        def model_of(number: int) -> Model | None:
-            if number == state.round:
-                return to_tensors(state.arrays), state.carry
-            if (checkpoint := self.directory.whole_checkpoint(number)) is None:
-                return None
-            trained = {name: checkpoint.arrays[name] for name in state.arrays}
-            return to_tensors(to_record(trained)), carried_in(
-                checkpoint.extra["links"], checkpoint.arrays, self.federation.carried
-            )
-
         best = best_of(self.prepared, self.history)
-        self.sampling.finish(state.round, state.round if best is None else best["round"], model_of)
+        number = state.round if best is None else best["round"]
+        self.sampling.finish(state.round, number, lambda of: self._model_of(of, state))
 
     def _best_rounds(self) -> set[int]:
-        """The rounds whose models may yet be asked: the best one so far, and as of the round before this one.
+        """The rounds whose models may yet be asked or kept: the best one so far, and as of the round before this one.
 
         Of that too, since a run goes on from there where the newest checkpoint is damaged.
         """
-        so_far = [self.history, self.history[:-1]] if self.sampling.wanted else []
+        so_far = [self.history, self.history[:-1]] if self.sampling.wanted or self.config.keep == "best" else []
         return {best["round"] for rows in so_far if (best := best_of(self.prepared, rows)) is not None}
-
-    def _own_base(self) -> OwnBase | None:
-        own = self.prepared.checked.own_model
-        segments = () if self.prepared.workplace.test.segments is None else ("token_type_ids",)
-        return None if own is None else OwnBase(own.kind, ("input_ids", "attention_mask", *segments))
 
     def _evaluate(self, state: State, strategy: FlowerStrategy | None = None) -> Evaluation:
         """Of the common model on the test split; of every client on its own rows, where some are held back.
@@ -275,11 +294,11 @@ class Rounds:
             higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
             means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
             return cast(Evaluation, {**means, "over_clients": spread})
-        personal = self.prepared.model.personal
-        found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, state.carry)
+        personal, beside = self.prepared.model.personal, state.chain.the(CarriedTerm).newest()
+        found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, beside)
         held_back = [len(rows) for rows in self.prepared.checked.held_back]
         if any(held_back):
-            clients = evaluate_clients(self.grid, state.arrays, held_back, state.carry, task=self.federation.task)
+            clients = evaluate_clients(self.grid, state.arrays, held_back, beside, task=self.federation.task)
             found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
         return cast(Evaluation, found)
 

@@ -51,7 +51,7 @@ from fedlotr.run.resumption import continue_from, saved_configuration
 from fedlotr.run.rounds import Rounds
 from fedlotr.run.shown import shown_examples
 from fedlotr.run.summary import facts
-from fedlotr.run.unmet import feedback, unmet, unmet_links
+from fedlotr.run.unmet import USUAL, feedback, unmet, unmet_links, usual_codecs
 from fedlotr.run.world import leaving_no_trace
 from fedlotr.said import hearing, keeping, say
 from fedlotr.training.cohort import cut_cohorts
@@ -300,8 +300,10 @@ def check_all(
         problems += check_delta(checked)
     if problems or checked is None or strategy is None:
         raise InputError(problems)
-    known = checked.config.model_copy(update={"error_feedback": feedback(strategy, config)})
-    return replace(checked, config=known), strategy
+    known = checked.config.model_copy(update=usual_codecs(strategy, config))
+    if config.error_feedback and not known.coding.update.lossy:
+        raise InputError(f"--error-feedback: updates travel as {known.codec} here, which loses nothing; give --codec")
+    return replace(checked, config=known.model_copy(update={"error_feedback": feedback(strategy, known)})), strategy
 
 
 def resolve(config: SimulationConfig) -> SimulationConfig:
@@ -320,6 +322,9 @@ def resolve(config: SimulationConfig) -> SimulationConfig:
     resolved["head_lr"] = config.head_lr if config.head_lr is not None else row.head_lr
     if "D" in row.train and config.cohort == "auto":
         resolved["cohort"] = 1  # each client of a cohort would have its own copy of the matrices for each example
+    resolved["rebase"] = config.rebase or row.rebase
+    if before is not None:
+        resolved |= {name: getattr(config, name) or getattr(before, name) for name in USUAL}
     if row.factored:
         resolved |= {"basis": config.basis or row.basis, "tie": config.tie or row.tie, "core": config.core or row.core}
         of_gradient = config.basis is None and row.basis_kind().made_of == "gradient"

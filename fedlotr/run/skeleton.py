@@ -28,7 +28,7 @@ def build_skeleton(config: SimulationConfig, spec: ModelSpec, *, sure: bool) -> 
     if sure and spec.code is not None:
         _check_own(skeleton, spec)
     headed = sure and spec.code is None and spec.headed
-    check_meta(config.model, skeleton, config.targets, headed=headed)
+    check_meta(config.model, skeleton, headed=headed)
     return skeleton
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedlotr.adapters.methods import METHODS
-from fedlotr.adapters.tuner import factored_layers
+from fedlotr.adapters.tuner import factored_layers, highest_rank
 from fedlotr.communication.ledger import Entry, communication_summary, payload_bytes
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.cost.architectures import shapes_of
@@ -23,6 +23,7 @@ from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.flower.links.carry import model_sha256
+from fedlotr.flower.links.derived import public_record
 from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.round import State
@@ -49,7 +50,7 @@ from fedlotr.reporting.documents import (
     under,
 )
 from fedlotr.run.checking import Checked
-from fedlotr.run.federation import federation, ranks_of
+from fedlotr.run.federation import federation, public_of, ranks_of
 from fedlotr.run.fitting_texts import seen_in_words
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.prompts import in_words
@@ -146,18 +147,29 @@ def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]
     round. What a strategy decides as it goes is not foreseen: where it lowers ranks (HetLoRA), less will cross.
     """
     config, core = checked.config, checked.core
-    row, ranks = METHODS[config.method], ranks_of(config) or [config.rank] * len(checked.parts)
+    row, shapes = METHODS[config.method], shapes_of(model.module, factored_layers(model.module))
+    rank = highest_rank(model.module) or config.rank
+    ranks = ranks_of(config) or [rank] * len(checked.parts)
     if core is not None and row.factored:
         row = replace(row, basis=str(core.basis), tie=str(core.tie), core=str(core.core))
     strategy = load_strategy(str(config.strategy), config.strategy_arg, config.clients_per_round, config.seed)
     traits = traits_of(strategy)
-    merged = [traits.merges([ranks[client] for client in clients]) for clients in rounds]
+    merged = {
+        own: [traits.merges([min(ranks[client], own or rank) for client in clients]) for clients in rounds]
+        for own in {layer.rank for layer in shapes.layers}
+    }
     started = {} if checked.start is None else {name: len(pair.A) for name, pair in checked.start.layers.items()}
-    shapes = shapes_of(model.module, factored_layers(model.module))
     asked = row, shapes.layers, shapes.heads, ranks, rounds, config.coding
     drawn = OWN_FACTORS in traits.asks
     return bill(
-        *asked, merged=merged, started=started, rank=config.rank, controls=controls and traits.controls, drawn=drawn
+        *asked,
+        merged=merged,
+        started=started,
+        rank=rank,
+        controls=controls and traits.controls,
+        drawn=drawn,
+        rebase=config.moves,
+        public=payload_bytes(public_record(*public_of(checked))) if config.derive_bases else None,
     )
 
 
@@ -165,13 +177,14 @@ def _reckoned(prepared: Prepared) -> Communication:
     """What a client and round cost where clients are hidden: in closed form, since a sum would tell who came."""
     config = prepared.checked.config
     reckoned = owed(prepared.checked, prepared.model, [range(config.clients_per_round)] * config.rounds)
-    basis = federation(config, prepared).basis
+    told = federation(config, prepared)
+    first = [record for record in (told.basis, told.derived and told.derived.rows) if record is not None]
     return {
         "upload_payload_bytes_per_client_round": reckoned.round_up,
         "download_payload_bytes_per_client_round": reckoned.round_down,
         "upload_wire_bytes_per_client_round": None,
         "download_wire_bytes_per_client_round": None,
-        "one_off_bytes_per_client": 0 if basis is None else payload_bytes(basis),
+        "one_off_bytes_per_client": sum(map(payload_bytes, first)),
         "total_payload_bytes": None,
         "total_wire_bytes": None,
     }
@@ -189,10 +202,12 @@ def summarise(
     privacy: Privacy | None,
     warnings: Sequence[str],
     checkpoints: list[int],
+    adapter_round: int,
 ) -> Summary:
     """summary.json of a finished run.
 
-    history: the rows of metrics.jsonl. started: by `time.monotonic`. warnings: what the user was told.
+    history: the rows of metrics.jsonl. started: by `time.monotonic`. warnings: what the user was told. adapter_round:
+    the round whose model the adapter is.
     """
     checked, config = prepared.checked, prepared.checked.config
     evaluated = [row for row in history if row["evaluate_seconds"] is not None]
@@ -218,6 +233,9 @@ def summarise(
         "initial": initial,
         "metric": metric,
         "over_clients": last.get("over_clients"),
+        "standard_errors": last.get("standard_errors"),
+        "score_by": last.get("score_by"),
+        "over_groups": last.get("over_groups"),
         "losses": losses_in_words(prepared),
         "texts": texts_in_words(prepared),
         "adapted": adapted_in_words(checked),
@@ -238,6 +256,7 @@ def summarise(
         "trained_sha256": model_sha256(state.arrays, state.carry),
         "versions": versions(prepared.checked),
         "checkpoints": checkpoints,
+        "adapter_round": adapter_round,
     }
 
 
@@ -279,6 +298,8 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     usual: dict[str, Callable[..., Any]] = {
         name: max if metric.higher_is_better else min for name, metric in kind.metrics.items()
     }
+    scores = prepared.checked.sheet.metrics
+    usual = {name: max if metric.higher_is_better else min for name, metric in scores.items()} | usual
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}
@@ -363,8 +384,8 @@ def _codec(config: SimulationConfig, history: Sequence[MetricsRow]) -> Codec | N
         return statistics.median(found) if found else None
 
     return {
-        "update": config.codec,
-        "broadcast": config.broadcast_codec,
+        "update": config.coding.codec,
+        "broadcast": config.coding.broadcast_codec,
         "error_feedback": bool(config.error_feedback),
         "transport_error_median": median("transport_error"),
         "broadcast_error_median": median("broadcast_error"),

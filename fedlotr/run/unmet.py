@@ -8,6 +8,7 @@ from fedlotr.adapters.kinds import cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.config.rules import NO_CLIENT_STATE, Rule, broken, value_of
+from fedlotr.config.rules import RULES as OF_CONFIGURATION
 from fedlotr.errors import InputError
 from fedlotr.flower.chain import LINKS, link_classes
 from fedlotr.flower.links.draws import OWN_FACTORS
@@ -40,6 +41,16 @@ def _needs(config: SimulationConfig, traits: StrategyTraits) -> str:
     )
 
 
+OTHER_FACTORS = (
+    "it goes on from factors of rounds before, or changes what they are, and these are of other bases once they have "
+    "moved; choose one that combines each round by itself, such as exact-average"
+)
+
+
+def _of_other_rounds(config: SimulationConfig, traits: StrategyTraits) -> object:
+    return traits.remembers or traits.controls or not traits.factors_last or traits.merges([1, 1])
+
+
 RULES = (
     Rule(
         at="optimizer_state=keep strategy:any (ranks!=none)",
@@ -63,6 +74,15 @@ RULES = (
         at="error_feedback strategy:any (factors_last=false)",
         why="the factors of a round are not those of the next, so what was lost of them cannot be made up for; choose "
         "--no-error-feedback",
+    ),
+    *(
+        Rule(at=f"strategy:any {what}", why=OTHER_FACTORS, when=_of_other_rounds)
+        for what in ("rebase", "method:turning")
+    ),
+    Rule(
+        at="strategy:any method:residual (ranks!=none)",
+        why="it changes clients' ranks, and a block of the factors that this method begins with is not what is taken "
+        "off beside the weights",
     ),
     Rule(at="broadcast_codec:coded strategy:any (ranks!=none)", why="it changes clients' ranks; only --codec goes"),
     *(
@@ -116,6 +136,10 @@ RULES = (
 """In the order in which a report names what is broken."""
 
 
+USUAL = {"codec": "int8", "broadcast_codec": "delta+int8"}
+"""Codecs of trained tensors, by option."""
+
+
 def unmet(strategy: FlowerStrategy, config: SimulationConfig) -> Iterator[str]:
     """Why a strategy does not go with a configuration, each one line."""
     for fields, why in broken(RULES, config, traits_of(strategy)):
@@ -137,6 +161,24 @@ def _option(field: str, config: SimulationConfig) -> str:
             return f"--{field.removeprefix('chosen_').replace('_', '-')} {value_of(field, config)}"
 
 
+def usual_codecs(strategy: FlowerStrategy, config: SimulationConfig) -> dict[str, str]:
+    """How trained tensors travel where the configuration leaves it open.
+
+    In a byte a number, which costs no accuracy that was seen (experiments/README.md), where what a message loses is
+    made up for by the next one, no rule forbids it, and no promise is made of what messages tell; else as they are.
+    """
+    found: dict[str, str] = {}
+    quiet = config.baseline is None and config.engine != "flower"
+    quiet = quiet and (config.privacy == "none" or bool(config.error_feedback))
+    for name, words in USUAL.items():
+        if getattr(config, name) is not None:
+            continue
+        tried = config.model_copy(update={**found, name: words})
+        goes = quiet and feedback(strategy, tried) and not any(broken(OF_CONFIGURATION, tried))
+        found[name] = words if goes and not any(unmet(strategy, tried)) else "float32"
+    return found
+
+
 def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
     """Whether clients make up for what a codec lost of their last update, where the configuration leaves it open.
 
@@ -144,7 +186,7 @@ def feedback(strategy: FlowerStrategy, config: SimulationConfig) -> bool | None:
     """
     if config.error_feedback is not None or not config.coding.update.lossy:
         return config.error_feedback
-    return config.engine != "flower" and traits_of(strategy).factors_last
+    return config.engine != "flower" and traits_of(strategy).factors_last and config.rebase_every != 1
 
 
 def unmet_links(config: SimulationConfig) -> Iterator[str]:

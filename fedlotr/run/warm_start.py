@@ -13,7 +13,7 @@ from fedlotr.adapters.export import PREFIX
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.start import Lora, read_lora
 from fedlotr.errors import InputError
-from fedlotr.models.loading import MeanPooledClassifier, head_layers
+from fedlotr.models.loading import MeanPooledClassifier, head_layers, refused
 from fedlotr.run.export import ENCODER
 
 
@@ -83,6 +83,9 @@ def _layers(lora: Lora, skeleton: nn.Module, targets: Collection[str], method: s
         problems.append(f"layers of another size: {_some(shaped)}; take the model that the adapter was trained on")
     if left_out and not targets:
         problems.append(f"it adapts {_some(left_out)}, --method {method} adapts no layer; take a method that does")
+    elif never := [name for name in left_out if inside + name in refused(skeleton)]:
+        reason = refused(skeleton)[inside + never[0]]
+        problems.append(f"it adapts {_some(never)}: {reason}; merge it and give the result by --model")
     elif left_out:
         problems.append(f"it adapts {_some(left_out)}, which this run does not; widen --targets")
     if problems:

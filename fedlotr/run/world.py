@@ -110,15 +110,17 @@ def _torch() -> PutBack:
     torch = sys.modules.get("torch")
     if torch is None:
         return
+    from fedlotr.models.precision import put_back_algorithms
+
     yield functools.partial(torch.set_num_threads, torch.get_num_threads())
     yield functools.partial(torch.set_default_dtype, torch.get_default_dtype())
     yield functools.partial(torch.set_grad_enabled, torch.is_grad_enabled())
     if torch.get_float32_matmul_precision() != "highest":
         yield functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     yield functools.partial(
-        torch.use_deterministic_algorithms,
+        put_back_algorithms,
         torch.are_deterministic_algorithms_enabled(),
-        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
     )
 
 

@@ -45,6 +45,10 @@ COHORT_TOKENS = 2048
 """Tokens a step of one cohort (`cut_cohorts`): a pass over a small encoder costs about 20 ms besides its products, a
 tenth of those over 1,024 tokens. Rounds of few clients are cut finer, for several workers."""
 
+SHARED_TOKENS = 384
+"""Tokens a step of a round from which on there are two cohorts. One worker takes up to a sixth longer then, for passes
+that cost 20 ms besides their products; two take little more than half as long, where one of them would be idle."""
+
 EVEN = 4
 """Where there are more than two cohorts, their number is a multiple of this: one, two and four workers share them
 evenly."""
@@ -248,7 +252,7 @@ def cut_cohorts(step_tokens: Sequence[int], size: int | None = None, budget: int
     count = round(2 * float(ends[-1]) / budget)  # as many as two workers need to have something to do
     if count > 2:  # three cohorts would leave one of two workers idle for half of the time
         count = EVEN * max(1, round(count / 2 / EVEN))
-    count = max(1, min(n, count))
+    count = min(n, max(count, 2 if ends[-1] >= SHARED_TOKENS else 1))
     # A client belongs to the cohort in whose share of all tokens its middle falls.
     middles = ends - np.asarray(step_tokens) / 2
     group = np.minimum((middles * count / ends[-1]).astype(np.int64), count - 1)

@@ -8,7 +8,7 @@ from torch import nn
 from fedlotr.adapters.layer import FactoredLayer
 from fedlotr.training.examples import Examples
 from fedlotr.training.packing import PASS_TOKENS, Rows, runs
-from fedlotr.training.varlen import Ragged
+from fedlotr.training.varlen import Ragged, Reading
 from fedlotr.training.varlen_attention import attending
 
 KEPT_BYTES = 2**28
@@ -25,15 +25,15 @@ class FrozenPrefix:
     bits in any worker, whatever that has seen before.
     """
 
-    def __init__(self, encoder: nn.Module, depth: int) -> None:
+    def __init__(self, encoder: nn.Module, reading: Reading, depth: int) -> None:
         """depth: how many blocks have nothing in them that is trained."""
-        self.encoder, self.depth = encoder, depth
+        self.encoder, self.reading, self.depth = encoder, reading, depth
         self._examples: Examples | None = None
         self._kept: dict[int, torch.Tensor] = {}  # by row (length, hidden size)
         self._used = False  # by the present cohort, which decides by its own clients alone
 
     @classmethod
-    def of(cls, encoder: nn.Module) -> "FrozenPrefix | None":
+    def of(cls, encoder: nn.Module, reading: Reading) -> "FrozenPrefix | None":
         """None where the first block is adapted already, or where there is more in the encoder than a BERT's parts."""
         parts = dict(encoder.named_children())
         inner = [name for name, _ in parts["encoder"].named_children()] if "encoder" in parts else []
@@ -41,7 +41,7 @@ class FrozenPrefix:
             return None
         adapted = [any(isinstance(part, FactoredLayer) for part in block.modules()) for block in _blocks(encoder)]
         depth = [*adapted, True].index(True)
-        return cls(encoder, depth) if depth else None
+        return cls(encoder, reading, depth) if depth else None
 
     def begin(self, examples: Examples, clients: Sequence[Rows]) -> None:
         """Have the hidden states of a cohort's examples, if that pays; clients: all that each holds, or nobody."""
@@ -59,7 +59,7 @@ class FrozenPrefix:
             self._kept, wanted = {}, list(clients)
         for rows in wanted:
             for run in runs(examples.lengths[rows], PASS_TOKENS) if len(rows) else ():
-                batch = Ragged.of(examples, rows[run]).to(weight.device)
+                batch = Ragged.of(examples, rows[run], self.reading).to(weight.device)
                 lengths = [*examples.lengths[rows[run]].tolist(), batch.filler]
                 states = torch.split(self._computed(batch)[0], lengths)
                 self._kept |= {int(row): part for row, part in zip(rows[run], states[:-1], strict=True)}

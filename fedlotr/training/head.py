@@ -7,7 +7,7 @@ import torch
 from fedlotr.training.examples import Examples
 from fedlotr.training.model import TrainableModel, example_losses
 from fedlotr.training.packing import EVALUATION_TOKENS, Rows, pack
-from fedlotr.training.varlen import ragged_batches
+from fedlotr.training.varlen_pass import ragged_batches
 
 RIDGE = 1e-2
 """Weight of half the squared norm of the head's weights beside the mean loss."""
@@ -30,12 +30,11 @@ def fit_head(model: TrainableModel, examples: Examples, rows: Rows) -> None:
     hook = root.register_forward_pre_hook(lambda _, inputs: seen.update(features=inputs[0]))
     try:
         with torch.no_grad():
-            for _, taken in ragged_batches(examples, rows, EVALUATION_TOKENS) if model.takes_ragged else ():
-                ragged = taken.to(model.device)
+            for _, ragged in ragged_batches(model, examples, rows, EVALUATION_TOKENS) if model.takes_ragged else ():
                 with model.taking(ragged):
                     model.logits(ragged)
-                nowhere = torch.zeros_like(ragged.labels)  # a pooled encoder is read out once a row
-                features.append((seen["features"].float(), nowhere, ragged.labels))
+                once = torch.zeros(len(ragged.labels), dtype=torch.int64, device=model.device)
+                features.append((seen["features"].float(), once, ragged.labels))  # which has one vector of each row
                 labels.append(ragged.labels)
             for chosen in () if model.takes_ragged else pack(examples.lengths[rows], EVALUATION_TOKENS):
                 batch = examples.batch(rows[chosen], model.spec.pad_id).to(model.device)

@@ -4,25 +4,26 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from peft import get_peft_model
 from torch import nn
 
-from fedlotr.adapters.bases import Factors
+from fedlotr.adapters.bases import Factors, stacked
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.layer import TRAINABLE, FactoredLayer
 from fedlotr.adapters.packed import Spans, packed
 from fedlotr.adapters.tuner import CoreConfig, factored_layers
 from fedlotr.models.loading import MeanPooledClassifier, ModelSpec, head_layers
-from fedlotr.training.examples import IGNORED, Batch
+from fedlotr.training.examples import IGNORED, Batch, Examples
 from fedlotr.training.frozen_prefix import FrozenPrefix
+from fedlotr.training.packing import Rows
+from fedlotr.training.readout import head_logits, trunk_of, trunk_states
 from fedlotr.training.token_losses import CHUNK_LOGITS, last_hidden, plain_output, predictions, target_losses
-from fedlotr.training.varlen import Ragged
+from fedlotr.training.varlen import Ragged, Reading
 from fedlotr.training.varlen_attention import attending
-from fedlotr.training.varlen_trial import keeps_apart
+from fedlotr.training.varlen_trial import reading_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,7 +49,12 @@ class TrainableModel:
                 get_peft_model(base, core)  # wraps the layers of `base` in place
         self.module, self.spec, self.core = base.requires_grad_(False), spec, core
         self._first = {name: self.parameter(name).detach().clone() for name in self.personal}
-        self.carry(Carry.start(carry or {}))
+        carry = dict(carry or {})
+        if core is not None and core.row.residual:
+            for name, layer in factored_layers(self.module).items():
+                taken_off = layer.taken_off("default")
+                carry[name] = stacked(carry[name], taken_off) if name in carry else taken_off
+        self.carry(Carry.start(carry))
 
     @cached_property
     def trained(self) -> dict[str, tuple[str, str]]:
@@ -172,9 +178,17 @@ class TrainableModel:
         }
 
     def carry(self, carry: Carry) -> None:
-        """Let the layers carry these terms, and no others. Raises KeyError for a layer that is not adapted."""
+        """Let the layers carry these terms, and no others; where bases move, between those that go with them.
+
+        Raises KeyError for a layer that is not adapted.
+        """
         self.carried = carry
         layers = factored_layers(self.module)
+        for name, pair in carry.bases.items():
+            basis = layers[name].basis("default")
+            assert basis is not None
+            basis.A.copy_(pair.A)
+            basis.B[:, : pair.B.shape[1]].copy_(pair.B)  # none of a B that is trained
         for name in layers.keys() - carry.terms.keys():
             layers[name].drop_carry("default")
         for name, term in carry.terms.items():
@@ -194,11 +208,12 @@ class TrainableModel:
         hidden: what `prefix` made of a packed batch, if it did.
         """
         inputs = _inputs(batch)
-        if isinstance(batch, Ragged) and batch.averages is not None:
-            model = cast(MeanPooledClassifier, self.module)
+        if isinstance(batch, Ragged) and self.spec.headed:
             if hidden is None or self.prefix is None:
-                return model.ragged(batch.averages, **inputs)
-            return model.pooled(batch.averages, self.prefix.above(hidden))
+                states = trunk_states(trunk_of(self.module), **inputs)
+            else:
+                states = self.prefix.above(hidden)
+            return head_logits(self.module, states, batch).float()
         output = self.module(**inputs) if self.spec.headed else self.module(**inputs, use_cache=False)
         logits: torch.Tensor = getattr(output, "logits", output)
         return logits.float()
@@ -209,34 +224,49 @@ class TrainableModel:
         return next(self.module.parameters()).device
 
     @cached_property
-    def takes_ragged(self) -> bool:
-        """Whether the model takes packed sequences: tried, on its frozen base.
+    def reading(self) -> Reading | None:
+        """How the model is shown packed sequences; None where it does not take them: tried, on its frozen base.
 
         To be asked for outside of `adapters.copies`, and of `adapters.packed`.
         """
         # Where a GPU's blocks run again, they do so in a thread of their own, which is not told of packed sequences.
         if self.matrices or (self.spec.checkpointed and self.device.type != "cpu"):
-            return False
-        if isinstance(self.module, MeanPooledClassifier):
-            return keeps_apart(self.module.encoder, _encoded)
-        if self.spec.headed:
-            return False
-        return keeps_apart(self.module, _logits if self.output is None else last_hidden)
+            return None
+        whole = not self.spec.headed and self.output is None
+        return reading_of(self.module, self.spec.pad_id, headed=self.spec.headed, whole=whole)
+
+    @cached_property
+    def takes_ragged(self) -> bool:
+        """Whether the model takes packed sequences; to be asked for where `reading` is."""
+        return self.reading is not None
+
+    @property
+    def branches(self) -> bool:
+        """Whether packed sequences may share their beginning; to be asked for where `reading` is."""
+        return self.reading is not None and self.reading.branches
+
+    def ragged(self, examples: Examples, rows: Rows, families: Sequence[int] | None = None) -> Ragged:
+        """The given examples, packed, as the model reads them, where it is; for a model that takes them.
+
+        families: as `Ragged.of` has it.
+        """
+        assert self.reading is not None
+        return Ragged.of(examples, rows, self.reading, families).to(self.device)
 
     @cached_property
     def prefix(self) -> FrozenPrefix | None:
         """The blocks below all that is trained, where packed sequences are taken and there are any."""
-        pooled = self.takes_ragged and isinstance(self.module, MeanPooledClassifier)
-        return FrozenPrefix.of(cast(MeanPooledClassifier, self.module).encoder) if pooled else None
+        if self.reading is None or not isinstance(self.module, MeanPooledClassifier):
+            return None
+        return FrozenPrefix.of(self.module.encoder, self.reading)
 
     @contextmanager
-    def taking(self, batch: Ragged, counts: Sequence[int] | None = None) -> Iterator[None]:
+    def taking(self, batch: Ragged, owner: Rows | None = None) -> Iterator[None]:
         """Let the model take these packed sequences, forward and backward.
 
-        counts: how many consecutive tokens meet each copy of what is trained; None: one copy, or none, meets all.
+        owner: which copy of what is trained each sequence meets, in order; None: one copy, or none, meets all.
         """
-        spans = Spans([batch.tokens] if counts is None else counts)
-        with packed(spans), attending(self.module, batch.attendance):
+        with packed(Spans(batch.counts(owner))), attending(self.module, batch.attendance):
             yield
 
     @cached_property
@@ -292,16 +322,6 @@ def _inputs(batch: Batch | Ragged) -> Tensors:
     if batch.token_type_ids is not None:
         inputs["token_type_ids"] = batch.token_type_ids
     return {"input_ids": batch.input_ids, **inputs}
-
-
-def _encoded(encoder: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = encoder(**inputs).last_hidden_state
-    return found
-
-
-def _logits(module: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = module(**inputs, use_cache=False).logits
-    return found
 
 
 def example_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

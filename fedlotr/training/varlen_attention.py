@@ -48,11 +48,22 @@ class _Layout:
         return rows.index_select(0, self.gather).view(*self.shape, -1)
 
 
+@dataclass(frozen=True)
+class Branching:
+    """Of sequences that are several with one beginning: the position of each token, and which branch it is of.
+
+    Branch 0 is the beginning, or a sequence without branches. A token sees its own branch and the beginning.
+    """
+
+    position: Rows
+    branch: Rows
+
+
 class Attendance:
     """Which tokens may attend to which, and where each is put for that."""
 
-    def __init__(self, lengths: Rows) -> None:
-        self._lengths = lengths
+    def __init__(self, lengths: Rows, branching: Branching | None = None) -> None:
+        self._lengths, self.branching = lengths, branching
         self.device = torch.device("cpu")
         """Where the model computes; set before its first layer asks."""
         self.asked = 0
@@ -85,29 +96,54 @@ class Attendance:
     def masks(self, *, causal: bool, window: int | None) -> list[torch.Tensor | None]:
         """Of each group what is added to its scores: zero, and minus infinity where a token does not attend.
 
-        Causal (1, 1, width, width): padding lies behind all of a sequence's tokens. Else (count, 1, 1, width), or None
-        where nothing is padded. window: a token attends to so many, itself the last of them; causal alone.
+        Causal (1, 1, width, width): padding lies behind all of a sequence's tokens; with branches (count, 1, width,
+        width). Else (count, 1, 1, width), or None where nothing is padded; with a window that hides something (count,
+        1, width, width). window: how many tokens one attends to, itself the last of them; or where it sees both sides,
+        to each side, itself the first of both.
         """
         if (causal, window) not in self._masks:
             made: list[torch.Tensor | None] = []
             for chosen in self._groups:
                 place, hidden = self._places(chosen)
-                if causal:
-                    back = place[:, None] - place
-                    hidden = (back < 0) | (back >= (window or len(place)))
-                shape = (1, 1, *hidden.shape) if causal else (len(hidden), 1, 1, hidden.shape[1])
-                mask = torch.zeros(shape).masked_fill_(torch.from_numpy(hidden).view(shape), -torch.inf)
+                back, near = place[:, None] - place, window or len(place)
+                if causal and self.branching is not None:
+                    hidden = (back < 0) | self._beside(chosen, place, window)
+                elif causal:
+                    hidden = ((back < 0) | (back >= near))[None]
+                elif near < len(place):  # padding sees itself, since what sees nothing has no softmax
+                    hidden = (hidden[:, None] | (abs(back) >= near)) & (back != 0)
+                else:
+                    hidden = hidden[:, None]
+                mask = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -torch.inf).unsqueeze(1)
                 made.append(mask.to(self.device) if hidden.any() else None)
             self._masks[causal, window] = made
         return self._masks[causal, window]
+
+    def _beside(self, chosen: Rows, place: Rows, window: int | None) -> Any:
+        """(count, width, width) which places are of other branches, or beyond the window."""
+        assert self.branching is not None
+        at = np.minimum((np.cumsum(self._lengths) - self._lengths)[chosen, None] + place, self._lengths.sum() - 1)
+        branch, position = self.branching.branch[at], self.branching.position[at]
+        beside = (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)
+        return beside if window is None else beside | (position[:, :, None] - position[:, None] >= window)
 
     def _places(self, chosen: Rows) -> tuple[Rows, Any]:
         """(width,) the places of a group, and (count, width) which of them are empty."""
         place = np.arange(-(-int(self._lengths[chosen[0]]) // SAME_WIDTH) * SAME_WIDTH)
         return place, place >= self._lengths[chosen, None]
 
+    @property
+    def widest(self) -> int:
+        """Places of the group of the longest sequence."""
+        return max(len(self._places(chosen)[0]) for chosen in self._groups)
+
 
 _attendance: ContextVar[Attendance | None] = ContextVar("attendance", default=None)
+
+
+def current_attendance() -> Attendance | None:
+    """Of the packed sequences on their way through the model; None where rows are padded."""
+    return _attendance.get()
 
 
 @contextmanager
@@ -129,18 +165,37 @@ def attending(model: Any, attendance: Attendance) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Form:
-    """How scores are made of products: `scale · Q Kᵀ`, then `cap · tanh(scores / cap)`, then the masks."""
+    """How weights are made of products: `scale · Q Kᵀ`, then `cap · tanh(scores / cap)`, bias, masks, and a softmax.
+
+    bias: (1, heads, places, places) or None, the same for every sequence. sinks: (heads,) or None, the score of a place
+    beside all others that has no value.
+    """
 
     scale: float
     cap: float | None
     causal: bool
     window: int | None
+    bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     def scores(self, qs: torch.Tensor, ks: torch.Tensor) -> torch.Tensor:
-        """(n, rows, width), before the masks, in float32 or wider: on CPUs torch's softmax is slow in bfloat16."""
+        """(n, rows, width), before the bias, in float32 or wider: on CPUs torch's softmax is slow in bfloat16."""
         products = torch.bmm(qs, ks.transpose(1, 2))
         scores = products.to(torch.promote_types(products.dtype, torch.float32)).mul_(self.scale)
         return scores if self.cap is None else scores.div_(self.cap).tanh_().mul_(self.cap)
+
+    def weights(self, qs: torch.Tensor, ks: torch.Tensor, heads: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """(n, rows, width), what each place is weighed by; a sink takes its share and is not among them."""
+        scores, width = self.scores(qs, ks), ks.shape[1]
+        each = scores.view(-1, heads, width, width)
+        if self.bias is not None:
+            each.add_(self.bias[:, :, :width, :width])
+        if mask is not None:
+            each.add_(mask)
+        if self.sinks is None:
+            return torch.softmax(scores, -1)
+        sinks = self.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(len(each), heads, width, 1)
+        return torch.softmax(torch.cat([each, sinks], -1), -1)[..., :-1].reshape(scores.shape)
 
 
 class _Attention(torch.autograd.Function):
@@ -164,10 +219,7 @@ class _Attention(torch.autograd.Function):
         for group, below, mask in zip(groups, keyed, masks, strict=True):
             ks, vs = below.gathered(k), below.gathered(v)
             qs = group.gathered(q).view(len(ks), -1, q.shape[1])
-            scores = form.scores(qs, ks)
-            if mask is not None:
-                scores.view(-1, heads, *group.shape[1:], group.shape[1]).add_(mask)
-            p = torch.softmax(scores, -1).to(q.dtype)
+            p = form.weights(qs, ks, heads, mask).to(q.dtype)
             torch.bmm(p, vs, out=group.of(out).view(len(ks), -1, v.shape[1]))
             kept += qs, ks, vs, p
         ctx.save_for_backward(*kept)
@@ -220,22 +272,32 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: (1, heads, tokens, size) each -> (1, tokens, heads, size).
 
-    Raises RuntimeError where it is asked for what it does not do: dropout, a mask or a bias of the model's own, sinks,
-    windows to both sides, any other tensor or number. Whether a model asks for that is tried before it is packed.
+    position_bias: (1, heads, places, places) added to the scores of every sequence, places from its first token on.
+    s_aux: (heads,) sinks. Neither is given a gradient.
+    Raises RuntimeError where it is asked for what it does not do: dropout, a mask of the model's own, a bias or sinks
+    that are trained, any other tensor or number. Whether a model asks for that is tried before it is packed.
     """
     attendance = _attendance.get()
     if attendance is None or dropout:
         raise RuntimeError("this attention is for packed sequences, inside `attending`, without dropout")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     beside = [n for n, given in more.items() if isinstance(given, torch.Tensor | float) and n not in HARMLESS]
-    if attention_mask is not None or beside or (sliding_window is not None and not causal):
+    beside += [
+        n for n, given in (("bias", position_bias), ("sinks", s_aux)) if given is not None and given.requires_grad
+    ]
+    if attention_mask is not None or beside:
         raise RuntimeError(f"packed sequences are not kept apart with {', '.join(beside) or 'such masks'}")
+    if attendance.branching is not None and (position_bias is not None or not causal):
+        raise RuntimeError("branches are not kept apart with a bias by places, or where a token sees what follows it")
     attendance.asked += 1
-    form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, causal, sliding_window)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    form = _Form(scale, softcap, causal, sliding_window, position_bias, s_aux)
     return cast(torch.Tensor, _Attention.apply(query, key, value, form, attendance)), None  # type: ignore[no-untyped-call]
 
 

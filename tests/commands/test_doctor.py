@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from fedlotr import SimulationConfig, cli, machine
 from fedlotr.adapters.methods import METHODS
 from fedlotr.commands import doctor, simulate
 from fedlotr.communication.ledger import read_ledger
+from fedlotr.communication.wire_form import Coding
+from fedlotr.cost import stand_in
+from fedlotr.cost.architectures import read_architecture
+from fedlotr.cost.billing import bills
+from fedlotr.errors import InputError
 from fedlotr.run import processes
 from tests.support import read_run
 
@@ -87,6 +93,57 @@ def test_a_language_model_is_foretold_too(
     traffic = read_run(tmp_path / "run")[0]["communication"]
     assert report["needs"]["upload_bytes"] == traffic["upload_payload_bytes_per_client_round"]
     assert report["needs"]["one_off_bytes"] == traffic["one_off_bytes_per_client"] == 40
+
+
+def test_a_model_that_cost_names_is_foretold_from_its_dimensions_alone(
+    words: list[str], stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "resolve_model", lambda model: stories)  # whose tokenizer is at hand
+    name, rank = "qwen-2.5-0.5b", 16
+    given = [*words, f"--model={name}", "--task=causal-lm", "--method=fed-sb", f"--rank={rank}", "--dtype=bfloat16"]
+    code, report, errors = examined(given, capsys)
+    needs, architecture = report["needs"], read_architecture(name, None, 2, "all-linear")
+    bill = bills(architecture, ["fed-sb"], (rank, rank), 2, 3, Coding(basis_codec="int2"))[0][0].bill
+    assert needs["upload_bytes"] == needs["download_bytes"] == bill.round_up
+    assert needs["one_off_bytes"] == bill.one_off
+    assert needs["parameters"] == architecture.parameters + needs["trained_adapter"]
+    assert needs["weights_bytes"] == 2 * needs["parameters"] < needs["process_bytes"]
+    # It is no model that a run could start with, and says so.
+    assert (code, report["would_start"], errors.count("\n")) == (2, False, 1)
+    assert "a run takes --model Qwen/Qwen2.5-0.5B" in errors
+    assert finding(report, "by dimensions")["status"] == "problem"
+
+
+def test_what_stands_for_a_model_takes_no_room_and_counts_tokens_as_the_model_could(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "resolve_model", lambda model: stories)
+    with stand_in.stand_in("llama-3.2-1b") as folder:
+        weights = (folder / "model.safetensors").stat()
+        assert weights.st_size > 2 * GB and weights.st_blocks * 512 < 10**6
+    assert not folder.exists()
+
+
+def test_a_tokenizer_is_cut_to_the_tokens_that_a_model_has(stories: Path, tmp_path: Path) -> None:
+    text = "Once upon a time, there was a little girl."
+    whole = AutoTokenizer.from_pretrained(stories)
+    stand_in.write_tokenizer(whole, 400, tmp_path)
+    cut = AutoTokenizer.from_pretrained(tmp_path)
+    ids = cut(text)["input_ids"]
+    assert max(whole(text)["input_ids"]) >= 400 > max(ids)
+    assert cut.decode(ids, skip_special_tokens=True).replace("▁", " ").strip() == text
+
+
+def test_a_model_whose_tokens_cannot_be_counted_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(model: str) -> Path:
+        raise InputError(f"--model {model}: no such folder")
+
+    monkeypatch.setattr(stand_in, "resolve_model", nowhere)
+    assert doctor.main([*words, "--model=mistral-7b", "--task=causal-lm"]) == 2
+    counted = "tokens for mistral-7b are counted by smollm2-135m's"
+    assert capsys.readouterr().err == f"error: {counted}: --model smollm2-135m: no such folder\n"
 
 
 @pytest.mark.parametrize(

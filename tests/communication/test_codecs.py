@@ -15,7 +15,7 @@ from fedlotr.cost.formulas import CODED, coded_bytes
 from fedlotr.flower.links.codec import LOST, coded_message, coded_update
 from fedlotr.flower.records import to_arrays, to_record
 
-WORDS = ("float32", "bfloat16", "int8", "int4", "sign", "top-k:0.1", "top-k:0.75", "top-k:1")
+WORDS = ("float32", "bfloat16", "int8", "int4", "int2", "sign", "top-k:0.1", "top-k:0.75", "top-k:1")
 Numbers = npt.NDArray[np.float32]
 NUMBERS = arrays.arrays(
     np.float32, arrays.array_shapes(max_dims=2, max_side=40), elements=st.floats(-(2.0**100), 2.0**100, width=32)
@@ -58,6 +58,10 @@ def test_what_is_decoded_is_within_the_bounds(x: Numbers, words: str, seed: int)
         case "int8" | "int4":
             levels = 127 if form.kind == "int8" else 7
             assert (lost <= (size.max() / levels) * (1 + 2.0**-7) + 2.0**-133).all()
+        case "int2":
+            step = np.sqrt(np.square(exact).mean())
+            bound = np.maximum((0.5 + 2.0**-6) * step, size - 1.49 * step) + 2.0**-134
+            assert (lost <= bound).all() and (found * exact >= 0).all()
         case "sign":
             mean = size.mean()
             assert np.abs(np.abs(found) - mean).max() <= mean * (2.0**-8 + 2.0**-23) + 2.0**-134

@@ -20,7 +20,15 @@ from fedlotr import cli
 from fedlotr.adapters.methods import METHODS
 from fedlotr.commands import simulate
 from fedlotr.config.command_line import flag_of
-from fedlotr.config.configuration import ConfigurationError, SimulationConfig, dump_yaml, load, options, preflight_paths
+from fedlotr.config.configuration import (
+    OF_OTHERS,
+    ConfigurationError,
+    SimulationConfig,
+    dump_yaml,
+    load,
+    options,
+    preflight_paths,
+)
 from fedlotr.config.rules import RULES, TESTS, Rule
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.flower.plugins import MINIMA
@@ -270,6 +278,17 @@ def test_a_missing_file_is_told_from_a_missing_dash(tmp_path: Path) -> None:
     assert f"did you mean '{tmp_path / 'recipe.yaml'}'" in problems(tmp_path / "recpe.yaml")[0]
     assert "options begin with --" in problems("clients=5")[0]
     assert "one CONFIG.yaml is enough" in problems(tmp_path / "recipe.yaml", "other.yaml")[0]
+
+
+def test_what_other_programs_have_is_refused_with_the_reason(tmp_path: Path) -> None:
+    assert problems("--lora-dropout", "0.1") == [f"--lora-dropout 0.1: {OF_OTHERS['dropout']}"]
+    assert problems("--gradient-accumulation-steps=4")[0].endswith("is cut into passes that fit the memory")
+    assert problems("--dpo-beta", "0.1")[0].endswith("preferences are not learnt in this version: no DPO or its kin")
+    assert problems("--use-rslora") == ["--use-rslora: it is called --rslora here"]
+    (tmp_path / "run.yaml").write_text("dropout: 0.1\n")
+    assert problems(tmp_path / "run.yaml") == [f"dropout: 0.1 in {tmp_path / 'run.yaml'}: {OF_OTHERS['dropout']}"]
+    with pytest.raises(InputError, match="there is no dropout: masks are drawn by place"):
+        SimulationConfig(**{"lora_dropout": 0.1})
 
 
 def test_the_value_of_a_misspelt_option_is_not_taken_for_the_file(tmp_path: Path) -> None:

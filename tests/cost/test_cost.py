@@ -82,7 +82,9 @@ def test_the_published_counts_of_bert_on_snli_have_the_head(capsys: pytest.Captu
 
 def test_the_one_off_and_the_round_in_which_it_is_paid_back(capsys: pytest.CaptureFixture[str]) -> None:
     found = cost(
-        "--model mistral-7b --rank 200 --lora-rank 32 --clients 25 --methods fed-sb,lora-xs,lotr-sb,lora", capsys
+        "--model mistral-7b --rank 200 --lora-rank 32 --clients 25 --methods fed-sb,lora-xs,lotr-sb,lora "
+        "--basis-codec float32",
+        capsys,
     )
     sent = row(found, "fed-sb", "exact-average")
     assert sent["one_off_bytes"] == 4 * 524_288_000
@@ -93,6 +95,29 @@ def test_the_one_off_and_the_round_in_which_it_is_paid_back(capsys: pytest.Captu
     assert row(found, "lotr-sb", "exact-average")["one_off_bytes"] == 4 * 16_384_000, "shared by all layers of a type"
     assert row(found, "lora", "fedit")["one_off_bytes"] == 0
     assert sent["total_bytes"] == 25 * (10 * 2 * 4 * 8_960_000 + 4 * 524_288_000)
+    usual = row(cost("--model mistral-7b --rank 200 --methods fed-sb", capsys), "fed-sb", "exact-average")
+    vectors = 2 * 200 * 7 * 32
+    assert usual["one_off_bytes"] == 4 + 2 * vectors + 524_288_000 // 4, "two bits a number, and a scale a vector"
+
+
+def test_bases_that_move_cost_a_core_a_fold_and_in_few_bits_or_as_hashes_the_bases(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words, layers, numbers = "--model mistral-7b --rank 16 --methods fed-sb,lora,rolora --rebase 1", 224, 224 * 256
+    sides = 16 * 32 * (9 * 4096 + 2 * 1024 + 3 * 14336)  # of A and B, in all layers
+    core = 4 + 4 * numbers
+    for more, one_off in (("", 4 + 2 * 2 * 16 * layers + sides // 4), ("--derive-bases 50000", 8 * layers + 50_000)):
+        found = cost(f"{words} {more}", capsys)
+        fold = core + (8 * layers if more else one_off)
+        moved = row(found, "fed-sb", "exact-average")
+        assert moved["one_off_bytes"] == one_off
+        assert moved["total_bytes"] == 10 * (10 * 2 * 4 * numbers + 9 * fold + one_off)
+        kept, both = row(found, "rolora", "rolora"), row(found, "lora", "fedit")
+        assert kept["one_off_bytes"] == 0 and kept["rounds_to_break_even"] == 0, "its factors take turns, and stay"
+        assert both["total_bytes"] == 10 * (10 * 2 * both["upload_bytes"] + 9 * (4 + both["upload_bytes"]))
+    for wrong, message in (("--rebase 0", "after how many rounds"), ("--derive-bases 0", "expected the bytes of")):
+        assert cli.main(["cost", "--model", "minilm", *wrong.split()]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", sorted(public_models()))
@@ -192,7 +217,7 @@ def test_what_clients_missed_of_the_carried_term_is_what_the_term_itself_hands_o
         def parts(rank: dict[str, int]) -> dict[str, Factors]:
             return {
                 name: Factors(torch.zeros(rank[name], d_in), torch.zeros(d_out, rank[name]))
-                for name, _, d_in, d_out in LAYERS
+                for name, _, d_in, d_out, _ in LAYERS
                 if rank[name]
             }
 
@@ -243,6 +268,31 @@ def test_codecs_are_in_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cost", *words.split(), "--codec", "int5", "--broadcast-codec", "sign"]) == 2
     said = capsys.readouterr().err
     assert "--codec int5: not a codec" in said and "--broadcast-codec sign: too little of a model would arrive" in said
+
+
+def test_ranks_of_single_layers_are_in_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of MiniLM: in each of 6 blocks four square layers of 384, one up to 1,536 and one down."""
+    words = "--model minilm --labels 4 --rank 8 --lora-rank 4 --clients 5 --rounds 2 --methods lora-xs,lora"
+    found = cost(f"{words} --rank-pattern query|value=16 --rank-pattern intermediate.dense=2", capsys)
+    head, wide, pair = 4 * (4 * 384 + 4), 384 + 1536, 2 * 384
+    assert row(found, "lora-xs", "exact-average")["upload_bytes"] == head + 4 * 6 * (2 * 16**2 + 3 * 8**2 + 2**2)
+    lora = head + 4 * 6 * (2 * 16 * pair + 2 * 4 * pair + 2 * wide + 4 * wide)
+    assert row(found, "lora", "fedit")["upload_bytes"] == lora
+    merged = row(found, "lora", "flora")
+    assert merged["download_bytes"] == lora + 5 * (lora - head), "of each layer five clients' ranks, in the last round"
+    capped = cost("--model minilm --labels 4 --rank 500 --methods lora-xs --cap-rank", capsys)
+    assert row(capped, "lora-xs", "exact-average")["upload_bytes"] == head + 4 * 36 * 384**2
+    for wrong, said in (
+        (
+            "--rank-pattern qury=3",
+            "--rank-pattern qury=3: 'qury' matches no layer that is adapted; did you mean 'query'",
+        ),
+        ("--rank-pattern query=x", "--rank-pattern query=x: expected a whole number of 1 or more"),
+        ("--rank-pattern query", "--rank-pattern query: expected a pattern of layers' names and a number"),
+        ("--rank-pattern query=500", "above the width 384 of "),
+    ):
+        assert cli.main(["cost", *words.split(), *wrong.split()]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_link_is_latency_twice_and_bytes_over_rates() -> None:

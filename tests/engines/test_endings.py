@@ -159,6 +159,21 @@ def test_a_program_that_is_told_to_end_during_its_run_ends_as_it_would_have_afte
     assert came == [signal.SIGTERM] and not (tmp_path / "run" / ".work").exists()
 
 
+def test_a_process_that_a_library_forks_is_ended_as_any_other(capfd: pytest.CaptureFixture[str]) -> None:
+    with listening():
+        child = os.fork()
+        if not child:
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert told() is None
+        with pytest.raises(KeyboardInterrupt):
+            tell(signal.SIGTERM)
+    assert capfd.readouterr().err == ""
+
+
 # --- a command --------------------------------------------------------------------------------------------------------
 
 COMMAND = """
@@ -198,6 +213,43 @@ def test_a_command_ends_in_one_line_and_the_last_straw_kills_it(number: int, tim
     else:
         assert (out, process.returncode) == ("cleaned up\n", 128 + number)
         assert err.splitlines()[-1] == f"ended by {signal.Signals(number).name}" and "Traceback" not in err
+
+
+AFTERWARDS = """
+import os, sys, time
+from fedlotr.commands.door import through
+
+def command():
+    print("ready", flush=True)
+    time.sleep(60)
+
+def over():
+    os.write(1, b"over\\n")
+    time.sleep(5)
+
+class Slow:
+    sleep, write = time.sleep, os.write
+
+    def __del__(self):
+        self.write(1, b"over\\n")
+        self.sleep(5)
+
+code = through(command, to_the_end=True)
+late = Slow() if sys.argv[1:] else over()
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("words", "more"), [([], 1), ([], LAST_STRAW - 1), (["late"], 1)])
+def test_a_signal_that_comes_again_while_the_interpreter_goes_changes_no_exit_code(words: list[str], more: int) -> None:
+    process = started("-c", AFTERWARDS, *words)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "over\n"
+    for _ in range(more):
+        time.sleep(0.8)  # or it would count as the same word
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == (143 if more == 1 else -signal.SIGTERM)
 
 
 def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -315,8 +367,8 @@ def test_a_ray_run_ends_cleanly_whenever_it_is_told_to(options: dict[str, Any], 
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        if at == len(moments) - 1:  # and again, while Ray stops
-            time.sleep(1.0)
+        if at == len(moments) - 1:  # and again, while Ray stops; where it has by then, nobody is told
+            time.sleep(0.7)
             process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=180)
         assert process.returncode == 143, (moment, err)

@@ -320,6 +320,16 @@ def test_workers_that_cannot_load_the_app_end_the_run_with_the_reason(ray_sessio
                 grid.send_and_receive(broadcast([0]))
 
 
+def test_an_app_of_somebody_elses_finds_every_library(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours is loaded without what it does not use (`fedlotr.libraries`)."""
+    (tmp_path / "their_app.py").write_text("import scipy.special, flwr.clientapp\napp = flwr.clientapp.ClientApp()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with a_ray_grid(1, app="their_app:app") as grid:
+        grid.warm_up()
+
+
 def test_a_closed_ray_grid_says_so_instead_of_waiting(ray_session: None) -> None:
     grid = a_ray_grid(1)
     grid.close()
@@ -334,12 +344,16 @@ ALONE = """
 import sys, psutil
 mode, *sys.path[:0] = sys.argv[1:]  # what only the driver knows, its workers must be told
 from fedlotr.engines import RayGrid
+from fedlotr.engines.own_ray import ray
 from tests.engines.test_engines import broadcast, contents
 
 grid = RayGrid("echo_app:app", 4, run_config={}, workers=2)
+started = ray._private.worker._global_node.all_processes
 with grid:
     replies = grid.send_and_receive(broadcast(range(4), die_once=1, flag="flag"))
     print([reply.has_content() for reply in replies], flush=True)
+    if mode == "finish":
+        print(*sorted(started))
     if mode == "interrupt":
         print("children", *[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
         grid.send_and_receive(broadcast(range(4), sleep=1))
@@ -371,10 +385,10 @@ def start_alone(mode: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_close_leaves_no_process_and_no_noise(tmp_path: Path) -> None:
+def test_close_leaves_no_process_and_no_noise_and_ray_has_started_only_what_is_needed(tmp_path: Path) -> None:
     process = start_alone("finish", tmp_path)
     out, err = process.communicate(timeout=120)
-    assert (out.splitlines(), process.returncode) == (["[True, True, True, True]", "[]"], 0)
+    assert (out.splitlines(), process.returncode) == (["[True, True, True, True]", "gcs_server raylet", "[]"], 0)
     (line,) = err.splitlines()  # the log's own line on the worker that died; Ray's many are not shown
     assert line.startswith("a worker died during train of client 1") and line.endswith("restart 1")
 

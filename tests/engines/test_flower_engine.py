@@ -74,7 +74,8 @@ def test_flwr_run_gives_the_tensors_of_the_local_engine(
         "dtype": "float32",
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
-    local = simulate("job.yaml", "--engine", "local", "--threads", 1, "--cohort", 1, "--out", "local")
+    alike = ["--threads", 1, "--cohort", 1, "--codec", "float32"]
+    local = simulate("job.yaml", "--engine", "local", *alike, "--out", "local")
     assert local.returncode == 0, local.stderr
     bundle = tmp_path / "app"
     bundle.mkdir()

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from fedlotr.adapters import prepared
 from fedlotr.adapters.bases import Factors
 from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.export import export_lora
@@ -96,6 +98,60 @@ def test_a_base_in_bfloat16_says_the_same_twice(stories: Path) -> None:
     assert found == generate(model, prompts, 16, [2]) and all(found)
 
 
+def test_weights_that_training_has_laid_out_are_used_and_change_no_bit(
+    stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not prepared.room():
+        pytest.skip("oneDNN multiplies no bfloat16 on this processor")
+    model, prompts = build(stories, dtype="bfloat16"), prompts_of(stories)
+    logits: list[torch.Tensor] = []
+    times, used = prepared.times, list[int]()
+    monkeypatch.setattr(prepared, "times", lambda *given: used.append(len(given[0])) or times(*given))  # type: ignore[func-returns-value]
+    model.module.register_forward_hook(lambda _, inputs, out: logits.append(out.logits.clone()))
+    wanted = generate(model, prompts, 12, [])
+    assert not used, "generation lays nothing out: that takes memory"
+    layers = factored_layers(model.module).values()
+    assert all(prepared.prepared(layer.base_layer.weight) for layer in layers)  # type: ignore[arg-type]
+    assert generate(model, prompts, 12, []) == wanted
+    assert len(used) == 12 * len(layers)
+    assert all(torch.equal(one, other) for one, other in zip(logits[:12], logits[12:], strict=True))
+    layer = next(iter(layers))
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    layer.merge()
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.base_layer.weight)), (
+            "merged weights are others"
+        )  # type: ignore[arg-type]
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of a tensor that an operation makes, or reads another as."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(one, torch.Tensor):
+                self.found = max(self.found, one.numel() * one.element_size())
+        return made
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "lora"])
+def test_no_tensor_of_an_answer_is_larger_than_any_that_transformers_makes(method: str, stories: Path) -> None:
+    """Not the attention of all heads, nor the vocabulary's matrix for each row, nor an update in float32 for all."""
+    model = build(stories, method, dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.bfloat16).eval()
+    prompts = [[1 + (row + place) % 500 for place in range(400)] for row in range(16)]
+    with Largest() as ours:
+        generate(model, prompts, 2, [])
+    ids = torch.tensor(prompts)
+    with Largest() as theirs, torch.inference_mode():
+        plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert theirs.found <= ours.found <= 2 * theirs.found
+    assert model.module.config._attn_implementation == "eager", "as it trains"
+
+
 def test_every_stop_token_ends_an_answer_and_is_none_of_it(stories: Path) -> None:
     model, prompts = build(stories), prompts_of(stories)
     whole = generate(model, prompts, 20, [])
@@ -104,6 +160,28 @@ def test_every_stop_token_ends_an_answer_and_is_none_of_it(stories: Path) -> Non
     for answer, free in zip(generate(model, prompts, 20, stops), whole, strict=True):
         first = next((at for at, token in enumerate(free) if token in stops), len(free))
         assert answer == free[:first]
+
+
+def test_an_answer_that_is_over_ends_and_so_does_a_batch_of_such(stories: Path) -> None:
+    model, prompts = build(stories), prompts_of(stories)
+    passes: list[int] = []
+    model.module.register_forward_hook(lambda *_: passes.append(1))
+
+    def said(tokens: int, *over: Any) -> tuple[list[list[int]], int]:
+        passes.clear()
+        return generate(model, prompts, tokens, [2], 0.0, 0, *over), len(passes)
+
+    whole, most = said(24)
+    assert most == 24, "one pass for each token of the longest answer"
+    asked = [len(answer) for answer in whole]
+    ends = {tuple(answer[: 3 + row]): 3 + row for row, answer in enumerate(whole)}
+    found, passed = said(24, lambda answer: tuple(answer) in ends)
+    assert found == [answer[: 3 + row] for row, answer in enumerate(whole)]
+    assert passed == 3 + len(prompts) - 1 < min(asked), "the pass that makes the last token of the longest one"
+    del ends[tuple(whole[0][:3])]
+    found, passed = said(24, lambda answer: tuple(answer) in ends)
+    assert (found[0], passed) == (whole[0], 24), "one that is not over goes on to its end"
+    assert found[1:] == [answer[: 4 + row] for row, answer in enumerate(whole[1:])]
 
 
 def test_no_answer_goes_beyond_the_positions_and_none_is_cut_by_its_neighbour(tiny_gpt2: Path) -> None:
@@ -155,3 +233,20 @@ def test_a_model_that_goes_back_to_an_earlier_carried_term_says_what_it_said_the
     assert generate(model, prompts, 12, [2]) != before
     model.carry(Carry())
     assert generate(model, prompts, 12, [2]) == before
+
+
+def test_what_is_drawn_is_drawn_by_the_seed(stories: Path) -> None:
+    model = build(stories)
+    prompts = prompts_of(stories)
+
+    def said(*how: float) -> list[list[int]]:
+        return generate(model, prompts, 12, [2], *how)  # type: ignore[arg-type]
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    once = said(1.0, 3)
+    assert torch.equal(torch.get_rng_state(), before), "nobody else's draws are moved"
+    assert said(1.0, 3) == once
+    assert said(1.0, 4) != once
+    assert said(0.0, 3) == said()
+    assert said(1e-4, 3) == said(), "nearly without temperature the likeliest token is drawn"

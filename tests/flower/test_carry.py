@@ -39,6 +39,7 @@ from tests.support import (
     Simulate,
     assert_logits,
     assert_within,
+    deadly,
     float32_bound,
     our_logits,
     plain_logits,
@@ -326,18 +327,12 @@ def test_kill_9_in_the_midst_changes_nothing(
     runs: dict[str, Path], small: dict[str, Any], simulate: Simulate, tmp_path: Path
 ) -> None:
     """Killed in round 6, after clients have taken in what round 5 merged, and before anything of it is saved."""
-    (tmp_path / "deadly.py").write_text(
-        "import os, pathlib, signal\n"
-        "from fedlotr.strategies.fedex_lora import FedExLoRA\n"
-        "class Deadly(FedExLoRA):\n"
-        "    def combine(self, updates, server_round):\n"
-        "        if server_round == 6 and not pathlib.Path(__file__).with_name('killed').exists():\n"
-        "            pathlib.Path(__file__).with_name('killed').touch()\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return super().combine(updates, server_round)\n",
-        encoding="utf-8",
-    )
-    options = {**small, "strategy": f"{tmp_path / 'deadly.py'}:Deadly", "out": tmp_path / "run"}
+    options = {
+        **small,
+        "strategy": deadly(tmp_path, "fedex_lora:FedExLoRA", in_round=6),
+        "out": tmp_path / "run",
+        "codec": "float32",
+    }
     assert simulate(*flags(options)).returncode == -signal.SIGKILL
     assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 5
     resumed = run_simulation(SimulationConfig(**options, resume=True))

@@ -160,8 +160,8 @@ def test_the_chain_is_in_order_and_every_link_has_a_name_of_its_own() -> None:
             "personal parts",
             "objectives",
             "moments",
-            "bases",
             "carry",
+            "bases",  # which arrive before what is folded between them
             "ranks",
             "draws",
             "noised mean of the clients",

@@ -193,7 +193,7 @@ def test_every_client_has_an_adapter_of_its_own(personal_run: Path) -> None:
     kept = states(personal_run, ROUNDS)
     folders = {k: personal_run / "adapters" / f"client-{k:05d}" for k in range(CLIENTS)}
     shared = load_file(personal_run / "adapter" / "adapter_model.safetensors")
-    scale = CoreConfig(method="fedsa-lora", r=R).scaling
+    scale = CoreConfig(method="fedsa-lora", r=R).scaling_of("any")
     for k, folder in folders.items():
         tensors = load_file(folder / "adapter_model.safetensors")
         own = kept[k]["personal"] if k in kept else {}
@@ -233,7 +233,7 @@ def test_it_finds_it_also_after_kill_and_resume(
 ) -> None:
     (tmp_path / "mortal.py").write_text(MORTAL, encoding="utf-8")
     monkeypatch.setenv("MORTAL_FLAG", str(tmp_path / "flag"))
-    given = {**personal_options, "strategy": f"{tmp_path}/mortal.py:Mortal"}
+    given = {**personal_options, "strategy": f"{tmp_path}/mortal.py:Mortal", "codec": "float32"}
     died = simulate(*flags(given), "--out", tmp_path / "run")
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (tmp_path / "run" / "summary.json").exists()

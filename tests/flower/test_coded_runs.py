@@ -30,6 +30,7 @@ from fedlotr.flower.plugins import GROUP
 from fedlotr.flower.private import identify_process
 from fedlotr.flower.records import arrays_sha256, to_record
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
+from fedlotr.run import unmet
 from fedlotr.run.simulation import check_all, resolve
 from fedlotr.training.model import TrainableModel
 from tests import faulty_app
@@ -61,6 +62,8 @@ CODED = (
     ("ravan", "fedadam", "bfloat16", "bfloat16", True),
     ("lora", "fedit", "top-k:0.1", "delta+top-k:0.2", True),
     ("ffa-lora", "ffa-lora", "int4", "int4", True),
+    ("fedsvd", "ffa-lora", "int8", "float32", False),
+    ("frlora", "fedit", "int8", "int8", False),
     ("head", "exact-average", "sign", "float32", True),
     ("rolora", "rolora", "float32", "delta+bfloat16", False),
     ("lotr", FLOWERS, "int8", "int8", True),
@@ -130,13 +133,54 @@ def test_every_method_and_every_strategy_has_been_run_with_a_codec() -> None:
     assert {row[1] for row in CODED} == {*entry_points(group=GROUP).names, FLOWERS}
 
 
-def test_a_run_without_codecs_has_the_configuration_it_had_before_there_were_any(
-    tiny_bert: Path, animals: Path
+BOTH = ("int8", "delta+int8", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, BOTH),
+        ({"method": "lora"}, BOTH),
+        ({"method": "lotr", "strategy": "scaffold"}, BOTH),
+        ({"rebase": "2"}, BOTH),
+        ({"client_rank": "4,2,1"}, ("int8", "float32", True)),
+        ({"codec": "int4"}, ("int4", "delta+int8", True)),
+        ({"broadcast_codec": "float32"}, ("int8", "float32", True)),
+        ({"codec": "float32"}, ("float32", "float32", None)),
+        ({"error_feedback": False}, ("float32", "float32", False)),
+        ({"method": "lora", "strategy": "flora"}, ("float32", "float32", None)),
+        ({"method": "fedsvd"}, ("float32", "float32", None)),
+        ({"engine": "flower"}, ("float32", "float32", None)),
+        ({"baseline": "central"}, ("float32", "float32", None)),
+        ({"privacy": "example", "epsilon": 8.0}, ("float32", "float32", None)),
+        ({"privacy": "example", "epsilon": 8.0, "error_feedback": True}, BOTH),
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())) if isinstance(fields, dict) else "",
+)
+def test_what_is_left_open_travels_in_a_byte_a_number_where_nothing_is_lost_by_it(
+    fields: dict[str, Any], found: tuple[Any, ...], tiny_bert: Path, animals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked, _ = check_all(resolve(SimulationConfig(**words(tiny_bert, animals))))
-    new = ("codec", "broadcast_codec", "error_feedback", "link")
-    fields = SimulationConfig.model_fields
-    assert all(getattr(checked.config, name) == fields[name].default for name in new), "so --resume goes on with it"
+    for name, usual in zip(unmet.USUAL, BOTH, strict=False):
+        monkeypatch.setitem(unmet.USUAL, name, usual)
+    config = check_all(resolve(SimulationConfig(**words(tiny_bert, animals, **fields))))[0].config
+    assert (config.codec, config.broadcast_codec, config.error_feedback) == found
+
+
+def test_the_command_line_codes_and_an_older_run_goes_on_as_it_was(
+    tiny_bert: Path, animals: Path, tmp_path: Path, simulate: Simulate
+) -> None:
+    """In processes of their own, which have the default; and a configuration from before there were codecs."""
+    given = {name: value for name, value in words(tiny_bert, animals, rounds=2).items() if name != "quiet"}
+    assert simulate(*flags({**given, "out": tmp_path / "run"})).returncode == 0
+    assert read_run(tmp_path / "run")[0]["codec"]["update"] == "int8"
+    old = tmp_path / "old"
+    assert simulate(*flags({**given, "codec": "float32", "out": old})).returncode == 0
+    lines = (old / "config.yaml").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith(("codec:", "broadcast_codec:"))]
+    (old / "config.yaml").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    done = simulate(*flags({**given, "out": old, "rounds": 3}), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert read_run(old)[0]["codec"] is None
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -381,7 +425,8 @@ def test_codecs_go_with_privacy_and_with_ranks(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"error_feedback": True}, "this codec loses nothing"),
+        ({"error_feedback": True, "codec": "float32"}, "this codec loses nothing"),
+        ({"error_feedback": True, "baseline": "central"}, "which loses nothing"),
         ({"codec": "int8", "baseline": "central"}, "a baseline sends nothing"),
         ({"client_rank": "4,2", "broadcast_codec": "int8"}, "not those of its blocks"),
         ({"engine": "flower", "broadcast_codec": "delta+int8"}, "Flower does not show what its clients keep"),

@@ -206,14 +206,17 @@ def vision(at: Path, tokenizer: Path) -> Path:
 
 
 def mixture(at: Path, tokenizer: Path) -> Path:
-    config = hf.MixtralConfig(**DECODER, num_local_experts=2)
-    return saved(hf.MixtralForCausalLM(config), at, tokenizer)
+    config = hf.JetMoeConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, intermediate_size=16, kv_channels=4)
+    return saved(hf.JetMoeForCausalLM(config), at, tokenizer)
 
 
 REFUSED: dict[str, tuple[Callable[[Path, Path], Path], list[str]]] = {
     "encoder-decoder": (lambda bert, at: t5(at, bert), ["an encoder-decoder (t5)", "take an encoder"]),
     "vision": (lambda bert, at: vision(at, bert), ["a vit is no text classifier"]),
-    "fused experts": (lambda bert, at: mixture(at, bert), ["mixture of experts", "--targets"]),
+    "fused experts": (
+        lambda bert, at: mixture(at, bert),
+        ["mixture of experts", "the layers alone are --targets kv_proj"],
+    ),
     "pickled": (pickled, ["no .safetensors file", "save it again"]),
     "remote code": (
         lambda bert, at: edited(bert, at, model_type="ours", auto_map={"AutoModel": "ours.Model"}),
@@ -253,7 +256,7 @@ def test_a_model_that_cannot_be_used_is_refused_by_name(
     capsys.readouterr()  # transformers' progress bar of saving
     assert main([*words(model=folder, out=tmp_path / "run"), "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --model {folder}: ")
+    assert line.startswith("error: --targets all-linear: " if kind == "fused experts" else f"error: --model {folder}: ")
     assert all(part in line for part in parts), line
     assert not (tmp_path / "run").exists(), "before anything heavy"
 

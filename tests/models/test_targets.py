@@ -1,17 +1,25 @@
 """Which layers --targets means, what is adapted, and what is left out and why: in the header and in summary.json."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from torch import nn
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+from transformers.pytorch_utils import Conv1D
 
 from fedlotr import SimulationConfig
+from fedlotr.adapters.experts import unfuse
 from fedlotr.commands import doctor
+from fedlotr.errors import InputError
 from fedlotr.models.adapted import what_is_adapted
 from fedlotr.models.loading import ModelSpec, adaptable_layers, load_base
+from fedlotr.models.meta import chosen_layers
+from fedlotr.models.mixtures import expert_tensors
 from fedlotr.models.targets import alternatives, matches
 from fedlotr.simulate import main
 from tests.support import read_run
@@ -57,8 +65,6 @@ def test_a_list_of_names_is_one_text() -> None:
         (r".*\.(q_proj|key)", "key", "there are q_proj, k_proj"),
         (r".*\.q_proj|.*\.gate_projs", r".*\.gate_projs", "'gate_proj'"),
         (r".*\.(?:self_attn\.(q_proj|dense)|mlp\.up_proj)", "dense", "there are q_proj"),
-        (".*o_proj|.*lm_head", ".*lm_head", "there are q_proj"),
-        ("lm_head,up_proj", "lm_head", "there are q_proj"),
     ],
 )
 def test_an_alternative_that_matches_nothing_is_refused_with_the_nearest_names(
@@ -88,7 +94,7 @@ def test_a_model_says_what_is_adapted_and_what_is_left_out_and_why(tiny_bert: Pa
     }
 
 
-def test_layers_that_meet_no_batch_and_experts_that_are_no_layers_are_told() -> None:
+def test_layers_that_meet_no_batch_and_experts_are_told() -> None:
     with torch.device("meta"):
         deberta = hf.DebertaV2ForMaskedLM(
             hf.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"])
@@ -100,12 +106,104 @@ def test_layers_that_meet_no_batch_and_experts_that_are_no_layers_are_told() -> 
     assert told.left_out["they also meet an input without a batch axis"] == {
         **{f"attention.self.{name}": 2 for name in ("query_proj", "key_proj", "pos_key_proj", "pos_query_proj")}
     }
+    both = {"mlp.experts.gate_up_proj": 2, "mlp.experts.down_proj": 2}
     told = what_is_adapted(mixture, adaptable_layers(mixture, "q_proj"), "q_proj")
-    assert {name.rpartition(".")[2] for name in told.left_out["experts that are one tensor, no layers"]} == {
-        *("gate_up_proj", "down_proj")
-    }
-    with pytest.raises(ValueError, match="'gate_up_proj' matches no layer that can be adapted"):
-        adaptable_layers(mixture, "q_proj,gate_up_proj")
+    assert told.left_out["experts that cannot be taken apart"] == both
+    unfuse(mixture)
+    told = what_is_adapted(mixture, adaptable_layers(mixture, "q_proj"), "q_proj")
+    assert told.left_out["not in --targets q_proj"].items() >= {name: 4 for name in both}.items()
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "lm_head,up_proj", ".*o_proj|.*lm_head", ".*(lm_head|q_proj)"])
+def test_the_output_layer_is_refused_with_the_reason(targets: str) -> None:
+    with pytest.raises(InputError, match="means lm_head: the output layer is never adapted: the loss reads its weight"):
+        chosen_layers(llama(), targets)
+
+
+SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 2},
+    "qwen2_moe": {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {"num_experts": 2, "moe_intermediate_size": 8, "head_dim": 8},
+    "gpt_oss": {"num_local_experts": 2, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 2},
+}
+EACH = {f"experts.{place}.{part}" for place in (0, 1) for part in ("gate_up_proj", "down_proj")}
+MEANT: dict[str, set[str]] = {
+    "all-linear": {"q_proj", *EACH},
+    SEVEN: {"q_proj", *EACH},
+    ".*_proj": {"q_proj", *EACH},
+    ".*experts.*": EACH,
+    "mlp.experts.down_proj": {"experts.0.down_proj", "experts.1.down_proj"},
+    "experts.1.up_proj": {"experts.1.gate_up_proj"},
+}
+
+
+def mixture(kind: str, **more: Any) -> Any:
+    with torch.device("meta"):
+        return hf.AutoModelForCausalLM.from_config(
+            hf.AutoConfig.for_model(kind, **SMALL, num_key_value_heads=1, **more)
+        )
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("targets", MEANT)
+def test_experts_are_meant_by_the_names_that_peft_and_other_models_have(kind: str, targets: str) -> None:
+    """The first layer's; of the others as many."""
+    model = mixture(kind, **MIXTURES[kind])
+    unfuse(model)
+    block = "block_sparse_moe." if kind == "granitemoe" else "mlp."
+    chosen = chosen_layers(model, targets.replace("mlp.", block))
+    first = {name.removeprefix("model.layers.0.") for name in chosen if name.startswith("model.layers.0.")}
+    assert {name for name in first if "experts." in name} == {f"{block}{name}" for name in MEANT[targets] & EACH}
+    assert ("self_attn.q_proj" in first) == ("q_proj" in MEANT[targets]) and len(chosen) == 2 * len(first)
+    assert not [name for name in chosen if "router" in name or name.rpartition(".")[2].endswith("gate")]
+
+
+@pytest.mark.parametrize("targets", ["shared_expert_gate", "q_proj,shared_expert_gate"])
+def test_a_router_is_refused_with_the_reason(targets: str) -> None:
+    model = mixture("qwen2_moe", **MIXTURES["qwen2_moe"])
+    unfuse(model)
+    with pytest.raises(InputError, match=r"shared_expert_gate and 1 more: it cannot be adapted, a router stays as"):
+        chosen_layers(model, targets)
+
+
+OTHERWISE: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "llama4": (
+        lambda: hf.Llama4ForCausalLM(
+            hf.Llama4TextConfig(
+                **SMALL | {"head_dim": 8, "intermediate_size_mlp": 16, "num_local_experts": 2}, num_key_value_heads=1
+            )
+        ),
+        r".*experts\..*",
+        "feed_forward.experts.gate_up_proj and 3 more",
+    ),
+    "jetmoe": (
+        lambda: hf.JetMoeForCausalLM(hf.JetMoeConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1)),
+        r".*put_linear.*",
+        "mlp.input_linear.weight and 3 more",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_experts_that_are_held_in_another_way_are_refused_by_name(kind: str) -> None:
+    make, targets, named = OTHERWISE[kind]
+    with torch.device("meta"):
+        model = make()
+    unfuse(model)
+    for given in ("all-linear", targets):
+        with pytest.raises(InputError, match=f"of this mixture of experts it means .*{named}: experts that are one"):
+            chosen_layers(model, given)
+
+
+def test_experts_side_by_side_in_a_matrix_are_no_layers_either() -> None:
+    with torch.device("meta"):
+        block = nn.ModuleDict({"experts": DbrxExperts(hf.DbrxConfig(ffn_config={"ffn_hidden_size": 8}).ffn_config)})
+    unfuse(block)
+    assert expert_tensors(block) == [f"experts.mlp.{name}" for name in ("w1", "v1", "w2")]
+    layers = [nn.Linear(2, 2), Conv1D(2, 2), nn.Embedding(2, 2)]
+    assert not expert_tensors(nn.ModuleDict({"experts": nn.ModuleList(layers)}))
 
 
 def test_a_tower_for_images_is_left_out_and_named() -> None:

@@ -329,7 +329,7 @@ def rows_in(run: Path) -> int:
 @pytest.mark.parametrize("strategy", ["exact-average", "flwr.serverapp.strategy:FedAdam"])
 @pytest.mark.serial
 def test_ten_kills_at_random_moments_change_nothing(strategy: str, tiny: dict[str, Any], tmp_path: Path) -> None:
-    options = {**tiny, "rounds": 14, "strategy": strategy}
+    options = {**tiny, "rounds": 14, "strategy": strategy, "codec": "float32"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     stream = random.Random(f"{SEED} {strategy}")
     print(f"DURABILITY_SEED={SEED}")
@@ -378,7 +378,7 @@ def workers_of(driver: int) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_worker_killed_in_every_round_and_all_at_once_change_nothing(tiny: dict[str, Any], tmp_path: Path) -> None:
-    options = {**tiny, "clients": 8, "sample": 8, "cohort": 2, "rounds": 4, "local_epochs": 15}
+    options = {**tiny, "clients": 8, "sample": 8, "cohort": 2, "rounds": 4, "local_epochs": 15, "codec": "float32"}
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_simulation(SimulationConfig(**options, out=whole))
     words = [*flags({**options, "engine": "ray"}), "--workers", "2", "--out", str(run)]

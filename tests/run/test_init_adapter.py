@@ -105,7 +105,8 @@ def test_a_classifier_starts_where_plain_peft_has_it_and_exports_both(
     method: str, bert_lora: Path, options: dict[str, Any], animals: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    assert main([*words(options), f"--method={method}", f"--init-adapter={bert_lora}", f"--out={run}", "--quiet"]) == 0
+    given = [*words(options), "--basis-codec=float32"]  # so few rows and steps that what they learn hangs on a hair
+    assert main([*given, f"--method={method}", f"--init-adapter={bert_lora}", f"--out={run}", "--quiet"]) == 0
     rows = [json.loads(line) for line in (animals / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(options["model"])
     tokenizer.pad_token_id, tokenizer.padding_side = 0, "right"
@@ -374,3 +375,88 @@ def test_a_run_goes_on_from_its_adapter_and_is_refused_with_another(
     save_file(tensors, lora / WEIGHTS)
     with pytest.raises(InputError, match=r"--init-adapter .*lora: its content has changed since the run in"):
         run_simulation(SimulationConfig(**given | {"rounds": 3, "resume": True}))
+
+
+def assert_goes_on(first: Path, second: Path, before: dict[str, Any]) -> None:
+    """With what was learnt in the same factors: nothing is carried, and the rank is what it was."""
+    assert read_run(second)[0]["initial"]["loss"] == pytest.approx(before["final"]["loss"], rel=1e-5)
+    tensors, others = (load_file(run / "adapter" / WEIGHTS) for run in (first, second))
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: t.shape for name, t in others.items()}
+    assert any(not torch.equal(tensor, others[name]) for name, tensor in tensors.items()), "and it has learnt more"
+
+
+SAME_FACTORS = {
+    "update bases": {"method": "fed-sb"},
+    "bases of W, another seed": {"method": "lora-xs", "alpha": 8.0},
+    "a diagonal": {"method": "loldu"},
+    "blocks": {"method": "ravan", "clients": 2, "sample": 2},
+    "mixed": {"method": "tiny-lora"},
+    "shared over depth, ranks by pattern": {"method": "lotr", "rank_pattern": {"query|key": 6}},
+    "A and B": {"method": "lora", "alpha": 8.0},
+    "in turns": {"method": "rolora"},
+    "B alone": {"method": "ffa-lora"},
+    "whole": {"method": "full"},
+}
+
+
+@pytest.mark.parametrize("case", SAME_FACTORS)
+def test_a_run_of_the_same_factors_goes_on_instead_of_growing(
+    case: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    given = options | SAME_FACTORS[case]
+    first = run_simulation(SimulationConfig(**given, out=tmp_path / "a"))
+    given |= {"init_adapter": str(first.run_dir)} | ({"seed": 1} if "another seed" in case else {})
+    second = run_simulation(SimulationConfig(**given, out=tmp_path / "b"))
+    assert "the run's factors go on with the adapter in 13 of 13 layers" in (second.run_dir / "log.txt").read_text(
+        encoding="utf-8"
+    )
+    assert_goes_on(first.run_dir, second.run_dir, first.summary)
+    (plain,) = plain_logits(second.run_dir / "adapter")
+    config = saved_configuration(second.run_dir)
+    assert config is not None
+    assert_logits(plain, our_logits(config, second.run_dir, TEXTS))
+
+
+def test_what_a_run_stacked_goes_on_and_what_it_carried_is_carried(
+    bert_lora: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """A LoRA of rank 2 and 3 under cores of rank 4, and both again under the same cores: 6 and 7, not 10 and 11."""
+    given = options | {"method": "lora-xs", "init_adapter": str(bert_lora)}
+    first = run_simulation(SimulationConfig(**given, out=tmp_path / "a"))
+    given["init_adapter"] = str(first.run_dir)
+    second = run_simulation(SimulationConfig(**given, out=tmp_path / "b"))
+    assert_goes_on(first.run_dir, second.run_dir, first.summary)
+    resumed = run_simulation(SimulationConfig(**given | {"rounds": 2, "resume": True}, out=tmp_path / "b"))
+    assert resumed.summary["rounds"] == 2 or len(resumed.history) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"strategy": "flora", "method": "lora"}, {"method": "fedsa-lora"}, {"rank": 5}],
+    ids=["other bases", "merged each round", "factors that stay", "another rank"],
+)
+def test_other_factors_carry_the_adapter_as_ever(
+    changes: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    given = options | {"method": "lotr"}
+    first = run_simulation(SimulationConfig(**given, out=tmp_path / "a"))
+    second = run_simulation(SimulationConfig(**given | changes, init_adapter=str(first.run_dir), out=tmp_path / "b"))
+    if "fedsa" not in str(changes):  # which is scored on rows of the clients
+        assert second.summary["initial"]["loss"] == pytest.approx(first.loss, rel=1e-5)
+    assert "go on with the adapter" not in (second.run_dir / "log.txt").read_text(encoding="utf-8")
+
+
+def test_an_adapter_of_the_output_layer_is_refused_with_the_reason(
+    stories: Path, options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    lora = random_lora(base, tmp_path / "lora", task_type=TaskType.CAUSAL_LM, target_modules=["q_proj", "lm_head"])
+    (tmp_path / "tales").mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps({"text": f"Once there were {n} cats."}) + "\n" for n in range(8)]
+        (tmp_path / "tales" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    given = options | {"model": stories, "data": tmp_path / "tales", "partition": "iid", "public_examples": 0}
+    given |= {"clients": 2, "sample": 2, "method": "lora"}
+    assert main([*words(given), f"--init-adapter={lora}", f"--out={tmp_path / 'run'}", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "it adapts lm_head: the output layer is never adapted" in said and "widen" not in said, said

@@ -188,7 +188,7 @@ def test_a_finished_run_says_the_same_again_and_more_where_more_is_asked(
 def test_the_checkpoint_of_the_best_round_stays_and_of_the_one_that_was_best_a_round_ago(tmp_path: Path) -> None:
     """Which is the best again where the newest checkpoint is damaged, and a private round comes out otherwise."""
     losses = [3.0, 2.0, None, 2.5, 1.0, float("nan"), 4.0]
-    checked = SimpleNamespace(own_task=None, task=SimpleNamespace(kind="causal-lm"))
+    checked = SimpleNamespace(own_task=None, task=SimpleNamespace(kind="causal-lm"), sheet=SimpleNamespace(metrics={}))
     prepared, directory = SimpleNamespace(checked=checked), RunDirectory(tmp_path)
     directory.open_round_folders()
     kept = []
@@ -198,6 +198,7 @@ def test_the_checkpoint_of_the_best_round_stays_and_of_the_one_that_was_best_a_r
             for at, loss in enumerate(map(finite, losses[:number]), 1)
         ]
         run: Any = SimpleNamespace(history=history, prepared=prepared, sampling=SimpleNamespace(wanted=True))
+        run.config = SimpleNamespace(keep="last")
         directory.write_checkpoint(number, {}, history, [], {}, Rounds._best_rounds(run))  # type: ignore[arg-type]
         kept.append(directory.rounds())
         run.sampling.wanted = False
@@ -381,5 +382,6 @@ def test_a_model_that_fails_to_answer_fails_no_run(
     monkeypatch.setattr(LlamaForCausalLM, "generate", broken)
     result = run_simulation(SimulationConfig(**{**options, "rounds": 1}, out=tmp_path / "run", quiet=True))
     warning = "there are no samples of what the model says after round 0: RuntimeError: it has no cache"
-    assert result.summary["warnings"] == [warning] and not list((tmp_path / "run").glob("samples*"))
+    told = [line for line in result.summary["warnings"] if "the machine is busy" not in line]
+    assert told == [warning] and not list((tmp_path / "run").glob("samples*"))
     shutil.rmtree(tmp_path / "run")

@@ -117,7 +117,8 @@ def test_upload_is_four_bytes_a_trained_number(
     communication = result.summary["communication"]
     assert communication["upload_payload_bytes_per_client_round"] == 4 * (numbers + 2 * 32 + 2)
     assert communication["download_payload_bytes_per_client_round"] == 4 * (numbers + 2 * 32 + 2)
-    basis = {"fed-sb": 4 * 4 * (9 * 64 + 4 * 80), "lotr": 40, "lora-xs": 40, "lora": 0, "head": 0}[method]
+    two_bits = 4 + 4 * (9 * 2 * (2 + 32 // 4) + 4 * (2 + 32 // 4 + 2 + 48 // 4))  # with a scale for each vector
+    basis = {"fed-sb": two_bits, "lotr": 40, "lora-xs": 40, "lora": 0, "head": 0}[method]
     assert communication["one_off_bytes_per_client"] == basis
     assert result.accuracy == result.history[-1]["accuracy"] and result.run_dir == tmp_path / "run"
 
@@ -347,7 +348,13 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
     (tmp_path / "mortal.py").write_text(MORTAL, encoding="utf-8")
     monkeypatch.setenv("MORTAL_ROUND", str(number))
     monkeypatch.setenv("MORTAL_FLAG", str(tmp_path / "flag"))
-    options = {**small, "rounds": 4, "method": "lotr", "strategy": f"{tmp_path}/mortal.py:{strategy}"}
+    options = {
+        **small,
+        "rounds": 4,
+        "method": "lotr",
+        "strategy": f"{tmp_path}/mortal.py:{strategy}",
+        "codec": "float32",
+    }
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     died = simulate(*flags(options), "--out", killed)
     assert died.returncode == -signal.SIGKILL, died.stderr

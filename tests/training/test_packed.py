@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fedlotr.adapters import CoreConfig
@@ -20,7 +21,7 @@ from fedlotr.training.examples import Examples
 from fedlotr.training.memory import keep_freed_memory
 from fedlotr.training.model import TrainableModel
 from fedlotr.training.packing import runs
-from fedlotr.training.varlen import Ragged
+from fedlotr.training.varlen import Ragged, Reading
 from fedlotr.training.varlen_attention import Attendance, attending, attention
 from tests.support import network_bound, rounding
 
@@ -67,6 +68,72 @@ def test_each_span_meets_its_own_copy_and_gives_it_its_gradient(base: nn.Module,
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+COUNTED = st.lists(st.integers(0, 40) | st.just(0), min_size=1, max_size=20).filter(any)
+"""Tokens of each client; of an expert they may be none."""
+
+
+@settings(deadline=None, max_examples=30)
+@given(COUNTED, st.sampled_from([4, 16, 192]), st.sampled_from([(2, 5), (5, 2)]))
+def test_products_of_spans_are_those_of_each_alone(counts: list[int], long: int, shape: tuple[int, int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlotr.adapters.packed.LONG", long)
+        spans, (d_out, d_in), total = Spans(counts), shape, sum(counts)
+        x, dy, y = random(total, d_in), random(total, d_out, seed=1), random(total, d_out, seed=2)
+        weight = random(len(counts), d_out, d_in)
+        each = list(zip(x.split(counts), dy.split(counts), weight, strict=True))
+        wanted = torch.cat([rows @ w.T for rows, _, w in each])
+        torch.testing.assert_close(spans.times(x, weight), wanted)
+        torch.testing.assert_close(spans.gradient(dy, x, weight), torch.stack([d.T @ rows for rows, d, _ in each]))
+        summed = y.clone()
+        spans.add_times(summed, x, weight)
+        torch.testing.assert_close(summed, y + wanted)
+
+
+@given(COUNTED, st.randoms(use_true_random=False))
+def test_spans_of_some_tokens_are_those_of_their_clients(counts: list[int], stream: Any) -> None:
+    owners = np.repeat(np.arange(len(counts)), counts)
+    some = np.flatnonzero([stream.random() < 0.5 for _ in owners])
+    found = Spans(counts).of(torch.from_numpy(some))
+    assert found.counts == tuple(np.bincount(owners[some], minlength=len(counts)))
+
+
+def test_what_is_not_a_number_stays_with_its_client() -> None:
+    counts = [3, 5, 2, 6]
+    spans, x, weight = Spans(counts), random(16, 5), random(4, 3, 5)
+    wanted = spans.times(x, weight), spans.gradient(random(16, 3), x, weight)
+    x[3:8], weight[1] = torch.nan, torch.inf
+    found = spans.times(x, weight), spans.gradient(random(16, 3), x, weight)
+    others = torch.tensor([0, 2, 3])
+    assert torch.equal(found[0][:3], wanted[0][:3]) and torch.equal(found[0][8:], wanted[0][8:])
+    assert torch.equal(found[1][others], wanted[1][others])
+    idle = Spans([3, 0, 5, 8]).gradient(random(16, 3).index_fill_(0, torch.arange(3, 8), torch.nan), x, weight)
+    assert not idle[1].any(), "who has no tokens has no neighbour's either"
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "addmm_", "baddbmm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["lotr", "lora"])
+def test_a_step_of_more_clients_takes_no_more_products(tiny_bert: Path, method: str) -> None:
+    model, examples = pooled(tiny_bert, method), equal_examples(64)
+    training, found = LocalTraining(batch_size=64, optimizer="sgd"), {}
+    for clients in (2, 8, 64):  # one step over the same rows
+        work = [ClientWork(rows, np.random.default_rng(0)) for rows in np.split(np.arange(64), clients)]
+        with Products() as products:
+            train_cohort(model, model.values(), examples, work, training)
+        found[clients] = products.count
+    assert found[8] <= found[2] and found[64] <= found[2], found
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 4, 4], [2], [5, 5]])
@@ -126,12 +193,17 @@ def some_examples(count: int = 40, *, pairs: bool = False) -> Examples:
     return Examples(tokens, np.concatenate([[0], np.cumsum(lengths)]), rng.integers(0, 3, count), segments)
 
 
+def equal_examples(count: int) -> Examples:
+    tokens = np.random.default_rng(0).integers(3, 500, 8 * count).astype(np.int32)
+    return Examples(tokens, np.arange(0, 8 * count + 1, 8), np.zeros(count, np.int64))
+
+
 @pytest.mark.parametrize("method", ["lotr", "lora", "ravan", "tiny-lora"])
-@pytest.mark.parametrize(("pairs", "columns"), [(False, 512), (True, 512), (True, 4)])
+@pytest.mark.parametrize(("pairs", "long"), [(False, 512), (True, 512), (True, 4)])
 def test_packed_training_and_evaluation_equal_those_of_padded_rows(
-    tiny_bert: Path, method: str, pairs: bool, columns: int, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path, method: str, pairs: bool, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlotr.adapters.packed.SPREAD", columns)  # copies one by one, where they are many or wide
+    monkeypatch.setattr("fedlotr.adapters.packed.LONG", long)  # spans one by one, where they are long
     monkeypatch.setattr("fedlotr.training.varlen_pass.RAGGED_TOKENS", 40)  # some passes within a batch
     model, examples = pooled(tiny_bert, method), some_examples(pairs=pairs)
     assert model.takes_ragged
@@ -170,11 +242,11 @@ def test_in_bfloat16_packed_training_is_as_near_to_float32_as_padded_training_is
 
 
 def test_token_vectors_average_over_their_own_sequence() -> None:
-    batch = Ragged.of(some_examples(), np.array([3, 0, 7]))
+    batch = Ragged.of(some_examples(), np.array([3, 0, 7]), Reading(read_out="mean"))
     lengths = some_examples().lengths[[3, 0, 7]]
     assert batch.tokens % 16 == 0 and 0 <= batch.tokens - lengths.sum() < 16
-    assert batch.averages.sum(1).tolist() == pytest.approx([1, 1, 1])
-    assert (batch.averages > 0).sum(1).tolist() == lengths.tolist()
+    assert batch.read is not None and batch.read.sum(1).tolist() == pytest.approx([1, 1, 1])
+    assert (batch.read > 0).sum(1).tolist() == lengths.tolist()
     assert batch.position_ids[0].tolist()[: lengths.sum()] == [at for length in lengths for at in range(length)]
 
 

@@ -103,7 +103,7 @@ def test_a_pass_below_is_over_the_examples_of_one_client_whatever_is_kept(
     whole = Ragged.of
     monkeypatch.setattr(
         "fedlotr.training.frozen_prefix.Ragged",
-        SimpleNamespace(of=lambda examples, rows: (seen.append(rows.tolist()), whole(examples, rows))[1]),
+        SimpleNamespace(of=lambda examples, rows, how: (seen.append(rows.tolist()), whole(examples, rows, how))[1]),
     )
     for clients in ("ab", "bc"):
         trained(model, clients)

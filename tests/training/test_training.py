@@ -200,6 +200,11 @@ def test_ten_equal_clients_make_cohorts_that_fill_two_workers_evenly() -> None:
     assert [piece.stop - piece.start for piece in cut_cohorts([400] * 10)] == [2, 3, 2, 3]
 
 
+@pytest.mark.parametrize(("tokens", "cohorts"), [(16, 1), (40, 2), (128, 2)])
+def test_a_round_of_few_tokens_leaves_no_second_worker_idle(tokens: int, cohorts: int) -> None:
+    assert len(cut_cohorts([tokens] * 10)) == cohorts  # ten sentences, or as many batches of short ones
+
+
 @pytest.mark.parametrize("clients", [6, 8, 12, 15, 20, 50])
 def test_the_number_of_cohorts_is_one_that_two_and_four_workers_share_evenly(clients: int) -> None:
     assert len(cut_cohorts([330] * clients)) in {2, 4, 8, 16}

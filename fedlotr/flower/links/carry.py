@@ -1,7 +1,7 @@
 """The carried term between server and clients: what a strategy adds to it, and the records by which clients follow."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +39,13 @@ class CarriedTerm(Link):
 
     @classmethod
     @override
-    def at_server(cls, run: Federation) -> Self:
-        return cls(run.carried)
+    def at_server(cls, run: Federation) -> "CarriedTerm":
+        return CarriedTerm(run.carried)
 
     @classmethod
     @override
-    def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self:
-        return cls(model.carried, workplace, model)
+    def at_client(cls, workplace: Workplace, model: TrainableModel) -> "CarriedTerm":
+        return CarriedTerm(model.carried, workplace, model)
 
     @override
     def begin(self, turn: Turn) -> None:
@@ -56,8 +56,16 @@ class CarriedTerm(Link):
     def outgoing(self, draft: Draft) -> None:
         since = self.holds.get(draft.client, 0)
         if since not in self._records:
-            self._records[since] = carry_records(self.carry, since)
+            self._records[since] = self.records(since)
         draft.records.update(self._records[since])
+
+    def records(self, since: int) -> dict[str, Any]:
+        """For one who has version `since`; none where nothing has been added yet."""
+        return carry_records(self.carry, since)
+
+    def newest(self) -> dict[str, Any]:
+        """For whoever has the version before this one, as all workers have."""
+        return self.records(max(self.carry.version - 1, 0))
 
     @override
     def verify(self, reply: Reply) -> None:
