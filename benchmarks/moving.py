@@ -86,7 +86,7 @@ def moves(ours: OurJob, args: Any, of_a_round: float) -> dict[str, float]:
 
         return carried_out
 
-    seconds = _in_turns({how: move(how) for how, kind in MOVES.items() if kind.made_of != "product"}, args.repeats)
+    seconds = _in_turns({how: move(how) for how, kind in MOVES.items() if kind.makes_bases}, args.repeats)
     for how, taken in seconds.items():
         rows = f" on {len(public[1])} public rows" if how == "gradient" else ""
         print(f"a move to {how}{rows}: {taken:.2f} s, {taken / of_a_round:.2f} rounds")

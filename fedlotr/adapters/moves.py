@@ -24,6 +24,11 @@ class Move:
     in_turn: bool = False
 
     @property
+    def makes_bases(self) -> bool:
+        """Whether a pair is made anew, between which all go on."""
+        return self.made_of not in ("product", "start")
+
+    @property
     def derivable(self) -> bool:
         """Whether clients make it by themselves of what they have, so that nothing of it is sent."""
         return self.made_of != "gradient"
