@@ -26,6 +26,7 @@ def main(path: str, method: str, rank: int, dtype: str, size: int) -> None:
     keep_freed_memory()
     with our_job(path, method, rank, 1, "auto", dtype) as ours:
         model, examples, training = ours.prepared.model, ours.workplace.train, ours.prepared.checked.training
+        base = str(next(model.module.parameters()).dtype).removeprefix("torch.")
         clients = list(ours.clients[:CLIENTS])
         start, cohorts = model.values(), ours.cohorts(clients)
 
@@ -37,14 +38,14 @@ def main(path: str, method: str, rank: int, dtype: str, size: int) -> None:
         work()
         seconds, products = [], []
         for _ in range(REPEATS):
-            products.append(matmul_gflops("bfloat16", 1, size, time.process_time))
+            products.append(matmul_gflops(base, 1, size, time.process_time))
             began = time.process_time()
             work()
             seconds.append(time.process_time() - began)
         taken, gflop = median(seconds), ours.gflop(clients)
         answer(
             packed=model.takes_ragged,
-            dtype=str(next(model.module.parameters()).dtype).removeprefix("torch."),
+            dtype=base,
             tokens_per_second=ours.tokens(clients) / taken,
             gflops=gflop / taken,
             product_gflops=max(products),

@@ -1,7 +1,8 @@
 """The sides of `flower_peft.py` and `decoder.py`, and what is measured of them: one job, all in turns.
 
-Theirs compute as their users have it: the base in bfloat16 and under autocast, transformers' default attention (sdpa;
-`eager` is faster on some processors), batches padded to their longest, no cache, AdamW as torch has it by default.
+Theirs compute as their users have it: the base in bfloat16 and under autocast where the processor multiplies bfloat16
+faster, as ours does, in float32 elsewhere; transformers' default attention (sdpa; `eager` is faster on some
+processors), batches padded to their longest, no cache, AdamW as torch has it by default.
 Flower's clients and our workers are processes of one thread, as many as `--workers`; the plain loop is one process of
 as many threads.
 """
@@ -13,16 +14,19 @@ from typing import Any
 
 from side_by_side import Contestant, contest, contestants, machine, matmul_gflops, median, parser
 
+from fedlotr.models.precision import measured_dtype
+
 FLOWER = {
-    "flower+peft": ("cached", "bfloat16", "sdpa"),
-    "flower+peft eager": ("cached", "bfloat16", "eager"),
+    "flower+peft": ("cached", "auto", "sdpa"),
+    "flower+peft eager": ("cached", "auto", "eager"),
     "flower+peft float32": ("cached", "float32", "sdpa"),
-    "flower+peft reloaded": ("reloaded", "bfloat16", "sdpa"),
+    "flower+peft reloaded": ("reloaded", "auto", "sdpa"),
 }
-"""Whether the base stays in the actor or is loaded with every message, what it computes in, and its attention."""
+"""Whether the base stays in the actor or is loaded with every message, what it computes in (`auto`: bfloat16 where that
+is faster), and its attention."""
 LOOPS = {
-    "peft loop": ("bfloat16", "sdpa"),
-    "peft loop eager": ("bfloat16", "eager"),
+    "peft loop": ("auto", "sdpa"),
+    "peft loop eager": ("auto", "eager"),
     "peft loop float32": ("float32", "sdpa"),
 }
 OURS = "fed-sb", "lora"
@@ -51,7 +55,7 @@ def header(args: Namespace) -> dict[str, Any]:
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     for name in args.sides:
         if name not in OURS:
-            *base, dtype, attention = FLOWER[name] if name in FLOWER else LOOPS[name]
+            *base, dtype, attention = form_of(name)
             threads = f"processes of one thread: {args.workers}, base {base[0]}" if base else f"threads: {args.workers}"
             autocast = " under autocast" if dtype == "bfloat16" else ""
             print(f"{name}: {dtype}{autocast}, {attention}, padded to the longest, {threads}")
@@ -61,10 +65,15 @@ def header(args: Namespace) -> dict[str, Any]:
 def words(name: str, path: Path, args: Namespace) -> tuple[object, ...]:
     """The script of a side and what it is told."""
     if name in FLOWER:
-        return ("peft_side.py", path, args.lora_rank, args.workers, *FLOWER[name])
+        return ("peft_side.py", path, args.lora_rank, args.workers, *form_of(name))
     if name in LOOPS:
-        return ("loop_side.py", path, args.lora_rank, args.workers, *LOOPS[name])
+        return ("loop_side.py", path, args.lora_rank, args.workers, *form_of(name))
     return ("our_side.py", path, name, rank_of(name, args), args.workers, "auto", args.dtype)
+
+
+def form_of(name: str) -> tuple[str, ...]:
+    """Of a side of theirs, with what it computes in here."""
+    return tuple(measured_dtype() if word == "auto" else word for word in {**FLOWER, **LOOPS}[name])
 
 
 def rank_of(name: str, args: Namespace) -> int:
@@ -123,8 +132,8 @@ def _one_thread(name: str, path: Path, args: Namespace, folder: Path) -> dict[st
 
 def utilisation(figures: dict[str, Any], args: Namespace) -> None:
     """Real tokens a second of each side, and its share of the best product of as many threads as there are workers."""
-    formats = "float32", "bfloat16"
-    figures["matmul_gflops"] = {dtype: matmul_gflops(dtype, args.workers, args.matmul) for dtype in formats}
+    formats = {"float32", measured_dtype()}  # a product of a format that is not multiplied takes for ever
+    figures["matmul_gflops"] = {dtype: matmul_gflops(dtype, args.workers, args.matmul) for dtype in sorted(formats)}
     best = max(figures["matmul_gflops"].values())
     counted = [side for side in figures["sides"].values() if "gflop" in side]
     for side in figures["sides"].values() if counted else ():  # ours count what the job takes, whoever does it
@@ -156,6 +165,6 @@ def show(figures: Mapping[str, Any]) -> None:
         print(
             f"one thread of {name}, {'packed' if found['packed'] else 'padded'}, {found['dtype']}: "
             f"{found['tokens_per_second']:,.0f} tokens/s, {found['gflops']:.0f} GFLOP/s, "
-            f"{found['share_of_product']:.2f} of the {found['product_gflops']:.0f} of a bfloat16 product; "
+            f"{found['share_of_product']:.2f} of the {found['product_gflops']:.0f} of such a product; "
             + ", ".join(f"{kind} {share:.0%}" for kind, share in found["work"].items())
         )

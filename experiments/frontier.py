@@ -3,8 +3,9 @@
     python experiments/frontier.py runs/frontier --within 0.01 --out experiments/frontier
 
 reads the finished runs of `frontier.yaml` (0.01: one point of accuracy) or of `frontier-shakespeare.yaml` (0.05 nats a
-token) and writes OUT.md and OUT.svg. Bytes are those of metrics.jsonl: whole messages as they crossed, both directions,
-the first transfer of a basis among them. Only the size of an update is its payload, as `fedlotr cost` reckons it.
+token) and writes OUT.md and OUT.svg; without --within, a standard error of FedIT's mean over its seeds. Bytes are those
+of metrics.jsonl: whole messages as they crossed, both directions, the first transfer of a basis among them. Only the
+size of an update is its payload, as `fedlotr cost` reckons it.
 """
 
 import argparse
@@ -81,6 +82,14 @@ def metric_of(summary: Mapping[str, Any]) -> str:
     return "accuracy" if summary["metric"] == "accuracy" else "loss"
 
 
+def standard_error(rows: Sequence[Row]) -> float:
+    """Of FedIT's mean over its seeds. Raises InputError where it has one alone."""
+    finals = next(row for row in rows if row.name == REFERENCE).finals.values()
+    if len(finals) < 2:
+        raise InputError(f"{REFERENCE} has one finished run, and no spread of seeds: say --within, or run more seeds")
+    return stdev(finals) / len(finals) ** 0.5
+
+
 def table(rows: Sequence[Row], metric: str, within: float) -> str:
     """The rows as Markdown, the smallest update last; what stays within the margin is marked."""
     higher = metric == "accuracy"
@@ -135,7 +144,7 @@ def main() -> None:
     """Run it."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("grid", type=Path, help="the folder that `fedlotr grid` was given as --out")
-    options.add_argument("--within", type=float, required=True, help="of FedIT's metric")
+    options.add_argument("--within", type=float, help="of FedIT's metric (default: a standard error of its mean)")
     options.add_argument("--out", type=Path, required=True, help="where to write, less .md and .svg")
     given = options.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +156,10 @@ def main() -> None:
             f"fedlotr grid experiments/frontier.yaml --in-process --out {given.grid} makes them"
         )
     metric = metric_of(json.loads(next(folders[0].glob("seed-*/summary.json")).read_text(encoding="utf-8")))
-    written = table(rows, metric, given.within)
+    within = standard_error(rows) if given.within is None else given.within
+    written = table(rows, metric, within)
     given.out.with_suffix(".md").write_text(written, encoding="utf-8")
-    draw(rows, metric, given.within, given.out.with_suffix(".svg"))
+    draw(rows, metric, within, given.out.with_suffix(".svg"))
     print(written)
 
 
