@@ -93,10 +93,11 @@ class Coding:
         return read_form(self.basis_codec)
 
     @cached_property
-    def fold(self) -> WireForm:
-        """Of a core that all fold, whole: as a broadcast, or in int8 where that can only tell changes."""
+    def whole(self) -> WireForm:
+        """Of what is no change: a client's first message, a core that all fold. As a broadcast, or in int4 where that
+        keeps too little of a whole."""
         form = self.broadcast
-        return WireForm("int8" if form.kind in NEED_DELTA else form.kind, zstd=form.zstd)
+        return WireForm("int4" if form.kind in NEED_DELTA else form.kind, zstd=form.zstd)
 
     @property
     def at_work(self) -> bool:

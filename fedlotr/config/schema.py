@@ -289,7 +289,7 @@ class Fields(BaseModel):
     broadcast_codec: Annotated[str, AfterValidator(check_broadcast_codec)] | None = Field(
         default=None,
         description="how the trained tensors travel to a client: whole, or by the change of what it holds (delta+); "
-        "who holds nothing is sent all, as it is (default: delta+int8, as of codec)",
+        "who holds nothing yet is sent the whole, coded too (default: delta+int8, as of codec)",
     )
     basis_codec: Annotated[str, AfterValidator(check_basis_codec)] = Field(
         default="int2",

@@ -249,7 +249,7 @@ def bill(
 
     def broadcast(r: int, has: int | None, number: int) -> int:
         """To a client. has: how many rounds there were before the one that it last took part in; None: it never did."""
-        form = UNCODED.broadcast if has is None and coding.broadcast.delta else coding.broadcast
+        form = coding.whole if has is None else coding.broadcast
         lacks = 0
         for (shape, own, before), n in kinds.items():
             if missed := added[own][number] - added[own][has or 0]:
@@ -315,7 +315,7 @@ def folded(
     bases, of which a trained B is none, where clients cannot derive them. offered: as of `one_off`."""
     sizes = [_factor(row, f).of(layer.rank_at(r), layer.d_in, layer.d_out)
              for f in row.train for layer in holders(row, f, layers)]  # fmt: skip
-    cores = CHECKSUM + sum(CODED[coding.fold.kind].of(n, n) for n in sizes)
+    cores = CHECKSUM + sum(CODED[coding.whole.kind].of(n, n) for n in sizes)
     if rebase.move.derivable or row.both:  # both are trained, and broadcast as such
         return cores
     ties = holders(row, "A", layers)

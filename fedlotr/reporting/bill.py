@@ -233,7 +233,8 @@ def _coded(coding: Coding) -> list[str]:
             text = f"{direction} as {words}: 4 bytes, and of each tensor of n numbers {CODED[form.kind].text}"
             text += f", k = ⌈{form.density}·n⌉" if form.kind == "top-k" else ""
             text += "; at most, before zstd" if form.zstd else ""
-            lines.append(text + ("; all numbers in the first round" if form.delta else ""))
+            other = form.delta and coding.whole.kind != form.kind
+            lines.append(text + (f"; a client's first message as {coding.whole.kind}" if other else ""))
     lines += ["× FedIT, even at: against FedIT in float32."] if lines else []
     if (form := coding.basis).coded:
         text = f"one-off as {coding.basis_codec}: 4 bytes, and of each of B's and A's vectors {CODED[form.kind].text}"

@@ -185,8 +185,8 @@ def test_a_bill_of_some_clients_a_round_is_that_of_those_who_came() -> None:
     coding = Coding("int8", "delta+bfloat16")
     rounds = [[0, 1], [0, 2], [1, 2]]
     owed = bill(METHODS["lora"], LAYERS, (5,), [2, 1, 1, 1], rounds, coding)
-    # Clients have 35, 20 and 20 numbers in seven tensors; the first time they are sent them whole.
-    assert owed.downs == (4 * 35 + 4 * 20, (4 + 2 * 35) + 4 * 20, 2 * (4 + 2 * 20))
+    # Clients have 35, 20 and 20 numbers in seven tensors; the first time they are sent them whole, in the same format.
+    assert owed.downs == (2 * 4 + 2 * (35 + 20), 2 * 4 + 2 * (35 + 20), 2 * (4 + 2 * 20))
     assert owed.ups == (2 * 4 + 4 * 7 + 35 + 20, 2 * 4 + 4 * 7 + 35 + 20, 2 * (4 + 2 * 7 + 20))
     assert (owed.clients, owed.messages, owed.trained) == (3, 6, 35), "the fourth never came"
     turns = bill(METHODS["rolora"], LAYERS, (5,), [1, 1, 1], rounds)
@@ -259,8 +259,9 @@ def test_codecs_are_in_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
     assert before["upload_bytes"] == 4 * (cores * 64 + sum(head))
     assert after["upload_bytes"] == 4 + cores * (2 + 32) + (2 + head[0] // 2) + (2 + 2)
     assert after["download_bytes"] == 4 + cores * (2 + 8) + (2 + head[0] // 8) + (2 + 1)
-    downloads = before["download_bytes"] + 2 * after["download_bytes"]
-    assert after["total_bytes"] == 5 * (40 + 3 * after["upload_bytes"] + downloads), "the first broadcast is whole"
+    whole = 4 + cores * (2 + 32) + (2 + head[0] // 2) + (2 + 2)
+    downloads = whole + 2 * after["download_bytes"]
+    assert after["total_bytes"] == 5 * (40 + 3 * after["upload_bytes"] + downloads), "the first broadcast is in int4"
     fedit = row(plain, "lora", "fedit")["total_bytes"]
     assert after["total_against_fedit"] == after["total_bytes"] / fedit, "against FedIT as it is published"
     assert cli.main(["cost", *words.split(), "--codec", "top-k:0.01+zstd"]) == 0

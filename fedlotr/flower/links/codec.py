@@ -4,6 +4,7 @@ An update is coded as the difference to what the client was sent, and the server
 itself: what a broadcast's codec lost moves where a client starts, and never enters the model. With feedback a client
 adds what its last message lost to its next one (Seide et al. 2014; Karimireddy et al. 2019). A broadcast by delta is
 the difference to what the client holds; the server keeps the same, bit for bit, and the message's checksum says so.
+Whoever holds nothing yet is sent the whole, coded as well: what that loses, the next delta makes up for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,22 +28,22 @@ from fedlotr.flower.workplace import Workplace
 from fedlotr.streams import generator
 from fedlotr.training.model import TrainableModel
 
-CODED, STYPE = "coded", "fedlotr.codec"
-"""The one array of a coded record, and what it is, in the place of numpy's format."""
+CODED, WHOLE, STYPE = "coded", "whole", "fedlotr.codec"
+"""The one array of a coded record, or of one that is no change of anything; and its type, in place of numpy's."""
 LOST, HELD = "lost", "held"
 """Records in a client's state: what its last messages lost of each tensor, and what it was sent last, as decoded."""
 
 
-def coded_record(message: bytes) -> ArrayRecord:
+def coded_record(message: bytes, name: str = CODED) -> ArrayRecord:
     """A message of a codec as a record."""
-    return ArrayRecord({CODED: Array("uint8", (len(message),), STYPE, message)})
+    return ArrayRecord({name: Array("uint8", (len(message),), STYPE, message)})
 
 
-def coded_message(record: Any) -> bytes | None:
+def coded_message(record: Any, name: str = CODED) -> bytes | None:
     """What `coded_record` was given; None for a record of tensors."""
-    if not isinstance(record, ArrayRecord) or set(record) != {CODED} or record[CODED].stype != STYPE:
+    if not isinstance(record, ArrayRecord) or set(record) != {name} or record[name].stype != STYPE:
         return None
-    return bytes(record[CODED].data)
+    return bytes(record[name].data)
 
 
 def _plain(record: ArrayRecord) -> Tensors:
@@ -56,14 +57,13 @@ def received(content: Any, state: Any, coding: Coding, shapes: Mapping[str, tupl
     """
     form = coding.broadcast
     record: ArrayRecord = content[ARRAYS]
-    if form.coded and (message := coded_message(record)) is not None:
-        if not form.delta:
-            record = to_record(decode(form, message, shapes))
-        elif HELD in state:
-            base = _plain(state[HELD])
-            record = to_record(added(base, decode(form, message, shapes_of(base), witness(base))))
-        else:
+    if (message := coded_message(record, WHOLE)) is not None:
+        record = to_record(decode(coding.whole, message, shapes))
+    elif (message := coded_message(record)) is not None:
+        if HELD not in state:
             raise CodecError("it was sent a change of what it holds, and holds nothing")
+        base = _plain(state[HELD])
+        record = to_record(added(base, decode(form, message, shapes_of(base), witness(base))))
     if form.delta:
         state[HELD] = record
     return record
@@ -141,17 +141,18 @@ class Codec(Link):
     def _coded(self, record: ArrayRecord, client: int) -> tuple[ArrayRecord, Tensors]:
         """What a client is sent in place of some tensors, and what that makes there."""
         form, tensors = self.coding.broadcast, self._tensors(record)
-        if not form.coded or (form.delta and client not in self.held):
+        if not form.coded:
             return record, tensors
-        if form.delta:
+        if form.delta and client in self.held:
             base = self.held[client]
             change = {name: tensor.astype(np.float64) - base[name] for name, tensor in tensors.items()}
             tied = witness(base)
             message = encode(form, change, generator(self._seed, "broadcast codec", self.turn.number, client), tied)
             return coded_record(message), added(base, decode(form, message, shapes_of(base), tied))
         if id(record) not in self._whole:
-            message = encode(form, tensors, generator(self._seed, "broadcast codec", self.turn.number))
-            self._whole[id(record)] = coded_record(message), decode(form, message, shapes_of(tensors))
+            whole = self.coding.whole
+            message = encode(whole, tensors, generator(self._seed, "broadcast codec", self.turn.number))
+            self._whole[id(record)] = coded_record(message, WHOLE), decode(whole, message, shapes_of(tensors))
         return self._whole[id(record)]
 
     def _tensors(self, record: ArrayRecord) -> Tensors:

@@ -98,7 +98,7 @@ class Mover:
         version = self.model.carried.version + 1
         self.model.assign(tensors)
         cores = {name: tensors[name].numpy() for name in folded_names(self.model)}
-        message = encode(self._coding.fold, cores, generator(self._seed, "fold", version))
+        message = encode(self._coding.whole, cores, generator(self._seed, "fold", version))
         made = Fold(np.frombuffer(message, np.uint8))
         if self._both or self.rebase.move.derivable:
             self.follow(made)
@@ -156,7 +156,7 @@ class Mover:
 
     def _cores(self, made: Fold) -> Tensors:
         shapes = {name: tuple(self.model.parameter(name).shape) for name in folded_names(self.model)}
-        found = decode(self._coding.fold, made.core.tobytes(), shapes)
+        found = decode(self._coding.whole, made.core.tobytes(), shapes)
         return to_tensors(to_record(found))
 
     def _sent(self, made: Fold) -> dict[str, Factors]:
