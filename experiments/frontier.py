@@ -87,7 +87,7 @@ def standard_error(rows: Sequence[Row]) -> float:
     finals = next(row for row in rows if row.name == REFERENCE).finals.values()
     if len(finals) < 2:
         raise InputError(f"{REFERENCE} has one finished run, and no spread of seeds: say --within, or run more seeds")
-    return stdev(finals) / len(finals) ** 0.5
+    return float(stdev(finals) / len(finals) ** 0.5)
 
 
 def table(rows: Sequence[Row], metric: str, within: float) -> str:

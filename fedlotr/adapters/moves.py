@@ -84,8 +84,8 @@ class Rebase:
 
 def read_rebase(given: str) -> Rebase:
     """T[:HOW]. Raises ValueError."""
-    every, _, how = given.partition(":")
-    if not every.isdecimal() or not int(every):
+    every, colon, how = given.partition(":")
+    if not every.isdecimal() or not int(every) or bool(colon) != bool(how):
         raise ValueError("expected T or T:HOW, T being after how many rounds bases move, such as '4:gradient'")
     if how and how not in MOVES:
         raise ValueError(f"{how!r} is no way to move{nearest(how, MOVES)}")

@@ -41,6 +41,7 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     "by-gradient": lambda rebase: rebase is not None and not read_rebase(rebase).move.derivable,
     "of-gradient": lambda basis: basis is not None and BASES[basis].made_of == "gradient",
     "by-product": lambda rebase: rebase is not None and read_rebase(rebase).move.made_of == "product",
+    "wayless": lambda rebase: rebase is not None and ":" not in rebase,
     "by-start": lambda rebase: rebase is not None and read_rebase(rebase).move.made_of == "start",
     # of a core
     "unnested": lambda core: CORES[core].trained and not CORES[core].nested,
@@ -225,6 +226,8 @@ TABLE = {
     "baseline client_eval (method:shared)": ALONE,
     "rebase method:moving": "this method trains its factors in turn, with a core, or apart, and no frozen ones are "
     "left to move; choose one that freezes them, such as fed-sb, lora-xs or ffa-lora, or lora",
+    "rebase:wayless method:turning": "by itself that is {c.rebase_every}:gradient, and this method moves otherwise, "
+    "{c.row.rebase}; say which way, T:HOW",
     "rebase:by-product method:beyond-B": "A is turned by what B learns alone; choose a method that trains B alone, "
     "such as ffa-lora",
     "rebase:by-start method:frozen": "what is folded would be learnt again between the same frozen factors; choose "

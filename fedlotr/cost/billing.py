@@ -25,7 +25,8 @@ FEDIT = ("lora", "fedit")
 class Row:
     """A method with the strategies that cost alike, the method's own first.
 
-    published: what the papers count for it, in numbers. merged: rank that a round adds to the carried term.
+    published: what the papers count for it, in numbers. merged: rank that a round adds to the carried term. rebase: how
+    its bases move, where they do. public: whether clients are sent public rows, to make bases of.
     """
 
     method: str
@@ -36,6 +37,8 @@ class Row:
     controls: bool
     published: Published | None
     published_numbers: int | None
+    rebase: Rebase | None = None
+    public: bool = False
 
 
 def rank_of(row: Method, ranks: tuple[int, int]) -> int:
@@ -80,12 +83,22 @@ def bills(
         if not row.adapts and not shapes.head:
             left_out[method] = "a language model has no classification head"
             continue
+        moves = None if row.rebase is None else read_rebase(row.rebase)
+        if rebase is not None and (row.freezes or row.both):
+            moves = rebase
+            if not _goes(row, rebase):
+                left_out[method] = f"its bases do not move by {rebase.how!r}"
+                continue
+        of_gradient = row.freezes and not (row.basis_kind().derivable and (moves is None or moves.move.derivable))
+        shown = public if of_gradient else None
         alike: dict[tuple[int, bool, bool], list[str]] = {}
         for name, terms in sorted(kinds.items(), key=lambda kind: (kind[0] != row.strategy, kind[0])):
             if terms.go_with(row):
                 merged = terms.merges[rank]
                 if merged and row.has_core:
                     continue  # what it merges is B A, without the core between them
+                if moves is not None and terms.traits.between_one_pair:
+                    continue
                 terms_of = merged, bool(terms.traits.controls), OWN_FACTORS in terms.traits.asks
                 alike.setdefault(terms_of, []).append(name)
         for (merged, controls, drawn), names in alike.items():
@@ -96,20 +109,18 @@ def bills(
                 each = {
                     r: [kinds[group[0]].merges[r or rank]] * rounds for r in {layer.rank for layer in shapes.layers}
                 }
-                moves = (
-                    read_rebase(row.rebase) if row.rebase is not None else rebase if row.freezes or row.both else None
-                )
-                made_of = "" if moves is None else moves.move.made_of
-                if (made_of == "product" and set(row.train) != {"B"}) or (made_of == "start" and not row.both):
-                    moves = None
-                of_gradient = row.freezes and not row.basis_kind().derivable
-                moved = row.freezes and moves is not None and not moves.move.derivable
-                shown = public if of_gradient or moved else None
                 made = bill(*asked, merged=each, controls=controls, drawn=drawn, rebase=moves, public=shown)
                 counted = None if controls else PUBLISHED.get((method, group[0]))
                 numbers = None if counted is None else counted.of(shapes.layers, rank, clients) + shapes.head
-                rows.append(Row(method, tuple(group), rank, made, merged, controls, counted, numbers))
+                told = method, tuple(group), rank, made, merged, controls, counted, numbers
+                rows.append(Row(*told, rebase=moves, public=shown is not None))
     return rows, left_out
+
+
+def _goes(row: Method, rebase: Rebase) -> bool:
+    """Whether the bases of a method whose factors can move can move so."""
+    made_of = rebase.move.made_of
+    return set(row.train) == {"B"} if made_of == "product" else row.both or made_of != "start"
 
 
 def fedit(shapes: Shapes, rank: int, clients: int, rounds: int) -> Bill:

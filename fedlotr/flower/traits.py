@@ -88,6 +88,11 @@ class StrategyTraits:
         """Whether what a client keeps of its factors is of those that it gets next."""
         return not self.restarts and self.ranks is None
 
+    @property
+    def between_one_pair(self) -> bool:
+        """Whether it, or its clients for it, remembers factors, which is of no use where bases move between rounds."""
+        return self.remembers or self.controls or not self.factors_last or bool(self.merges([1, 1]))
+
 
 def traits_of(strategy: FlowerStrategy | type[FlowerStrategy]) -> StrategyTraits:
     """What a strategy says of itself, or what is known of Flower's own; of a class, without what its methods say."""

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedlotr.adapters.kinds import CORES
 from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.moves import Rebase
 from fedlotr.communication.links import Link
 from fedlotr.communication.wire_form import FINGERPRINT, Coding
 from fedlotr.cost.formulas import CODED, FACTORS, PAIR, Bill, Formula, Layer, Published, in_words, of_core, source
@@ -42,6 +43,10 @@ class Billed(Protocol):
     def published(self) -> Published | None: ...  # noqa: D102
     @property
     def published_numbers(self) -> int | None: ...  # noqa: D102
+    @property
+    def rebase(self) -> Rebase | None: ...  # noqa: D102
+    @property
+    def public(self) -> bool: ...  # noqa: D102
 
 
 class Model(Protocol):
@@ -245,16 +250,27 @@ def _coded(coding: Coding) -> list[str]:
 def _moved(quote: Quote) -> list[str]:
     """What `rebase` and `public` add to the bytes."""
     lines = []
-    if quote.rebase is not None:
+    if any(row.rebase is not None for row in quote.rows):
         lines.append(
-            f"down: bases move ({quote.rebase}); of each fold that a client missed the core, and what bases cost"
+            f"down: bases move ({_ways(quote)}); of each fold that a client missed the core, and what bases cost"
         )
-    if quote.public is not None:
+    if quote.public is not None and any(row.public for row in quote.rows):
         lines.append(
             f"bases of gradients: {quote.public:,} B of public rows once, then {FINGERPRINT} B a pair of each version, "
             "and the head that they were made beside"
         )
     return lines
+
+
+def _ways(quote: Quote) -> str:
+    """How bases move in the rows in which they do."""
+    ways: dict[str, list[str]] = {}
+    for row in quote.rows:
+        if row.rebase is not None:
+            ways.setdefault(f"{row.rebase.every}:{row.rebase.how}", []).append(row.method)
+    if len(ways) == 1:
+        return next(iter(ways))
+    return "; ".join(f"{way} of {', '.join(dict.fromkeys(methods))}" for way, methods in ways.items())
 
 
 def _alike(strategies: Sequence[str]) -> str:

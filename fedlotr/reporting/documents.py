@@ -275,6 +275,8 @@ class FactsOfSome(TypedDict, total=False):
     """The promise in a line."""
     sequences: str
     """Whether they are packed or padded; absent of runs of older versions."""
+    public_rows_bytes: int
+    """Of the rows of which clients make bases by themselves, where they do."""
     chain: str
     """The links in their order; in `StartEvent.facts` alone."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlotr.adapters.methods import METHODS
+from fedlotr.adapters.moves import read_rebase
 from fedlotr.communication.wire_form import coding_in
 from fedlotr.cost.billing import Row, bills
 from fedlotr.cost.formulas import Layer, Shapes
@@ -285,10 +286,12 @@ def _bills(run: RunRecord) -> tuple[list[Row], dict[str, str]]:
     if (own := config.get("strategy")) and ":" not in own:  # a class that stands in a file is not run for a page
         strategies[own] = config.get("strategy_arg") or {}
     rank, coding = config["rank"], coding_in(config)
+    asked = shapes, list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
+    words = config.get("rebase")
+    its_own = METHODS[config["method"]].rebase
+    moves = None if words is None or words == its_own else read_rebase(words)
     try:
-        return bills(
-            shapes, list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
-        )
+        return bills(*asked, rebase=moves, public=facts.get("public_rows_bytes"))
     except InputError:  # --method head has a rank that no layer need be wide enough for
         return [], {}
 

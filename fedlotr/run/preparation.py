@@ -68,6 +68,8 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     seen = what_is_seen(config, examples.train, checked.parts, examples.test)
     for line in unseen(seen):
         say(line)
+    if config.moves is not None and config.rebase != config.row.rebase and not config.moves.versions(config.rounds - 1):
+        say(f"--rebase {config.rebase} with --rounds {config.rounds}: the run ends before the bases move")
     try:
         base = load_base(checked.spec)
     except ValueError as error:

@@ -117,7 +117,13 @@ def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
         found |= {"grouped_by": checked.groups.by, "groups": checked.groups.names}
     if promise is not None:
         found["privacy"] = promise
+    if (public := _public_rows_bytes(checked)) is not None:
+        found["public_rows_bytes"] = public
     return found
+
+
+def _public_rows_bytes(checked: Checked) -> int | None:
+    return payload_bytes(public_record(*public_of(checked))) if checked.config.derive_bases else None
 
 
 def _fingerprint(checked: Checked) -> Fingerprint:
@@ -169,7 +175,7 @@ def owed(checked: Checked, model: TrainableModel, rounds: Sequence[Sequence[int]
         controls=controls and traits.controls,
         drawn=drawn,
         rebase=config.moves,
-        public=payload_bytes(public_record(*public_of(checked))) if config.derive_bases else None,
+        public=_public_rows_bytes(checked),
     )
 
 

@@ -47,8 +47,8 @@ OTHER_FACTORS = (
 )
 
 
-def _of_other_rounds(config: SimulationConfig, traits: StrategyTraits) -> object:
-    return traits.remembers or traits.controls or not traits.factors_last or traits.merges([1, 1])
+def _moves_as_its_method(config: SimulationConfig) -> bool:
+    return config.row.rebase is not None and config.rebase in (None, config.row.rebase)
 
 
 RULES = (
@@ -75,9 +75,15 @@ RULES = (
         why="the factors of a round are not those of the next, so what was lost of them cannot be made up for; choose "
         "--no-error-feedback",
     ),
-    *(
-        Rule(at=f"strategy:any {what}", why=OTHER_FACTORS, when=_of_other_rounds)
-        for what in ("rebase", "method:turning")
+    Rule(
+        at="strategy:any rebase",
+        why=OTHER_FACTORS,
+        when=lambda c, traits: traits.between_one_pair and not _moves_as_its_method(c),
+    ),
+    Rule(
+        at="strategy:any method:turning",
+        why=OTHER_FACTORS,
+        when=lambda c, traits: traits.between_one_pair and _moves_as_its_method(c),
     ),
     Rule(
         at="strategy:any method:residual (ranks!=none)",

@@ -115,9 +115,32 @@ def test_bases_that_move_cost_a_core_a_fold_and_in_few_bits_or_as_hashes_the_bas
         kept, both = row(found, "rolora", "rolora"), row(found, "lora", "fedit")
         assert kept["one_off_bytes"] == 0 and kept["rounds_to_break_even"] == 0, "its factors take turns, and stay"
         assert both["total_bytes"] == 10 * (10 * 2 * both["upload_bytes"] + 9 * (4 + both["upload_bytes"]))
-    for wrong, message in (("--rebase 0", "after how many rounds"), ("--derive-bases 0", "expected the bytes of")):
+    for wrong, message in (
+        ("--rebase 0", "after how many rounds"),
+        ("--rebase 2:", "after how many rounds"),
+        ("--derive-bases 0", "expected the bytes of"),
+    ):
         assert cli.main(["cost", "--model", "minilm", *wrong.split()]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_bill_of_moving_bases_has_the_pairs_that_a_run_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model minilm --labels 4 --rank 8 --clients 5 --rounds 4 --methods fed-sb,fedsvd,frlora,lora,full"
+    as_they_are, moved = cost(words, capsys), cost(f"{words} --rebase 2", capsys)
+    for method in ("fedsvd", "frlora"):  # they move by themselves, every round; less often where that is asked for
+        own, asked = (next(r for r in found["rows"] if r["method"] == method) for found in (as_they_are, moved))
+        assert asked["total_bytes"] < own["total_bytes"]
+    remembering = {"scaffold", "fedavgm", "fedadam", "flora", "fedex-lora", "hetlora"}
+    there = {name for r in moved["rows"] if r["method"] != "full" for name in r["strategies"]}
+    assert not there & remembering and {"exact-average", "median", "fedit"} <= there
+    assert remembering & {name for r in as_they_are["rows"] if r["method"] == "lora" for name in r["strategies"]}
+    turned = cost(f"{words} --rebase 2:product", capsys)
+    assert {r["method"] for r in turned["rows"]} == {"fedsvd", "full"}
+    for given, said in ((f"{words} --rebase 2", "bases move (2:gradient)"), (words, "1:product of fedsvd; 1:start of")):
+        assert cli.main(["cost", *given.split()]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["cost", *words.replace("fed-sb,fedsvd,frlora,lora,", "").split(), "--rebase", "2"]) == 0
+    assert "bases move" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", sorted(public_models()))

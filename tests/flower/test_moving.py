@@ -26,6 +26,7 @@ from fedlotr.flower.records import to_record
 from fedlotr.flower.serialize import unpack
 from fedlotr.flower.workplace import Workplace
 from fedlotr.models.loading import load_base
+from fedlotr.reporting import report, run_record
 from fedlotr.run.checking import check
 from fedlotr.run.federation import federation
 from fedlotr.run.preparation import Prepared, prepare
@@ -316,6 +317,8 @@ def test_what_updates_lost_between_other_bases_is_forgotten(prepared: Prepared, 
     [
         ("--rebase 0", "expected T or T:HOW"),
         ("--rebase 2:gradeint", "did you mean 'gradient'"),
+        ("--rebase 2:", "expected T or T:HOW"),
+        ("--method fedsvd --rebase 3", "that is 3:gradient, and this method moves otherwise, 1:product"),
         ("--rebase 2 --method rolora", "trains its factors in turn"),
         ("--rebase 2 --method lotr-trained", "trains its factors in turn, with a core"),
         ("--rebase 2 --method fedsa-lora", "or apart"),
@@ -346,6 +349,44 @@ def test_what_does_not_go_with_moving_bases_is_refused(
     rest = {name: value for name, value in small.items() if f"__{name}" not in named and name != "alpha"}
     assert simulate.main([*flags({**rest, "out": tmp_path / "run"}), *options.split()]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_method_that_moves_by_itself_is_named_in_a_refusal_and_no_option_that_was_not_given(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, named in (("", "--method fedsvd"), ("--rebase 2:product", "--rebase 2:product")):
+        given = [*flags({**small, "out": tmp_path / "run", "method": "fedsvd", "strategy": "fedavgm"}), *more.split()]
+        assert simulate.main(given) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("of other bases once they have moved") == 1 and f"{named}: " in said
+
+
+def test_bases_that_the_run_ends_before_they_move_are_said(
+    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {**small, "out": tmp_path / "run", "rounds": 2, "eval_every": 2, "rebase": "2:svd", "method": "lora-xs"}
+    assert simulate.main([*flags(given), "--quiet"]) == 0
+    assert (
+        "--rebase 2:svd with --rounds 2: the run ends before the bases move"
+        in read_run(tmp_path / "run")[0]["warnings"]
+    )
+
+
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize(("method", "rebase"), [("fed-sb", "1"), ("lora", "2:random"), ("fedsvd", None)])
+def test_the_bill_on_a_page_is_of_the_bases_that_moved(
+    method: str, rebase: str | None, derived: bool, small: dict[str, Any], tmp_path: Path
+) -> None:
+    """All clients in every round, as the page reckons: then it is the ledger's."""
+    if derived and method != "fed-sb":
+        pytest.skip("clients make nothing of public rows")
+    given = {**small, "method": method, "clients": 2, "sample": 2, "rounds": 4, "eval_every": 4, "codec": "float32"}
+    config = SimulationConfig(**given, rebase=rebase, derive_bases=derived, out=tmp_path / "run")
+    run_simulation(config)
+    owed, _ = report._bills(run_record.read_run(tmp_path / "run"))
+    (own,) = (row for row in owed if row.method == method and METHODS[method].strategy in row.strategies)
+    paid = [row.payload_bytes for row in read_ledger(tmp_path / "run" / "ledger") if row.kind != "control"]
+    assert own.bill.total == sum(paid)
 
 
 @pytest.mark.parametrize(
