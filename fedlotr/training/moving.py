@@ -56,6 +56,12 @@ def folded_names(model: TrainableModel) -> list[str]:
     return [name for name in model.published if name not in model.head_names]
 
 
+def zeroed_names(model: TrainableModel, rebase: Rebase) -> frozenset[str]:
+    """The trained tensors that are zero after every move, on both sides: of a core, or a B, between other bases."""
+    both = model.core is not None and model.core.row.both
+    return frozenset(folded_names(model)) if rebase.move.makes_bases and not both else frozenset()
+
+
 def head_of(model: TrainableModel) -> dict[str, torch.Tensor]:
     """What is trained and not folded, as it is: the gradient of the next bases is taken beside it."""
     return {name: value for name, value in model.values().items() if name in model.head_names}

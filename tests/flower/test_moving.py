@@ -22,7 +22,7 @@ from fedlotr.flower.client_app import Worker
 from fedlotr.flower.link import Job
 from fedlotr.flower.links.codec import LOST
 from fedlotr.flower.links.moving import Moving
-from fedlotr.flower.records import to_record
+from fedlotr.flower.records import ARRAYS, to_record, to_tensors
 from fedlotr.flower.serialize import unpack
 from fedlotr.flower.workplace import Workplace
 from fedlotr.models.loading import load_base
@@ -292,6 +292,26 @@ def test_frlora_is_its_papers_formula(runs: dict[str, Path], small: dict[str, An
     plain = TrainableModel(load_base(start.spec), start.spec, None)
     plain.assign({name: value for name, value in start.values().items() if name in start.head_names})
     assert_within(start.logits(batch), plain.logits(batch), 1e-4)
+
+
+def test_between_new_bases_clients_start_at_zero_whatever_the_codec(small: dict[str, Any], tmp_path: Path) -> None:
+    """Of a change of four levels the old core would not be undone; and the server knows what they hold."""
+    begun: dict[int, list[float]] = {}
+
+    class Spied(Worker):
+        def finish(self, job: Job) -> None:
+            sent = to_tensors(job.records[ARRAYS])
+            cores = [float(tensor.norm()) for name, tensor in sent.items() if "core" in name]
+            begun.setdefault(job.round, []).append(sum(cores))
+            super().finish(job)
+
+    given = {**small, "clients": 3, "rounds": 5, "eval_every": 5, "lr": 0.03, "method": "lora-xs", "rebase": "2:svd"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlotr.flower.client_app.Worker", Spied)
+        config = SimulationConfig(**given, codec="float32", broadcast_codec="delta+int2", out=tmp_path / "run")
+        run_simulation(config)
+    assert [number for number, norms in sorted(begun.items()) if not any(norms)] == [1, 3, 5]
+    assert read_run(tmp_path / "run")[0]["failed_clients"] == 0
 
 
 def test_what_updates_lost_between_other_bases_is_forgotten(prepared: Prepared, tmp_path: Path) -> None:

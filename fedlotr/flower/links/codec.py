@@ -4,7 +4,8 @@ An update is coded as the difference to what the client was sent, and the server
 itself: what a broadcast's codec lost moves where a client starts, and never enters the model. With feedback a client
 adds what its last message lost to its next one (Seide et al. 2014; Karimireddy et al. 2019). A broadcast by delta is
 the difference to what the client holds; the server keeps the same, bit for bit, and the message's checksum says so.
-Whoever holds nothing yet is sent the whole, coded as well: what that loses, the next delta makes up for.
+Whoever holds nothing yet is sent the whole, coded as well: what that loses, the next delta makes up for. Where a
+message has its client fold first, what is folded is zero on both sides, and the change is told of that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,16 +18,19 @@ import torch
 from flwr.app import Array, ArrayRecord
 from typing_extensions import override
 
+from fedlotr.adapters.moves import Rebase
 from fedlotr.communication.codecs import CodecError, Tensors, added, decode, encode, shapes_of, witness
 from fedlotr.communication.wire_form import Coding
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply, Turn
+from fedlotr.flower.links.carry import STATE
 from fedlotr.flower.links.ranks import padded
 from fedlotr.flower.reading import value
 from fedlotr.flower.records import ARRAYS, Arrays, to_arrays, to_record
 from fedlotr.flower.workplace import Workplace
 from fedlotr.streams import generator
 from fedlotr.training.model import TrainableModel
+from fedlotr.training.moving import zeroed_names
 
 CODED, WHOLE, STYPE = "coded", "whole", "fedlotr.codec"
 """The one array of a coded record, or of one that is no change of anything; and its type, in place of numpy's."""
@@ -50,10 +54,16 @@ def _plain(record: ArrayRecord) -> Tensors:
     return {name: value(array) for name, array in record.items()}
 
 
-def received(content: Any, state: Any, coding: Coding, shapes: Mapping[str, tuple[int, ...]]) -> ArrayRecord:
+def received(
+    content: Any,
+    state: Any,
+    coding: Coding,
+    shapes: Mapping[str, tuple[int, ...]],
+    zeroed: frozenset[str] = frozenset(),
+) -> ArrayRecord:
     """The tensors that a train message brings to a client, which keeps them where the next ones are told by delta.
 
-    shapes: of all that can be sent. Raises CodecError.
+    shapes: of all that can be sent. zeroed: what a fold leaves at zero. Raises CodecError.
     """
     form = coding.broadcast
     record: ArrayRecord = content[ARRAYS]
@@ -62,11 +72,18 @@ def received(content: Any, state: Any, coding: Coding, shapes: Mapping[str, tupl
     elif (message := coded_message(record)) is not None:
         if HELD not in state:
             raise CodecError("it was sent a change of what it holds, and holds nothing")
-        base = _plain(state[HELD])
+        base = _folded(_plain(state[HELD]), content, zeroed)
         record = to_record(added(base, decode(form, message, shapes_of(base), witness(base))))
     if form.delta:
         state[HELD] = record
     return record
+
+
+def _folded(held: Tensors, records: Any, zeroed: frozenset[str]) -> Tensors:
+    """What a client holds once it has done what these records of a message say of folds."""
+    if not zeroed or STATE not in records or records[STATE]["since"] == records[STATE]["version"]:
+        return held
+    return {name: np.zeros_like(tensor) if name in zeroed else tensor for name, tensor in held.items()}
 
 
 def coded_update(
@@ -96,21 +113,29 @@ class Codec(Link):
     name = "codec"
     traits = LinkTraits(keeps_client_state=True)
 
-    def __init__(self, coding: Coding, seed: int, model: TrainableModel | None = None) -> None:
-        self.coding, self._seed, self._model = coding, seed, model
+    def __init__(
+        self, coding: Coding, seed: int, model: TrainableModel | None = None, zeroed: frozenset[str] = frozenset()
+    ) -> None:
+        self.coding, self._seed, self._model, self._zeroed = coding, seed, model, zeroed
         self.held: dict[int, Tensors] = {}
         """Where broadcasts are told by delta: client -> what it holds, bit for bit."""
 
     @classmethod
     @override
     def at_server(cls, run: Federation) -> Self | None:
-        return cls(run.coding, run.seed) if run.coding.at_work else None
+        if not run.coding.at_work:
+            return None
+        zeroed = frozenset[str]() if run.mover is None else zeroed_names(run.mover.model, run.mover.rebase)
+        return cls(run.coding, run.seed, zeroed=zeroed)
 
     @classmethod
     @override
     def at_client(cls, workplace: Workplace, model: TrainableModel) -> Self | None:
         recipe = workplace.recipe
-        return cls(recipe.coding, recipe.seed, model) if recipe.coding.at_work else None
+        if not recipe.coding.at_work:
+            return None
+        zeroed = frozenset[str]() if recipe.rebase is None else zeroed_names(model, Rebase(**recipe.rebase))
+        return cls(recipe.coding, recipe.seed, model, zeroed)
 
     @override
     def in_words(self) -> str:
@@ -136,15 +161,16 @@ class Codec(Link):
         record = draft.records.get(ARRAYS)
         if isinstance(record, ArrayRecord):
             draft.meant, self.meant[draft.client] = record, self._tensors(record)
-            draft.records[ARRAYS], self.sent[draft.client] = self._coded(record, draft.client)
+            draft.records[ARRAYS], self.sent[draft.client] = self._coded(record, draft)
 
-    def _coded(self, record: ArrayRecord, client: int) -> tuple[ArrayRecord, Tensors]:
+    def _coded(self, record: ArrayRecord, draft: Draft) -> tuple[ArrayRecord, Tensors]:
         """What a client is sent in place of some tensors, and what that makes there."""
+        client = draft.client
         form, tensors = self.coding.broadcast, self._tensors(record)
         if not form.coded:
             return record, tensors
         if form.delta and client in self.held:
-            base = self.held[client]
+            base = _folded(self.held[client], draft.records, self._zeroed)
             change = {name: tensor.astype(np.float64) - base[name] for name, tensor in tensors.items()}
             tied = witness(base)
             message = encode(form, change, generator(self._seed, "broadcast codec", self.turn.number, client), tied)
@@ -210,7 +236,7 @@ class Codec(Link):
         """The tensors of a train message; kept where the next ones are told by delta."""
         assert self._model is not None
         if self.coding.broadcast.coded:
-            job.records[ARRAYS] = received(job.records, job.memory, self.coding, self._shapes)
+            job.records[ARRAYS] = received(job.records, job.memory, self.coding, self._shapes, self._zeroed)
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
