@@ -392,14 +392,14 @@ def test_bases_that_the_run_ends_before_they_move_are_said(
     )
 
 
-@pytest.mark.parametrize("derived", [False, True])
-@pytest.mark.parametrize(("method", "rebase"), [("fed-sb", "1"), ("lora", "2:random"), ("fedsvd", None)])
+@pytest.mark.parametrize(
+    ("method", "rebase", "derived"),
+    [("fed-sb", "1", False), ("fed-sb", "1", True), ("lora", "2:random", False), ("fedsvd", None, False)],
+)
 def test_the_bill_on_a_page_is_of_the_bases_that_moved(
     method: str, rebase: str | None, derived: bool, small: dict[str, Any], tmp_path: Path
 ) -> None:
     """All clients in every round, as the page reckons: then it is the ledger's."""
-    if derived and method != "fed-sb":
-        pytest.skip("clients make nothing of public rows")
     given = {**small, "method": method, "clients": 2, "sample": 2, "rounds": 4, "eval_every": 4, "codec": "float32"}
     config = SimulationConfig(**given, rebase=rebase, derive_bases=derived, out=tmp_path / "run")
     run_simulation(config)
