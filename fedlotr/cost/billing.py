@@ -97,7 +97,7 @@ def bills(
                 merged = terms.merges[rank]
                 if merged and row.has_core:
                     continue  # what it merges is B A, without the core between them
-                if moves is not None and terms.traits.between_one_pair:
+                if moves is not None and terms.traits.remembers_factors:
                     continue
                 terms_of = merged, bool(terms.traits.controls), OWN_FACTORS in terms.traits.asks
                 alike.setdefault(terms_of, []).append(name)

@@ -89,7 +89,7 @@ class StrategyTraits:
         return not self.restarts and self.ranks is None
 
     @property
-    def between_one_pair(self) -> bool:
+    def remembers_factors(self) -> bool:
         """Whether it, or its clients for it, remembers factors, which is of no use where bases move between rounds."""
         return self.remembers or self.controls or not self.factors_last or bool(self.merges([1, 1]))
 

@@ -78,12 +78,12 @@ RULES = (
     Rule(
         at="strategy:any rebase",
         why=OTHER_FACTORS,
-        when=lambda c, traits: traits.between_one_pair and not _moves_as_its_method(c),
+        when=lambda c, traits: traits.remembers_factors and not _moves_as_its_method(c),
     ),
     Rule(
         at="strategy:any method:turning",
         why=OTHER_FACTORS,
-        when=lambda c, traits: traits.between_one_pair and _moves_as_its_method(c),
+        when=lambda c, traits: traits.remembers_factors and _moves_as_its_method(c),
     ),
     Rule(
         at="strategy:any method:residual (ranks!=none)",
