@@ -83,7 +83,7 @@ INSIDE = {
             "chain",
             "replies state",
             "norms",
-            "trouble",
+            "trouble asking",
             "round",
         ),
         "client_app scoring template",

@@ -14,28 +14,27 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.adapters.carry import Carry, in_words
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
+from fedlotr.flower.asking import Asking
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.certificate import Layer, Product, Weighted, aggregation_error, codec_error, transport_error
-from fedlotr.flower.chain import Chain, post
+from fedlotr.flower.chain import Chain
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.fit import check_controls, published
 from fedlotr.flower.lazy import Decoded
-from fedlotr.flower.link import Draft, Reply, Turn
+from fedlotr.flower.link import Reply, Turn
 from fedlotr.flower.links.carry import CarriedTerm, additions, lost
 from fedlotr.flower.links.codec import lost_by
 from fedlotr.flower.links.moving import Moving
-from fedlotr.flower.norms import Norms, Watch, begun_with, bounded
-from fedlotr.flower.plugins import whoever_is_there
+from fedlotr.flower.norms import Norms, Watch
 from fedlotr.flower.records import Arrays, to_arrays, to_record
-from fedlotr.flower.replies import METRICS_OF_A_REPLY, Failure, Rules, check_replies
-from fedlotr.flower.round_grid import RoundGrid
+from fedlotr.flower.replies import Failure
 from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Combined, ask
 from fedlotr.flower.traits import traits_of
@@ -120,11 +119,6 @@ def _cohort(federation: Federation, server_round: int) -> list[int]:
     return federation.guard.draw(server_round, admitted)
 
 
-def nodes_by_client(grid: Grid) -> Sequence[int]:
-    """Node ids by client: every engine of ours, and `FlowerGrid`, lists them in partition order."""
-    return cast(Sequence[int], grid.get_node_ids())
-
-
 def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
     """Run the round after `state.round` and bring `state` up to date.
 
@@ -142,43 +136,26 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     chain, guard = state.chain, federation.guard
     state.arrays = chain.before(number, state.arrays)
 
-    clients, nodes = _cohort(federation, number), nodes_by_client(grid)
-    view = RoundGrid(grid, number, {nodes[client]: client for client in clients})
-    messages = _messages(strategy, federation, state, view, clients)
-    kept = ClientStates(grid, clients)
-    turn = _turn(strategy, federation, state)
-    drafts = chain.outgoing(turn, messages, view.nodes)
-    starts = begun_with(drafts, turn.expected)
-    guard.charge(number, [draft.client for draft in drafts])
-    replies = _answered(view, chain, drafts, view.send_and_receive(post(drafts)))
-
-    metrics = METRICS_OF_A_REPLY if not guard.promises or guard.hides_clients else METRICS_OF_A_REPLY - {"loss"}
-    rules = Rules(expected=turn.expected, chain=chain, metrics=metrics, weights=federation.weights)
-    good, failures = check_replies(replies, drafts, view.nodes, rules)
-    norms = Norms()
-    if not guard.hides_clients:
-        bound, refuse = federation.max_update_norm, federation.refuse_large
-        good, large, norms = bounded(good, starts, bound, refuse=refuse)
-        failures |= large
-    chain.incoming(good)
-    kept.restore(failures)
-    weigh_failures(federation, number, state.watch, failures, replies, good)
+    asking = Asking(grid, strategy, federation, chain, number, state.arrays)
+    came = asking.ask(_cohort(federation, number))
+    turn, good, failures, norms = came.turn, came.good, came.failures, came.norms
+    weigh_failures(federation, number, state.watch, failures, came.replies, good)
 
     watch = replace(state.watch, told=set(state.watch.told))
-    look(watch, strategy, federation, number, good, len(messages), norms)
+    look(watch, strategy, federation, number, good, came.asked, norms)
     combined = _combined(strategy, federation, state, turn, good, norms)
     mean, sent = to_arrays(combined.published), _cast(combined.published, state.arrays)
-    errors = _errors(strategy, federation, state, turn, kept, good, combined, mean, to_arrays(sent))
+    errors = _errors(strategy, federation, state, turn, asking.kept, good, combined, mean, to_arrays(sent))
 
     row: TrainedRow = {
         "round": number,
         "loss": None,
-        "clients": len(messages),
+        "clients": came.asked,
         "failed": len(failures),
         "failures": {str(client): failure.kind for client, failure in failures.items()},
         "train_loss": None if guard.promises else _loss(combined.metrics, good),
-        "bytes_up": total(view.entries, "wire_bytes", direction="up"),
-        "bytes_down": total(view.entries, "wire_bytes", direction="down"),
+        "bytes_up": total(asking.entries, "wire_bytes", direction="up"),
+        "bytes_down": total(asking.entries, "wire_bytes", direction="down"),
         **errors,
         **norms.row(federation.max_update_norm),
         **chain.row(),
@@ -191,45 +168,9 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     if guard.hides_clients:  # who came is not told of either
         log.info("round %d: %s", number, {name: under(row, name) for name in TELLS_WHO_CAME if name in row})
         hidden: dict[str, Any] = {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
-        return Round(cast(MetricsRow, row | hidden), view.entries, {})
+        return Round(cast(MetricsRow, row | hidden), asking.entries, {})
     said = {reply.client: _said(reply) for reply in good}
-    return Round(cast(MetricsRow, row), view.entries, failures, said, combined.answer.mean)
-
-
-def _answered(view: RoundGrid, chain: Chain, drafts: Sequence[Draft], replies: Sequence[Message]) -> list[Message]:
-    """The replies, once every client that asked for more has been sent it. One that asks for ever is left asking."""
-    found = {view.nodes[reply.metadata.src_node_id]: reply for reply in replies}
-    for _ in chain:  # each link may be asked
-        again = [again for draft in drafts if (again := chain.again(draft, found.get(draft.client))) is not None]
-        for reply in view.send_and_receive(again) if again else ():
-            found[view.nodes[reply.metadata.src_node_id]] = reply
-    return list(found.values())
-
-
-def _messages(
-    strategy: FlowerStrategy, federation: Federation, state: State, view: RoundGrid, clients: Sequence[int]
-) -> list[Message]:
-    """What the strategy would send, before any link. Raises StrategyError."""
-    number = state.round + 1
-    config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
-    messages: list[Message] = []
-    with blaming(strategy, number, federation.method, "configure_train"):
-        if clients:  # Flower's strategies would wait for some
-            with whoever_is_there(strategy, len(clients)):
-                messages = list(strategy.configure_train(number, state.arrays, config, view))
-        _check_addresses(messages, view)
-    return messages
-
-
-def _turn(strategy: FlowerStrategy, federation: Federation, state: State) -> Turn:
-    number, traits = state.round + 1, traits_of(strategy)
-    names = set(state.arrays) if federation.moving is None else federation.moving(number)
-    return Turn(
-        number=number,
-        moved=ArrayRecord({name: array for name, array in state.arrays.items() if name in names}),
-        fewer=traits.ranks or {},
-        controls=traits.controls,
-    )
+    return Round(cast(MetricsRow, row), asking.entries, failures, said, combined.answer.mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,14 +254,6 @@ def _said(reply: Reply) -> dict[str, Any]:
     """What a client says of its training."""
     loss = {} if reply.loss is None else {"loss": reply.loss}
     return {"num-examples": reply.examples, "weight": reply.weight, **loss}
-
-
-def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:
-    addressed = [message.metadata.dst_node_id for message in messages]
-    if len(set(addressed)) < len(addressed) or not set(addressed) <= set(view.nodes):
-        raise ValueError(
-            f"it addressed nodes {addressed[:5]}…; expected each of {view.get_node_ids()[:5]}… at most once"
-        )
 
 
 def _weighted(good: Sequence[Reply], state: State) -> list[Weighted]:

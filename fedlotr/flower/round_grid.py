@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedlotr.communication.ledger import Direction, Entry, entry
+from fedlotr.communication.ledger import Direction, Entry, entry, total
 
 PATIENCE = 10
 """How often a strategy may look again, each time after a pause, whether there are more clients."""
@@ -74,9 +74,19 @@ class RoundGrid(Grid):
             self._measure(reply, "up", reply.metadata.src_node_id)
         return replies
 
+    def count(self, message: Message) -> None:
+        """Measure one that is sent and lost on its way, so that no engine needs to see it."""
+        self._measure(message, "down", message.metadata.dst_node_id)
+
+    def bytes_to_send(self, message: Message) -> int:
+        """What one that goes down will be on the wire."""
+        return total(self._entries(message, "down", message.metadata.dst_node_id), "wire_bytes")
+
     def _measure(self, message: Message, direction: Direction, node: int) -> None:
-        if message.has_content():
-            records: Any = message.content
-            self.entries += [
-                entry(self._round, self.nodes[node], direction, name, record) for name, record in records.items()
-            ]
+        self.entries += self._entries(message, direction, node)
+
+    def _entries(self, message: Message, direction: Direction, node: int) -> list[Entry]:
+        if not message.has_content():
+            return []
+        records: Any = message.content
+        return [entry(self._round, self.nodes[node], direction, name, record) for name, record in records.items()]

@@ -12,11 +12,11 @@ from flwr.serverapp import Grid
 from fedlotr.errors import FedlotrError
 from fedlotr.evaluation.results import Evaluated, Results
 from fedlotr.evaluation.scores import Scores, shards, sum_scores
+from fedlotr.flower.asking import nodes_by_client
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.records import OF
 from fedlotr.flower.replies import first_line
-from fedlotr.flower.round import nodes_by_client
 from fedlotr.models.kinds import METRICS, decisive
 from fedlotr.reporting.documents import ClientEvaluation, Spread
 

@@ -6,7 +6,7 @@ its attributes are kept, also those of a strategy inside it: that brings Flower'
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -63,9 +63,16 @@ class ClientStates:
     Else a client would go on from a round that nobody else knows of: its control variate, say, would be in no mean.
     """
 
-    def __init__(self, grid: Grid, clients: Sequence[int]) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._store: dict[int, RecordDict] = getattr(grid, "client_states", {})
-        self._before = {client: self._store[client] for client in clients if client in self._store}
+        self._before: dict[int, RecordDict] = {}
+
+    def remember(self, clients: Iterable[int]) -> None:
+        """These are about to train."""
+        for client in clients:
+            self._before.pop(client, None)
+            if client in self._store:
+                self._before[client] = self._store[client]
 
     def before(self, client: int) -> Any:
         """What a client had kept before the round; empty where that was nothing."""
