@@ -1,10 +1,10 @@
 """Links between server and clients: how long messages take that are only reckoned, never sent."""
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedlotr.communication.spread import UNITS, amount, spread, unknown_amount
 from fedlotr.errors import InputError, nearest, shorten
 
 
@@ -74,76 +74,42 @@ PROFILES = {
 20 up), satellite is geostationary, whose way up and down alone is a quarter of a second."""
 
 CUSTOM = "up=RATE,down=RATE[,latency=TIME][,server=RATE], as in up=5M,down=20M,latency=40ms"
-_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "": 1.0}
 _TIMES = {"ms": 1e-3, "s": 1.0}
 
 
-def read_link(given: str) -> Link:
-    """A profile by name, or one that is written out. Raises InputError."""
+def read_link(given: str, where: str = "--link") -> Link:
+    """A profile by name, or one that is written out. where: what gave it. Raises InputError."""
     if given in PROFILES:
         return PROFILES[given]
     if "=" not in given:
-        raise InputError(f"--link {shorten(given)}: no such link{nearest(given, PROFILES)} (or {CUSTOM})")
+        raise InputError(f"{where} {shorten(given)}: no such link{nearest(given, PROFILES)} (or {CUSTOM})")
     pairs = dict(part.partition("=")[::2] for part in given.split(","))
-    shown, parts = f"--link {shorten(given)}", {key: shorten(f"{key}={value}") for key, value in pairs.items()}
-    problems = [f"--link {parts[key]}: unknown{nearest(key, _READ)}" for key in pairs if key not in _READ]
+    shown, parts = f"{where} {shorten(given)}", {key: shorten(f"{key}={value}") for key, value in pairs.items()}
+    problems = [f"{where} {parts[key]}: unknown{nearest(key, _READ)}" for key in pairs if key not in _READ]
     problems += [f"{shown}: {key} is missing; expected {CUSTOM}" for key in ("up", "down") if key not in pairs]
-    read = {key: _amount(value, _READ[key]) for key, value in pairs.items() if key in _READ}
-    problems += [
-        f"--link {parts[key]}: expected a number above 0 with a unit of {', '.join(filter(None, _READ[key]))}"
-        for key, amount in read.items()
-        if amount is None
-    ]
+    read = {key: amount(value, _READ[key]) for key, value in pairs.items() if key in _READ}
+    problems += [f"{where} {parts[key]}: {unknown_amount(_READ[key])}" for key in read if read[key] is None]
     if problems:
         raise InputError(problems)
     up, down = read["up"] or 0.0, read["down"] or 0.0
     return Link(given, up, down, read.get("latency") or 0.0, read.get("server"))
 
 
-def read_links(given: str, clients: int, seed: int) -> list[Link]:
+def read_links(given: str, clients: int, seed: int, where: str = "--link") -> list[Link]:
     """The link of each client: one for all; several in turn; or drawn from the seed by shares, as in '4g:0.7,3g:0.3'.
 
-    Several are told apart by commas, or by semicolons where one is written out. Raises InputError.
+    Several are told apart by commas, or by semicolons where one is written out. where: what gave them. Raises
+    InputError.
     """
-    entries = [part.strip() for part in given.split(";" if ";" in given or "=" in given else ",")]
-    pairs = [(name, share) if colon else (entry, "") for entry in entries for name, colon, share in [_share(entry)]]
-    problems: list[str] = []
-    links: list[Link] = []
-    for name, _ in pairs:
-        try:
-            links.append(read_link(name))
-        except InputError as error:
-            problems += error.problems
-    shares = [float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0.0 for _, share in pairs]
-    given_shares = [bool(share) for _, share in pairs]
-    if any(given_shares) and not (all(given_shares) and all(shares)):
-        problems.append(
-            f"--link {shorten(given)}: a share above 0 for every link, or for none, such as '4g:0.7,3g:0.3'"
-        )
-    if problems:
-        raise InputError(problems)
-    if not any(given_shares):
-        return [links[client % len(links)] for client in range(clients)]
-    import numpy as np  # here, since the options of `fedlotr cost` are told without it
-
-    from fedlotr.streams import generator
-
-    weights = np.array(shares)
-    drawn = generator(seed, "link").choice(len(links), clients, p=weights / weights.sum())
-    return [links[at] for at in drawn]
+    return spread(
+        given.split(";" if ";" in given or "=" in given else ","),
+        lambda word: read_link(word, where),
+        clients,
+        seed,
+        "link",
+        where=f"{where} {shorten(given)}",
+        example="4g:0.7,3g:0.3",
+    )
 
 
-def _share(entry: str) -> tuple[str, str, str]:
-    """(link, colon, share) of an entry that ends in one."""
-    name, colon, share = entry.rpartition(":")
-    return name, colon, share
-
-
-_READ = {"up": _UNITS, "down": _UNITS, "latency": _TIMES, "server": _UNITS}
-
-
-def _amount(text: str, units: dict[str, float]) -> float | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", text)
-    if match is None or match[2] not in units or not float(match[1]):
-        return None
-    return float(match[1]) * units[match[2]]
+_READ = {"up": UNITS, "down": UNITS, "latency": _TIMES, "server": UNITS}

@@ -28,7 +28,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedlotr.config.configuration import SimulationConfig, configuration_of
 from fedlotr.config.values import MAX_SEED
-from fedlotr.config.yaml_file import key_of, read_yaml
+from fedlotr.config.yaml_file import read_yaml
+from fedlotr.config.yaml_text import key_of
 from fedlotr.data.splits import HELD_OUT
 from fedlotr.errors import InputError, nearest, shorten, written
 

@@ -1,0 +1,1 @@
+"""Who there is and how fast they are, in virtual seconds."""
