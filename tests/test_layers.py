@@ -12,10 +12,11 @@ from tests import forks
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("errors", "files", "libraries", "machine", "said", "streams", "reporting.documents"),
-    ("adapters.kinds", "adapters.methods", "adapters.moves", "communication.wire_form", "models.kinds"),
+    ("adapters.kinds", "adapters.methods", "adapters.moves", "communication.wire_form", "fleet.modes", "models.kinds"),
     ("config",),
     ("adapters",),
     ("communication",),
+    ("fleet",),
     ("models",),
     ("training",),
     ("evaluation",),
@@ -37,7 +38,7 @@ The second floor has tables that a configuration needs: they import nothing that
 """
 INSIDE = {
     "config": (
-        "own partitions plain",
+        "own partitions plain yaml_text",
         "values",
         "preflight",
         "yaml_file",
@@ -84,6 +85,7 @@ INSIDE = {
             "replies state",
             "norms",
             "trouble asking",
+            "timed",
             "round",
         ),
         "client_app scoring template",

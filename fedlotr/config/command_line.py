@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from fedlotr.adapters.kinds import BASES, TIES
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.partitions import PARTITIONS
-from fedlotr.config.yaml_file import key_of
+from fedlotr.config.yaml_text import key_of
+from fedlotr.fleet.modes import MODES
 
 _PLACEHOLDERS = {
     "sample": "COUNT|SHARE",
@@ -38,6 +39,11 @@ _PLACEHOLDERS = {
     "strategy_arg": "KEY=VALUE",
     "clip_norm": "float|none",
     "link": "NAME|RATES[,...]",
+    "mode": "|".join(MODES),
+    "fleet": "NAME|FILE",
+    "deadline": "SECONDS",
+    "over_select": "FACTOR",
+    "staleness": "NAME[:A[:B]]|module:function",
     "codec": "KIND[:DENSITY][+zstd]",
     "broadcast_codec": "[delta+]KIND[:DENSITY][+zstd]",
     "basis_codec": "KIND[+zstd]",

@@ -265,6 +265,7 @@ def configuration_of(values: Mapping[str, object], file: Path, out: Path) -> Sim
 
 SECTIONS = {
     "clients": "clients and rounds",
+    "mode": "virtual time",
     "model": "model and data",
     "method": "method",
     "strategy": "strategy",

@@ -65,6 +65,7 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     "untied": lambda method: METHODS[method].factored and not METHODS[method].may_tie,
     "core+B": lambda method: METHODS[method].factored and {"B", "C"} <= set(METHODS[method].train),
     "turning": lambda method: METHODS[method].rebase,
+    "in-turn": lambda method: len(METHODS[method].sent) > 1,
     "no-B": lambda method: METHODS[method].factored and "B" not in METHODS[method].train,
 }
 """What a rule may ask of a value besides what it is."""
@@ -151,10 +152,28 @@ PLAIN = (
 )
 LARGEST_RANK = "the largest must be --rank; give --rank {c.largest_rank}, or one of {c.highest_rank}"
 OTHER_MOMENTS = "what an optimizer holds is about the bases that it was computed between; choose reset"
+WHOLE_ROUNDS = "what a promise costs is reckoned for whole rounds of clients; choose --mode sync"
+NOT_STALE = "updates of older models cannot be told apart from it; choose {other}, or a --mode in which none come"
 OF_FACTORS = "alpha, basis, tie, core, client_rank, rank_pattern, alpha_pattern, rslora, cap_rank, rebase"
 
 TABLE = {
     "sample clients (sampled_clients>clients)": "more clients a round than there are",
+    "deadline mode!=deadline": "it belongs to --mode deadline",
+    "mode=deadline deadline=none": "after how many virtual seconds is a round over? give --deadline",
+    "over_select mode!=over-select": "it belongs to --mode over-select",
+    "buffer, mixing mode!=async": "it belongs to --mode async",
+    "buffer sample (mode=async buffer>clients_per_round)": "no more updates can come than clients train at a time; "
+    "give a larger --sample",
+    "mixing buffer!=1 (mode=async)": "a client's model is mixed in by itself; give --buffer 1",
+    "late mode=sync|async": "no update is late there; it belongs to --mode deadline or over-select",
+    "staleness (stale=false)": "no update is older than its round: it belongs to --mode async, or --late use",
+    "mode!=sync privacy!=none": WHOLE_ROUNDS,
+    "fleet privacy=client": "who is there would decide who takes part, and no noise would cover it; leave it out",
+    "mode!=sync, fleet baseline": "a baseline sends nothing, and waits for nobody; leave it out",
+    "client_rank stale": NOT_STALE.format(other="one rank"),
+    "optimizer_state=mean-v stale": NOT_STALE.format(other="reset or keep"),
+    "method:in-turn stale": "its clients train other factors from round to round, and an update of an older one has "
+    "not those of this; choose another method, or a --mode in which none come",
     "local_epochs local_steps": "a client's work is given in epochs or in steps, not both",
     "local_epochs=none local_steps=none": "one of them must be a number",
     "momentum optimizer!=sgd": "momentum belongs to the optimizer 'sgd'",

@@ -1,6 +1,7 @@
 """The fields of a configuration: what each is, between which bounds, and what follows from them alone."""
 
 import datetime
+import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -43,6 +44,7 @@ from fedlotr.config.values import (
     read_score,
     read_targets,
 )
+from fedlotr.fleet.modes import DEFAULT_STALENESS, MODES, STALENESS, check_staleness
 from fedlotr.models.kinds import TASK_KINDS
 
 REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "show_examples"} | {
@@ -52,6 +54,11 @@ REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "show_exam
 }
 """Options that say where and how one run reports."""
 
+
+OVER_SELECT = 1.3
+"""Of the clients that are needed, how many are asked: Bonawitz et al. 2019 (arXiv:1902.01046)."""
+BUFFER = 10
+"""Updates of an asynchronous round: Nguyen et al. 2022 (arXiv:2106.06639)."""
 
 RankOfLayers = Annotated[int, Field(ge=1, le=LARGEST)]
 AlphaOfLayers = Annotated[float, Field(gt=0)]
@@ -101,6 +108,52 @@ class Fields(BaseModel):
     )
     seed: int = Field(
         default=0, ge=0, le=MAX_SEED, description="same seed, same bytes: partition, sampling, bases, order of examples"
+    )
+
+    mode: Annotated[str, one_of("mode", MODES)] = Field(
+        default="sync",
+        description="what a round waits for, in virtual time: "
+        + "; ".join(f"{name}: {mode.text}" for name, mode in MODES.items()),
+    )
+    fleet: str | None = Field(
+        default=None,
+        description="who is there, how fast and how reliable clients are, in virtual time: a YAML file, or one of "
+        "'fedlotr ls fleets' (default: with a --mode but sync even, all alike and always there; else time is not "
+        "reckoned)",
+    )
+    deadline: float | None = Field(
+        default=None, gt=0, description="with --mode deadline: virtual seconds after which a round is over"
+    )
+    over_select: float | None = Field(
+        default=None,
+        gt=1,
+        le=100,
+        description="with --mode over-select: times --sample that are asked (default: 1.3)",
+    )
+    buffer: int | None = Field(
+        default=None,
+        ge=1,
+        le=LARGEST,
+        description="with --mode async: updates that make a round, while --sample clients train at the same time; 1: "
+        "each by itself, as in FedAsync (default: 10, or --sample where that is less)",
+    )
+    late: Literal["drop", "use"] | None = Field(
+        default=None,
+        description="what becomes of updates that come after their round: dropped, or used in a later one (default: "
+        "drop)",
+    )
+    staleness: Annotated[str, AfterValidator(check_staleness)] | None = Field(
+        default=None,
+        description="what an update counts that is so many server steps old: "
+        + "; ".join(f"{name}: {discount.text}" for name, discount in STALENESS.items())
+        + f"; or module:function, file.py:function (default: {DEFAULT_STALENESS})",
+    )
+    mixing: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="with --buffer 1: the share of the client's model in the next one, x + A (x_i - x), times what its "
+        "age leaves, as in FedAsync (default: the client's change is added instead, as in FedBuff)",
     )
 
     model: str = Field(
@@ -621,6 +674,28 @@ class Fields(BaseModel):
     def rebase_every(self) -> int:
         """After how many rounds bases move; 0: they do not."""
         return 0 if self.moves is None else self.moves.every
+
+    @property
+    def virtual(self) -> bool:
+        """Whether time is virtual."""
+        return self.fleet is not None or self.mode != "sync"
+
+    @property
+    def stale(self) -> bool:
+        """Whether updates of older models may come in."""
+        return MODES[self.mode].stale or self.late == "use"
+
+    @property
+    def asked(self) -> int:
+        """Clients that are asked in a round; in async, that train at the same time."""
+        if self.mode != "over-select":
+            return self.clients_per_round
+        return min(self.clients, math.ceil(self.clients_per_round * (self.over_select or OVER_SELECT)))
+
+    @property
+    def buffered(self) -> int:
+        """Updates that make an asynchronous round."""
+        return self.buffer or min(BUFFER, self.clients_per_round)
 
     @property
     def clients_per_round(self) -> int:

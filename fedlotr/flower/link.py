@@ -88,7 +88,8 @@ class Reply:
 
     arrays: its trained tensors, decoded when they are asked for. weight: p_i before division. examples: it trained on.
     loss: its mean training loss; None where that would tell of examples. rank: of the leading block that it trained,
-    where ranks differ. records: by name what else it sent, such as its change of control variates.
+    where ranks differ. records: by name what else it sent, such as its change of control variates. staleness: server
+    steps since the model that it was trained on.
     """
 
     client: int
@@ -97,6 +98,7 @@ class Reply:
     examples: int
     loss: float | None = None
     rank: int | None = None
+    staleness: int = 0
     records: dict[str, Any] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
     origin: Message | None = None

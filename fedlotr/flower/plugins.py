@@ -6,7 +6,7 @@ The core never imports a strategy by name, so a built-in one has no privilege ov
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -143,28 +143,49 @@ def load_class(name: str, option: str, what: str, announced: Mapping[str, EntryP
     def fits(value: object) -> bool:
         return isinstance(value, type) and issubclass(value, base)
 
+    return _load(name, option, what, announced, fits, f"a class derived from {wanted}", "Class")
+
+
+def load_function(name: str, option: str, what: str) -> Any:
+    """The function of module:function or of path/to/file.py:function. Raises InputError where there is none."""
+
+    def fits(value: object) -> bool:
+        return callable(value) and not isinstance(value, type)
+
+    return _load(name, option, what, {}, fits, "a function", "function")
+
+
+def _load(
+    name: str,
+    option: str,
+    what: str,
+    announced: Mapping[str, EntryPoint],
+    fits: Callable[[object], bool],
+    wanted: str,
+    kind: str,
+) -> Any:
     where, colon, attribute = name.rpartition(":")
     try:
         if not colon:
             if name not in announced:
                 raise InputError(
                     f"{option} {name}: no such {what}{nearest(name, announced)} "
-                    "(or give your own as module:Class or path/to/file.py:Class)"
+                    f"(or give your own as module:{kind} or path/to/file.py:{kind})"
                 )
-            kind = announced[name].load()
+            found = announced[name].load()
         else:
             module = _module_from_file(Path(where), option, what) if where.endswith(".py") else import_module(where)
-            kind = getattr(module, attribute, None)
-            if kind is None:
-                classes = [key for key, value in vars(module).items() if fits(value)]
-                raise InputError(f"{option} {name}: {where} has no {attribute}{nearest(attribute, classes)}")
+            found = getattr(module, attribute, None)
+            if found is None:
+                names = [key for key, value in vars(module).items() if fits(value)]
+                raise InputError(f"{option} {name}: {where} has no {attribute}{nearest(attribute, names)}")
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a module or a class may also end the program
         raise InputError(f"{option} {name}: cannot be loaded: {_in_a_line(error)}") from error
-    if not fits(kind):
-        raise InputError(f"{option} {name}: expected a class derived from {wanted}")
-    return kind
+    if not fits(found):
+        raise InputError(f"{option} {name}: expected {wanted}")
+    return found
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -37,9 +37,10 @@ from fedlotr.flower.records import Arrays, to_arrays, to_record
 from fedlotr.flower.replies import Failure
 from fedlotr.flower.state import ClientStates, not_finite
 from fedlotr.flower.strategy import Combined, ask
+from fedlotr.flower.timed import OF_THE_FLEET, Clock, Gathered, TimedRound
 from fedlotr.flower.traits import traits_of
 from fedlotr.flower.trouble import look, weigh_failures
-from fedlotr.reporting.documents import Errors, MetricsRow, TrainedRow, under
+from fedlotr.reporting.documents import Arrival, Errors, MetricsRow, TrainedRow, under
 from fedlotr.said import say
 from fedlotr.streams import generator, own_streams, stream_key
 
@@ -65,6 +66,8 @@ class State:
     """The server's links, with what each knows; made by the first round where there is none yet."""
     watch: Watch = field(default_factory=Watch)
     """What has been noticed of clients that stand out."""
+    clock: Clock = field(default_factory=Clock)
+    """Virtual time, and what is under way in it."""
 
     @property
     def carry(self) -> Carry:
@@ -83,6 +86,7 @@ class Round:
     """A finished round: its row of metrics.jsonl, its rows of the ledger, and why which client failed.
 
     replies: what each of the others said of its training. mean: what was certified, where it is not what was published.
+    arrivals: what became of messages, in virtual time.
     Where whole clients are hidden, the row has nothing of what `TELLS_WHO_CAME`, and no client is named.
     """
 
@@ -91,6 +95,7 @@ class Round:
     failures: dict[int, Failure]
     replies: dict[int, dict[str, Any]] = field(default_factory=dict)
     mean: Mapping[str, npt.NDArray[np.float64]] | None = None
+    arrivals: Sequence[Arrival] = ()
 
 
 def draw_clients(clients: int, sampled: int, seed: int, server_round: int) -> list[int]:
@@ -105,6 +110,8 @@ def sample_clients(federation: Federation, server_round: int) -> list[int]:
 
 def can_pay(federation: Federation, server_round: int) -> bool:
     """Whether anybody who is to train in a round has enough of the privacy budget left."""
+    if federation.virtual is not None:  # who that will be is seen when it is time
+        return bool(federation.guard.admitted(range(federation.clients)))
     return bool(federation.guard.admitted(sample_clients(federation, server_round)))
 
 
@@ -117,6 +124,14 @@ def _cohort(federation: Federation, server_round: int) -> list[int]:
     if left_out := sorted(set(clients) - set(admitted)):
         say(f"round {server_round}: clients {left_out} have spent their privacy budget and sit out")
     return federation.guard.draw(server_round, admitted)
+
+
+def _gather(asking: Asking, federation: Federation, clock: Clock) -> Gathered:
+    """What a round has to combine."""
+    if federation.virtual is not None:
+        return TimedRound(asking, federation, clock).gather()
+    came = asking.ask(_cohort(federation, asking.number))
+    return Gathered(came=came, trained=came.good, entries=asking.entries)
 
 
 def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, state: State) -> Round:
@@ -137,15 +152,19 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     state.arrays = chain.before(number, state.arrays)
 
     asking = Asking(grid, strategy, federation, chain, number, state.arrays)
-    came = asking.ask(_cohort(federation, number))
+    clock = state.clock.copy()
+    gathered = _gather(asking, federation, clock)
+    came, entries = gathered.came, gathered.entries
     turn, good, failures, norms = came.turn, came.good, came.failures, came.norms
-    weigh_failures(federation, number, state.watch, failures, came.replies, good)
+    failed = {client: failure for client, failure in failures.items() if failure.kind not in OF_THE_FLEET}
+    weigh_failures(federation, number, state.watch, failed, came.replies, good, len(failures) - len(failed))
 
     watch = replace(state.watch, told=set(state.watch.told))
     look(watch, strategy, federation, number, good, came.asked, norms)
     combined = _combined(strategy, federation, state, turn, good, norms)
     mean, sent = to_arrays(combined.published), _cast(combined.published, state.arrays)
-    errors = _errors(strategy, federation, state, turn, asking.kept, good, combined, mean, to_arrays(sent))
+    kept = asking.kept if gathered.fresh else None
+    errors = _errors(strategy, federation, state, turn, kept, good, combined, mean, to_arrays(sent))
 
     row: TrainedRow = {
         "round": number,
@@ -154,23 +173,24 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
         "failed": len(failures),
         "failures": {str(client): failure.kind for client, failure in failures.items()},
         "train_loss": None if guard.promises else _loss(combined.metrics, good),
-        "bytes_up": total(asking.entries, "wire_bytes", direction="up"),
-        "bytes_down": total(asking.entries, "wire_bytes", direction="down"),
+        "bytes_up": total(entries, "wire_bytes", direction="up"),
+        "bytes_down": total(entries, "wire_bytes", direction="down"),
         **errors,
         **norms.row(federation.max_update_norm),
         **chain.row(),
+        **gathered.row(clock),
         "epsilon": guard.epsilon(),
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
-    chain.commit(good)
-    state.arrays, state.round, state.watch = sent, number, watch
+    chain.commit(gathered.trained)
+    state.arrays, state.round, state.watch, state.clock = sent, number, watch, clock
     if guard.hides_clients:  # who came is not told of either
         log.info("round %d: %s", number, {name: under(row, name) for name in TELLS_WHO_CAME if name in row})
         hidden: dict[str, Any] = {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}
-        return Round(cast(MetricsRow, row | hidden), asking.entries, {})
+        return Round(cast(MetricsRow, row | hidden), entries, {})
     said = {reply.client: _said(reply) for reply in good}
-    return Round(cast(MetricsRow, row), asking.entries, failures, said, combined.answer.mean)
+    return Round(cast(MetricsRow, row), entries, failures, said, combined.answer.mean, arrivals=gathered.arrivals or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +247,7 @@ def _errors(
     federation: Federation,
     state: State,
     turn: Turn,
-    kept: ClientStates,
+    kept: ClientStates | None,
     good: Sequence[Reply],
     combined: _Combined,
     mean: Arrays,
@@ -235,7 +255,8 @@ def _errors(
 ) -> Errors:
     """The certificate: how far what is published is from the clients' mean, and what the way took of it.
 
-    mean: what the strategy published, float64; sent: in the wire's numbers.
+    mean: what the strategy published, float64; sent: in the wire's numbers. kept: by the clients; None: what they lost
+    of these updates is not to be had any more.
     """
     hidden, start, weighted = federation.guard.hides_clients, to_arrays(state.arrays), _weighted(good, state)
     error, layers = None, state.layers(federation)
@@ -243,7 +264,9 @@ def _errors(
         certified = mean | dict(combined.answer.mean or {})
         error = aggregation_error(layers, start, certified, weighted, combined.added)
     if federation.coding.update.lossy:
-        lossy = None if hidden else _codec_error(federation, state, kept, good, weighted, start, turn.moved)
+        lossy = (
+            None if hidden or kept is None else _codec_error(federation, state, kept, good, weighted, start, turn.moved)
+        )
     else:
         missed = partial(lost, state.carry, combined.carry, combined.added)
         lossy = transport_error(layers, start, mean, sent, combined.added, missed)
@@ -279,9 +302,11 @@ def _codec_error(
     return codec_error(state.layers(federation), start, weighted, seen)
 
 
-def _loss(metrics: MetricRecord | None, good: Sequence[Reply]) -> float:
-    """The clients' mean training loss: the strategy's own figure, or else the weighted mean."""
+def _loss(metrics: MetricRecord | None, good: Sequence[Reply]) -> float | None:
+    """The clients' mean training loss: the strategy's own figure, or else the weighted mean; None of nobody."""
     found = None if metrics is None else metrics.get("loss")
+    if not good:
+        return None
     if isinstance(found, int | float):
         return float(found)
     losses = [cast(float, reply.loss) for reply in good]

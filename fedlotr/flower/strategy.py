@@ -39,6 +39,7 @@ class Update:
     tensor by tensor needs no memory for all clients' tensors; `.copy()` what is to be changed.
     rank: of the leading block that it trained, where ranks differ; the rest of its factors is zero here. None: all.
     control: the change of its control variates, where the strategy has such (`Strategy.controls`).
+    staleness: server steps since the model that it was trained on; its arrays are as if trained on the present one.
     """
 
     client: int
@@ -46,6 +47,7 @@ class Update:
     weight: float
     rank: int | None = None
     control: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    staleness: int = 0
 
 
 def owned(update: Update, name: str) -> npt.NDArray[np.float64]:
@@ -144,6 +146,7 @@ class Strategy(FlowerStrategy):
                 weight=reply.weight,
                 rank=reply.rank,
                 control=Decoded(reply.records[CONTROL]) if controls else {},
+                staleness=reply.staleness,
             )
             for reply in replies
         ]

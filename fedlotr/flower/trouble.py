@@ -31,9 +31,13 @@ def weigh_failures(
     failures: Mapping[int, Failure],
     replies: Sequence[Message],
     good: Sequence[Reply],
+    excused: int = 0,
 ) -> None:
-    """Log who failed. Raises TooManyFailuresError where more did than the run allows."""
-    asked = len(good) + len(failures)
+    """Log who failed. Raises TooManyFailuresError where more did than the run allows.
+
+    excused: clients of whom nothing is used, and who have not failed.
+    """
+    asked = len(good) + len(failures) + excused
     for client, failure in failures.items():
         log.warning("round %d: client %d failed and is left out: %s", number, client, failure.reason)
     if federation.guard.hides_clients:
@@ -43,7 +47,7 @@ def weigh_failures(
             raise TooManyFailuresError(
                 f"round {number}: all clients failed, which is the program's fault; log.txt has their reasons"
             )
-    elif not good or len(failures) > federation.max_failed * asked:
+    elif not (good or excused) or len(failures) > federation.max_failed * asked:
         raise TooManyFailuresError(
             f"round {number}: {len(failures)} of {asked} clients failed (--max-failed {federation.max_failed}); "
             f"{_some(failures)}{_likely_cause(number, failures, asked, watch)}"

@@ -145,7 +145,48 @@ class OfLinks(TypedDict):
     """Relative, of what clients were sent to the model; only with a lossy codec down."""
 
 
-class TrainedRow(UpdateNorms, Errors, OfLinks):
+class Arrival(TypedDict):
+    """A line of arrivals.jsonl: what became of a message to a client, in virtual seconds since the run began."""
+
+    round: int
+    """In which the server knew of it."""
+    job: int
+    """Its number in the run, from 0."""
+    client: int
+    trained_on: int
+    """The round whose model it brought; 0: the start."""
+    asked: float
+    ended: float
+    """When its update had arrived, or was known to be lost."""
+    computing: float
+    """Seconds of it in which the client trains."""
+    outcome: str
+    """used, or why not."""
+    staleness: int
+    """Server steps in between."""
+    weight: float | None
+    """Of the update in the mean, before division, times what it counts of a fresh one; None of one that is not used."""
+    bytes_down: int
+    bytes_up: int
+    """On the wire; in vain where it is not used."""
+
+
+class InVirtualTime(TypedDict, total=False):
+    """Of a round; only with `--fleet` or a `--mode`."""
+
+    virtual_seconds: float
+    """When it was over, since the run began."""
+    used: int
+    """Updates that were combined."""
+    staleness_mean: float | None
+    """Of these, in server steps."""
+    bytes_in_vain: int
+    """Down and up, of messages that came to nothing, as far as this round was the first to know."""
+    under_way: int
+    """Messages that nothing is known of yet."""
+
+
+class TrainedRow(UpdateNorms, Errors, OfLinks, InVirtualTime):
     """What a round itself tells. Where whole clients are hidden, what tells who came is None."""
 
     round: int
@@ -374,6 +415,24 @@ class Simulated(TypedDict):
     """Client's number -> the rounds in which it was the slowest."""
 
 
+class VirtualSummary(TypedDict):
+    """A run in virtual time; what was lost, and of whom, is told by `failures`."""
+
+    mode: str
+    fleet: str
+    """In words."""
+    seconds_total: float
+    seconds_per_round_median: float
+    seconds_to_best: float
+    """Until the round whose model was best."""
+    used: int
+    """Updates, of all rounds."""
+    staleness_mean: float | None
+    bytes_in_vain: int
+    under_way: int
+    """At the end: messages that nothing has come of."""
+
+
 class Pace(TypedDict):
     """How long training took; None where whole clients are hidden, since it would tell how many came."""
 
@@ -496,6 +555,7 @@ class Summary(Fingerprint):
     codec: Codec | None
     """None where nothing was coded."""
     simulated: Simulated | None
+    virtual: VirtualSummary | None
     """None without `--link`."""
     privacy: Privacy | None
     """None without a promise."""

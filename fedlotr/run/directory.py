@@ -22,7 +22,7 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import as_json, finite, write_atomically
 from fedlotr.flower.workplace import work_folder
-from fedlotr.reporting.documents import Facts, MetricsRow, Summary
+from fedlotr.reporting.documents import Arrival, Facts, MetricsRow, Summary
 from fedlotr.said import say
 
 log = logging.getLogger("fedlotr")
@@ -100,6 +100,7 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.log = path / "log.txt"
         self.metrics = path / "metrics.jsonl"
+        self.arrivals = path / "arrivals.jsonl"
         self.saved = 0
         """The last round that is safe on disk."""
 
@@ -172,6 +173,20 @@ class RunDirectory:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(as_json(row) + "\n")
 
+    def append_arrivals(self, arrivals: Sequence[Arrival]) -> None:
+        """Further lines of arrivals.jsonl, which is there in virtual time alone."""
+        if arrivals:
+            with open(self.arrivals, "a", encoding="utf-8") as file:
+                file.writelines(as_json(arrival) + "\n" for arrival in arrivals)
+
+    def _cut_arrivals(self) -> None:
+        """Without those of rounds that do not count, and a line that was cut off."""
+        if self.arrivals.is_file():
+            lines = self.arrivals.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= self.saved]
+            if kept != lines:
+                write_atomically(self.arrivals, "".join(kept))
+
     def write_checkpoint(
         self,
         server_round: int,
@@ -210,7 +225,7 @@ class RunDirectory:
         for folder in (self.ledger, self.checkpoints, self.adapter):
             if folder.exists() and not folder.is_dir():
                 yield f"--resume: {folder} is a file, expected a folder: move it away"
-        files = [self.metrics, self.path / "config.yaml", self.path / "summary.json"]
+        files = [self.metrics, self.arrivals, self.path / "config.yaml", self.path / "summary.json"]
         files += [file for folder in (self.ledger, self.checkpoints) for file in folder.glob("round-*")]
         for file in files:
             if file.is_dir() and (file.parent == self.path or _round_of(file)):
@@ -310,6 +325,7 @@ class RunDirectory:
         lines = "".join(as_json(row) + "\n" for row in (checkpoint.metrics if checkpoint else [])).encode()
         if not self.metrics.exists() or self.metrics.read_bytes() != lines:
             write_atomically(self.metrics, lines)
+        self._cut_arrivals()
         for folder in (self.checkpoints, self.ledger):  # a checkpoint without its ledger would count as damaged
             for file in folder.glob("round-*"):
                 if (_round_of(file) or 0) > self.saved and file.is_file():

@@ -2,19 +2,29 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from fedlotr.adapters.tuner import bases_of, highest_rank
 from fedlotr.communication.basis_coding import shapes_of
+from fedlotr.communication.links import read_links
 from fedlotr.config.configuration import SimulationConfig
+from fedlotr.errors import InputError
 from fedlotr.evaluation.generation import stop_ids
+from fedlotr.fleet.fleet import Fleet, read_fleet
+from fedlotr.fleet.modes import DEFAULT_STALENESS, Staleness, read_staleness
+from fedlotr.fleet.virtual_time import VirtualTime
 from fedlotr.flower.certificate import layers_of
 from fedlotr.flower.federation import Federation, Weights
 from fedlotr.flower.links.codec import coded_record
 from fedlotr.flower.links.derived import Derived, Offer, public_record
 from fedlotr.flower.links.moving import Mover
 from fedlotr.flower.links.ranks import client_ranks
+from fedlotr.flower.plugins import load_function
 from fedlotr.flower.records import STOP_TEXT, STOPS, TEMPERATURE, TOKENS, bases_record, derivable_record, to_record
+from fedlotr.models.loading import count_parameters
 from fedlotr.privacy.guard import NoGuard
 from fedlotr.run.checking import Checked
 from fedlotr.run.preparation import Prepared
@@ -23,6 +33,8 @@ from fedlotr.training.examples import Examples
 from fedlotr.training.moving import head_of
 from fedlotr.training.packing import Rows
 
+OPERATIONS = 4
+"""Of a frozen weight and a token: a product and a sum forward, and as many backward; attention comes on top."""
 LR_FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -81,7 +93,53 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
         max_update_norm=config.max_update_norm,
         refuse_large=config.on_large_update == "refuse",
         watched=config.baseline is None,
+        virtual=virtual_time(config, prepared),
     )
+
+
+def virtual_time(config: SimulationConfig, prepared: Prepared) -> VirtualTime | None:
+    """How rounds go in virtual time, where time is virtual."""
+    if not config.virtual:
+        return None
+    workplace, training = prepared.workplace, prepared.checked.training
+    lengths = workplace.train.lengths
+    tokens = [
+        training.examples_of(len(rows)) * float(lengths[rows].mean()) if len(rows) else 0.0
+        for rows in map(workplace.rows, range(config.clients))
+    ]
+    numbers = count_parameters(prepared.model.module) - embedded(prepared.model.module)
+    return VirtualTime(
+        mode=config.mode,
+        fleet=fleet_of(config),
+        operations=[OPERATIONS * numbers * count for count in tokens],
+        asked=config.asked,
+        wanted=config.buffered if config.mode == "async" else config.clients_per_round,
+        deadline=config.deadline or math.inf,
+        keep_late=config.late == "use",
+        staleness=staleness_of(config),
+        mixing=config.mixing,
+    )
+
+
+def embedded(model: nn.Module) -> int:
+    """Numbers of a model that are looked up and not multiplied."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Embedding))
+
+
+def fleet_of(config: SimulationConfig) -> Fleet:
+    """The clients of a run in virtual time. Raises InputError."""
+    links = None if config.link is None else read_links(config.link, config.clients, config.seed)
+    if links is not None and any(link.server is not None for link in links):
+        raise InputError(
+            f"--link {config.link}: in virtual time messages meet at no line of the server's; leave server= out"
+        )
+    return read_fleet(config.fleet or "even", config.clients, config.seed, links)
+
+
+def staleness_of(config: SimulationConfig) -> Staleness:
+    """What late updates count. Raises InputError."""
+    load = partial(load_function, option="--staleness", what="function")
+    return read_staleness(config.staleness or DEFAULT_STALENESS, load)
 
 
 def mover(config: SimulationConfig, prepared: Prepared) -> Mover | None:

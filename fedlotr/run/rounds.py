@@ -24,7 +24,9 @@ from fedlotr.flower.norms import Watch
 from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.round import BudgetSpentError, Round, State, can_pay, run_round
 from fedlotr.flower.scoring import evaluate, evaluate_clients
+from fedlotr.flower.serialize import pack, unpack
 from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
+from fedlotr.flower.timed import Clock, deserted
 from fedlotr.machine import kept_waiting
 from fedlotr.privacy.guard import NoGuard
 from fedlotr.reporting.callbacks import TrainedEvent
@@ -41,6 +43,9 @@ from fedlotr.run.writing import adapter_writer
 from fedlotr.said import Heard, say
 
 log = logging.getLogger("fedlotr")
+
+CLOCK = "clock"
+"""What the names of a checkpoint's arrays begin with that are under way in virtual time."""
 
 
 class Rounds:
@@ -123,12 +128,13 @@ class Rounds:
             self.prepared.workplace.save_carry(state.carry)  # as it would still be on the clients' own disks
         self.sampling.begin(base)
         watch = Watch.restored(checkpoint.extra.get("watch", {}))
-        return State(to_record(trained), checkpoint.round, state.chain, watch)
+        clock = Clock.restored(unpack(checkpoint.extra.get("clock", {}), checkpoint.arrays))
+        return State(to_record(trained), checkpoint.round, state.chain, watch, clock)
 
     def run(self, strategy: FlowerStrategy, state: State) -> Summary:
         """The rounds that are left, then adapter and summary; returns that."""
         config = self.config
-        while state.round < config.rounds and can_pay(self.federation, state.round + 1) and not self._stalled():
+        while state.round < config.rounds and not self._stuck(state) and not self._stalled():
             began, computed = time.monotonic(), time.process_time()
             done = run_round(self.grid, strategy, self.federation, state)
             self._look_at_the_clock(state.round, time.monotonic() - began, time.process_time() - computed)
@@ -136,7 +142,7 @@ class Rounds:
                 done = without_wire(done)
             self._simulate(done)
             evaluation = None
-            last = state.round == config.rounds or not can_pay(self.federation, state.round + 1)
+            last = state.round == config.rounds or self._stuck(state)
             if state.round % config.eval_every == 0 or last:
                 began = time.monotonic()
                 evaluation = self._evaluate(state, strategy)
@@ -172,6 +178,7 @@ class Rounds:
             warnings=self.heard.lines,
             checkpoints=self.directory.rounds(),
             adapter_round=kept,
+            fleet=None if self.federation.virtual is None else self.federation.virtual.fleet.in_words(),
         )
         summary = cast(Summary, finite(summary))
         self.directory.write_summary(summary)
@@ -202,11 +209,19 @@ class Rounds:
         sent: dict[str, Counter[int]] = {"up": Counter(), "down": Counter()}
         for entry in done.entries:
             sent[entry.direction][entry.client] += entry.wire_bytes
-        if self.links is not None and sent["down"]:
+        if self.links is not None and sent["down"] and self.federation.virtual is None:
             found = round_time(self.links, sent["up"], sent["down"])
             done.metrics["simulated_seconds"] = found.seconds
             done.metrics["simulated_seconds_median_client"] = found.median
             done.metrics["simulated_slowest_client"] = found.slowest
+
+    def _stuck(self, state: State) -> bool:
+        """Whether there can be no further round: nobody can pay for it, or nobody will be there."""
+        return not can_pay(self.federation, state.round + 1) or (bool(state.round) and self._deserted(state))
+
+    def _deserted(self, state: State) -> bool:
+        virtual = self.federation.virtual
+        return virtual is not None and deserted(virtual.fleet, state.clock)
 
     def _stalled(self) -> bool:
         """Whether the model has not got better for as many rounds as `--stop-after` says, as far as it was scored."""
@@ -216,7 +231,7 @@ class Rounds:
         return patience is not None and best is not None and scored[-1] - best["round"] >= patience
 
     def _end_early(self, state: State) -> None:
-        """Say why: the model gets no better, or the privacy budget is spent.
+        """Say why: the model gets no better, nobody is there any more, or the privacy budget is spent.
 
         Raises BudgetSpentError where there is nothing to end with.
         """
@@ -226,6 +241,10 @@ class Rounds:
                 f"no better {metric} than round {best['round']}'s for {since} rounds: the run ends after round "
                 f"{state.round} of {self.config.rounds} (--stop-after {self.config.stop_after})"
             )
+            return
+        if self._deserted(state):
+            rounds = f"round {state.round} of {self.config.rounds}"
+            say(f"no client is there any more after {state.clock.now:.0f} virtual seconds: the run ends after {rounds}")
             return
         spent = f"the privacy budget allows no round {state.round + 1} of {self.config.rounds}"
         if not any(row["evaluate_seconds"] is not None for row in self.history):
@@ -306,6 +325,7 @@ class Rounds:
         """Put a finished round on disk: the checkpoint last, since it is what makes it count."""
         self.ledger.append(write_part(self.directory.ledger, state.round, done.entries))
         self.directory.append_metrics(done.metrics)
+        self.directory.append_arrivals(done.arrivals)
         self.history.append(finite(done.metrics))  # as a run that is resumed here has it
         self.entries += done.entries
         with blaming(strategy, state.round, self.config.method, "state"):
@@ -337,6 +357,8 @@ class Rounds:
             "watch": state.watch.state(),
         }
         every = {**arrays, **client_arrays, **link_arrays, **trained}
+        if self.federation.virtual is not None:
+            extra["clock"] = pack(state.clock.state(), every, CLOCK)
         before_harm = set() if state.watch.first is None else {state.watch.first - 1}
         keep = before_harm | self._best_rounds()
         self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, keep)

@@ -43,6 +43,7 @@ from fedlotr.run.callbacks import Audience
 from fedlotr.run.checking import Checked, check
 from fedlotr.run.devices import device_of, device_problems, gpus, workers_on
 from fedlotr.run.directory import RunDirectory
+from fedlotr.run.federation import fleet_of, staleness_of
 from fedlotr.run.log import log_to
 from fedlotr.run.preparation import prepare
 from fedlotr.run.privacy_plan import EXAMPLE_BOUND, check_delta, example_noise, guard_of
@@ -296,6 +297,12 @@ def check_all(
             read_links(config.link, config.clients, config.seed)
         except InputError as error:
             problems += error.problems
+    if config.virtual and not {"link", "fleet", "staleness"}.intersection(wrong):
+        for read in (fleet_of, staleness_of):
+            try:
+                read(config)
+            except InputError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
     if checked is not None:
         problems += check_delta(checked)
     if problems or checked is None or strategy is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from fedlotr.reporting.documents import (
     Summary,
     Texts,
     Timing,
+    VirtualSummary,
     under,
 )
 from fedlotr.run.checking import Checked
@@ -209,11 +211,12 @@ def summarise(
     warnings: Sequence[str],
     checkpoints: list[int],
     adapter_round: int,
+    fleet: str | None = None,
 ) -> Summary:
     """summary.json of a finished run.
 
     history: the rows of metrics.jsonl. started: by `time.monotonic`. warnings: what the user was told. adapter_round:
-    the round whose model the adapter is.
+    the round whose model the adapter is. fleet: in words, where time is virtual.
     """
     checked, config = prepared.checked, prepared.checked.config
     evaluated = [row for row in history if row["evaluate_seconds"] is not None]
@@ -255,6 +258,7 @@ def summarise(
         "aggregation_error_reason": None if errors else _no_certificate(config),
         "codec": _codec(config, history),
         "simulated": _simulated(config, history),
+        "virtual": _virtual(config, history, fleet, best["round"]),
         "privacy": privacy,
         "warnings": list(warnings),
         "timing": _timing(prepared, grid, evaluated, _pace(checked, history, entries, started)),
@@ -411,6 +415,27 @@ def _simulated(config: SimulationConfig, history: Sequence[MetricsRow]) -> Simul
         "slowest_clients": {
             str(k): n for k, n in Counter(row["simulated_slowest_client"] for row in rows).most_common()
         },
+    }
+
+
+def _virtual(
+    config: SimulationConfig, history: Sequence[MetricsRow], fleet: str | None, best: int
+) -> VirtualSummary | None:
+    if fleet is None:
+        return None
+    ends = [row["virtual_seconds"] for row in history]
+    used = sum(row["used"] for row in history)
+    stale = sum(row["used"] * (row["staleness_mean"] or 0.0) for row in history)
+    return {
+        "mode": config.mode,
+        "fleet": fleet,
+        "seconds_total": ends[-1],
+        "seconds_per_round_median": statistics.median(after - before for before, after in pairwise([0.0, *ends])),
+        "seconds_to_best": next(row["virtual_seconds"] for row in history if row["round"] == best),
+        "used": used,
+        "staleness_mean": stale / used if used else None,
+        "bytes_in_vain": sum(row["bytes_in_vain"] for row in history),
+        "under_way": history[-1]["under_way"],
     }
 
 

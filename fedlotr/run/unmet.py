@@ -112,6 +112,15 @@ RULES = (
     Rule(at="strategy:any engine=flower (controls)", why=NO_CLIENT_STATE),
     *(
         Rule(
+            at=at,
+            why="what its clients send is of this round's model alone, and late updates are of older ones; choose one "
+            "that averages, such as exact-average, or a --mode in which none come",
+            when=lambda c, traits: c.stale and (traits.controls or not traits.factors_last or traits.merges([1, 1])),
+        )
+        for at in ("strategy:any mode=async", "strategy:any late")
+    ),
+    *(
+        Rule(
             at=f"{least}:several privacy!=none",
             why="a round goes on with whoever is there, as clients spend their budgets or cohorts are drawn; leave it "
             "out",
