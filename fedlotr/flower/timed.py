@@ -207,8 +207,24 @@ class TimedRound:
             drawn = generator(run.seed, "sample", self._asking.number).choice(there, size, replace=False).tolist()
             self._close = self._in_time
             self._ask([self._flight(client) for client in run.guard.admitted(sorted(drawn))])
-        arrived = [flight for flight in clock.under_way if flight.ends <= clock.now]
-        self._arrive(sorted(arrived, key=lambda flight: flight.order))
+            if not plan.stale:
+                self._forget_late()
+        self._arrive(self._due())
+
+    def _due(self) -> list[Flight]:
+        """What is known of by now, in order."""
+        due = [flight for flight in self._clock.under_way if flight.ends <= self._clock.now]
+        return sorted(due, key=lambda flight: flight.order)
+
+    def _forget_late(self) -> None:
+        """Of who has not been heard of when a round is over nothing more is expected."""
+        for flight in self._sent.values():
+            if flight.ends > (now := self._clock.now):
+                flight.ends = now
+                if flight.trouble is not None and flight.trouble.kind in OF_THE_FLEET:
+                    flight.trouble = Failure(
+                        LATE, f"nothing had come of it after {now - flight.asked:.3g} virtual seconds"
+                    )
 
     def _wait_for_somebody(self) -> npt.NDArray[np.int64]:
         """Who is there and has nothing to do, once somebody has; nobody, where updates of before come first."""
@@ -218,7 +234,7 @@ class TimedRound:
             if coming == math.inf:
                 raise self._nobody()
             clock.now = max(coming, clock.now)
-            self._arrive([flight for flight in clock.under_way if flight.ends <= clock.now])
+            self._arrive(self._due())
         return idle
 
     def _nobody(self) -> NobodyThereError:
@@ -252,8 +268,7 @@ class TimedRound:
         clock, plan = self._clock, self._plan
         waiting: list[Flight] = []
         while True:
-            due = sorted((f for f in clock.under_way if f.ends <= clock.now), key=lambda flight: flight.order)
-            for flight in due:
+            for flight in self._due():
                 self._arrive([flight])
                 if len(self._used) == plan.wanted:
                     self._flush(waiting)
@@ -359,8 +374,7 @@ class TimedRound:
         if not self._plan.stale:
             for flight in in_the_air:
                 if flight.client not in in_time:
-                    reason = f"it came after {flight.ends - flight.asked:.3g} virtual seconds, and the round was over"
-                    failures[flight.client], flight.ends = Failure(LATE, reason), self._clock.now
+                    failures[flight.client] = Failure(LATE, "the round was over")
         return failures
 
     def _link(self, client: int) -> Any:
