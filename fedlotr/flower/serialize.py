@@ -4,6 +4,7 @@ What JSON has is itself; anything else is an object with one word that says what
 """
 
 import base64
+import json
 import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -125,6 +126,40 @@ def unpack(packed: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
         case {"generator": state}:
             return _unpack_generator(*inner(state))
     raise ValueError(f"{word} is no kind of value that a checkpoint has")
+
+
+def to_blob(records: RecordDict) -> npt.NDArray[np.uint8]:
+    """Records as bytes: their JSON with the length of that before it, and then what their arrays hold, as it is."""
+    raw: list[bytes] = []
+
+    def head(record: Any) -> Any:
+        if not isinstance(record, ArrayRecord):
+            return pack(record, {}, "")
+        told = []
+        for name, array in record.items():
+            raw.append(array.data)
+            told.append([name, array.dtype, list(array.shape), array.stype, len(raw[-1])])
+        return told
+
+    text = json.dumps([[name, head(record)] for name, record in records.items()]).encode()
+    return np.frombuffer(b"".join([len(text).to_bytes(8, "little"), text, *raw]), np.uint8)
+
+
+def from_blob(blob: npt.NDArray[np.uint8]) -> RecordDict:
+    """What `to_blob` was given."""
+    content = blob.tobytes()
+    at = 8 + int.from_bytes(content[:8], "little")
+    found = RecordDict()
+    for name, head in json.loads(content[8:at]):
+        if isinstance(head, dict):
+            found[name] = unpack(head, {})
+            continue
+        arrays = {}
+        for key, dtype, shape, stype, size in head:
+            arrays[key] = Array(dtype, tuple(shape), stype, content[at : at + size])
+            at += size
+        found[name] = ArrayRecord(arrays)
+    return found
 
 
 def _pack_array(value: npt.NDArray[Any], arrays: Arrays, prefix: str) -> Any:

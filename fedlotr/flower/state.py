@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlotr.flower.serialize import Arrays, NotPlainError, pack, unpack
+from fedlotr.flower.serialize import Arrays, NotPlainError, from_blob, pack, to_blob, unpack
 
 STRATEGY, CLIENT = "strategy", "client-state"
 """What the names of a checkpoint's arrays begin with, where they are not the trained tensors."""
@@ -90,15 +90,35 @@ class ClientStates:
                 self._store[client] = self._before[client]
 
 
-def save_clients(states: Mapping[int, RecordDict]) -> tuple[Any, Arrays]:
-    """(JSON value, arrays) of the sparse store: client -> its `Context.state`; a client without one costs nothing."""
-    arrays: Arrays = {}
-    return [[client, pack(states[client], arrays, CLIENT)] for client in sorted(states)], arrays
+class SavedClients:
+    """What checkpoints keep of the sparse store, client -> its `Context.state`; a client without one costs nothing.
+
+    Each client's is one array of bytes, made anew where it has another state than in the last checkpoint: engines
+    replace states and never change them.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[RecordDict, npt.NDArray[np.uint8]]] = {}
+
+    def save(self, states: Mapping[int, RecordDict]) -> tuple[list[int], Arrays]:
+        """(which clients, their arrays by name)."""
+        known = self._known
+        self._known = {
+            client: known[client] if client in known and known[client][0] is state else (state, to_blob(state))
+            for client, state in sorted(states.items())
+        }
+        return list(self._known), {f"{CLIENT}.{client}": blob for client, (_, blob) in self._known.items()}
 
 
-def load_clients(packed: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, RecordDict]:
-    """What `save_clients` was given."""
-    return {client: unpack(records, arrays) for client, records in packed}
+def load_clients(clients: Iterable[Any], arrays: Mapping[str, npt.NDArray[Any]]) -> dict[int, RecordDict]:
+    """What `SavedClients.save` was given; also of runs that are older than it, which have records as JSON there."""
+    found = {}
+    for one in clients:
+        if isinstance(one, list):
+            found[one[0]] = unpack(one[1], arrays)
+        else:
+            found[one] = from_blob(arrays[f"{CLIENT}.{one}"])
+    return found
 
 
 def _pack_attributes(strategy: FlowerStrategy, arrays: Arrays, left_out: dict[str, str], path: str) -> Any:

@@ -101,9 +101,7 @@ class Clock:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> "Clock":
-        """What `state` gave; a clock at zero of a run without one."""
-        if not state:
-            return cls()
+        """What `state` gave."""
         return cls(
             now=state["now"],
             jobs=state["jobs"],

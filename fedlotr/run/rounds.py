@@ -25,7 +25,7 @@ from fedlotr.flower.records import to_record, to_tensors
 from fedlotr.flower.round import BudgetSpentError, Round, State, can_pay, run_round
 from fedlotr.flower.scoring import evaluate, evaluate_clients
 from fedlotr.flower.serialize import pack, unpack
-from fedlotr.flower.state import load_clients, load_strategy_state, save_clients, save_strategy
+from fedlotr.flower.state import SavedClients, load_clients, load_strategy_state, save_strategy
 from fedlotr.flower.timed import Clock, deserted
 from fedlotr.machine import kept_waiting
 from fedlotr.privacy.guard import NoGuard
@@ -45,7 +45,7 @@ from fedlotr.said import Heard, say
 log = logging.getLogger("fedlotr")
 
 CLOCK = "clock"
-"""What the names of a checkpoint's arrays begin with that are under way in virtual time."""
+"""Of a checkpoint, where virtual time stands; the arrays that are under way have names that begin so."""
 
 
 class Rounds:
@@ -69,6 +69,7 @@ class Rounds:
         self.entries: list[Entry] = []
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
+        self.saved_clients = SavedClients()
         self.busy = False
         self.initial: Evaluation
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
@@ -128,7 +129,9 @@ class Rounds:
             self.prepared.workplace.save_carry(state.carry)  # as it would still be on the clients' own disks
         self.sampling.begin(base)
         watch = Watch.restored(checkpoint.extra.get("watch", {}))
-        clock = Clock.restored(unpack(checkpoint.extra.get("clock", {}), checkpoint.arrays))
+        clock = Clock()
+        if CLOCK in checkpoint.extra:
+            clock = Clock.restored(unpack(checkpoint.extra[CLOCK], checkpoint.arrays))
         return State(to_record(trained), checkpoint.round, state.chain, watch, clock)
 
     def run(self, strategy: FlowerStrategy, state: State) -> Summary:
@@ -336,7 +339,7 @@ class Rounds:
                 f"{type(strategy).__name__}.{name} is not in the checkpoints ({left_out[name]}): a run that is resumed "
                 "starts it anew"
             )
-        clients, client_arrays = save_clients(self.grid.client_states)
+        clients, client_arrays = self.saved_clients.save(self.grid.client_states)
         trained = {name: array.numpy() for name, array in state.arrays.items()}
         links, link_arrays = state.chain.save()
         start, rows = self.prepared.checked.start, self.prepared.checked.source.sha256
@@ -358,7 +361,7 @@ class Rounds:
         }
         every = {**arrays, **client_arrays, **link_arrays, **trained}
         if self.federation.virtual is not None:
-            extra["clock"] = pack(state.clock.state(), every, CLOCK)
+            extra[CLOCK] = pack(state.clock.state(), every, CLOCK)
         before_harm = set() if state.watch.first is None else {state.watch.first - 1}
         keep = before_harm | self._best_rounds()
         self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, keep)

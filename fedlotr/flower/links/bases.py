@@ -41,6 +41,8 @@ class Bases(Link):
         """basis: what newcomers are sent. digest: SHA-256 of the bases; on a client, of those in use."""
         self._basis, self.sha256, self._derived = basis, digest, derived
         self._model, self._workplace, self._made = model, workplace, False
+        self._read: tuple[bytes | None, str] = None, ""
+        """The message that was read last, and the bases that are in use since."""
         self.known: set[int] = set()
         """Clients that have received the bases."""
 
@@ -105,6 +107,8 @@ class Bases(Link):
         if not isinstance(brought, ArrayRecord) or (moves and model.carried.version):
             return
         message, coding = coded_message(brought), here.recipe.coding
+        if message is not None and (message, self.sha256) == self._read:
+            return  # what another client was sent
         if offer := Offered(brought):
             if self._made:
                 return
@@ -121,6 +125,7 @@ class Bases(Link):
             self.sha256 = bases_sha256(model.module)
             if moves:
                 begin(model)
+        self._read = message, self.sha256
 
     @override
     def send(self, job: Job) -> None:
