@@ -60,6 +60,7 @@ SCRIPTS = {
     "scores": (["gsm8k", "../shared/data/none", "runs/scores"], "../shared/data/none: there is no such folder"),
     "leakage": (["--model", "../shared/models/stories260k", "--data", "d"], "--model ../shared/models/stories260k: no"),
     "smollm2": (["runs/smollm2-a", "runs/smollm2-b", "--out", "table.md"], "runs/smollm2-a: no finished run"),
+    "time_to_accuracy": (["runs/time", "--out", "new/time"], "runs/time: no finished run"),
     "moving_table": (["runs/moving", "--out", "table.md"], "runs/moving: no finished run of fedit"),
     "noise": (["--model", "../shared/models/stories260k", "--data", "d"], "--model ../shared/models/stories260k: no"),
 }
@@ -291,7 +292,7 @@ def test_a_recipe_of_a_paper_runs_small(name: str, stories: Path, monkeypatch: p
 LACKING = ("../shared/", "runs/snli", "runs/commonsense-4", "--model smollm2-135m")
 """What recipes need that is no part of a clone, as their refusal names it."""
 GRIDS = [name for name, text in RECIPES.items() if "# fedlotr grid " in text]
-OF_THEMSELVES = ["default"]
+OF_THEMSELVES = ["default", "time-to-accuracy"]
 """Grids that need nothing, and would run."""
 
 
