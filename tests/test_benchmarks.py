@@ -44,6 +44,7 @@ SMALLEST = {
     "privacy": ["--batch", "2", "--length", "8", "--ranks", "4", "--repeats", "1"],
     "prefix": ["--clients", "2", "--examples", "4", "--length", "8", "--blocks", "0", "--repeats", "1"],
     "gpu": ["--device", "cpu", "--small"],
+    "soak": ["--clients", "20", "--sample", "4", "--rounds", "8", "--every", "1", "--workers", "1"],
     "virtual_time": ["--clients", "20", "--sample", "4", "--rounds", "3", "--repeats", "1"],
     "same_bytes": ["--only", "fed-sb,resumed"],
 }

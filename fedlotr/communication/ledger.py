@@ -4,8 +4,9 @@ import hashlib
 import io
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -94,9 +95,15 @@ def part_path(folder: Path, server_round: int) -> Path:
     return folder / f"round-{server_round:05d}.parquet"
 
 
+def read_parts(folder: Path) -> Iterator[list[Entry]]:
+    """The rows of each round of a run."""
+    for path in sorted(folder.glob("round-*.parquet")):
+        yield [Entry(**row) for row in pq.read_table(path).to_pylist()]
+
+
 def read_ledger(folder: Path) -> list[Entry]:
     """All rows of a run, round by round."""
-    return [Entry(**row) for path in sorted(folder.glob("round-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [row for part in read_parts(folder) for row in part]
 
 
 def total(
@@ -114,26 +121,54 @@ def total(
     )
 
 
-def communication_summary(entries: Sequence[Entry]) -> Communication:
-    """What a run cost."""
-    down = {(row.client, row.round) for row in entries if row.direction == "down"}
-    up = {(row.client, row.round) for row in entries if row.direction == "up"}
-    clients = {row.client for row in entries}
-    bases = [row for row in entries if row.kind == "basis"]
+@dataclass
+class Totals:
+    """What rows of the ledger come to, added up so that they need not stay in memory.
 
-    def mean(amount: int, pairs: int) -> float | int:
-        return 0 if not pairs else amount // pairs if amount % pairs == 0 else amount / pairs
+    amounts: (direction, kind) -> payload and wire bytes. messages: direction -> pairs of a client and a round. clients:
+    of any row. updates: client -> how often it sent one.
+    """
 
-    return {
-        "upload_payload_bytes_per_client_round": mean(total(entries, "payload_bytes", kind="update"), len(up)),
-        "download_payload_bytes_per_client_round": mean(
-            total(entries, "payload_bytes", kind="broadcast") + total(entries, "payload_bytes", kind="carry"), len(down)
-        ),
-        "upload_wire_bytes_per_client_round": mean(total(entries, "wire_bytes", direction="up"), len(up)),
-        "download_wire_bytes_per_client_round": mean(
-            total(entries, "wire_bytes", direction="down") - total(bases, "wire_bytes"), len(down)
-        ),
-        "one_off_bytes_per_client": mean(total(bases, "payload_bytes"), len(clients)),
-        "total_payload_bytes": total(entries, "payload_bytes"),
-        "total_wire_bytes": total(entries, "wire_bytes"),
-    }
+    amounts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    clients: set[int] = field(default_factory=set)
+    updates: Counter[int] = field(default_factory=Counter)
+
+    def add(self, entries: Iterable[Entry]) -> "Totals":
+        """The rows of whole rounds."""
+        pairs = set()
+        for row in entries:
+            self.amounts[row.direction, row.kind, "payload"] += row.payload_bytes
+            self.amounts[row.direction, row.kind, "wire"] += row.wire_bytes
+            self.clients.add(row.client)
+            self.updates[row.client] += row.kind == "update"
+            pairs.add((row.direction, row.client, row.round))
+        self.messages.update(direction for direction, _, _ in pairs)
+        return self
+
+    def _sum(self, measure: str, *, direction: Direction | None = None, kind: Kind | None = None) -> int:
+        return sum(
+            amount
+            for (way, sort, of), amount in self.amounts.items()
+            if of == measure and way == (direction or way) and sort == (kind or sort)
+        )
+
+    def summary(self) -> Communication:
+        """What a run cost."""
+
+        def mean(amount: int, pairs: int) -> float | int:
+            return 0 if not pairs else amount // pairs if amount % pairs == 0 else amount / pairs
+
+        up, down = self.messages["up"], self.messages["down"]
+        carried = self._sum("payload", kind="broadcast") + self._sum("payload", kind="carry")
+        return {
+            "upload_payload_bytes_per_client_round": mean(self._sum("payload", kind="update"), up),
+            "download_payload_bytes_per_client_round": mean(carried, down),
+            "upload_wire_bytes_per_client_round": mean(self._sum("wire", direction="up"), up),
+            "download_wire_bytes_per_client_round": mean(
+                self._sum("wire", direction="down") - self._sum("wire", kind="basis"), down
+            ),
+            "one_off_bytes_per_client": mean(self._sum("payload", kind="basis"), len(self.clients)),
+            "total_payload_bytes": self._sum("payload"),
+            "total_wire_bytes": self._sum("wire"),
+        }

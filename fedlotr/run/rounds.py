@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlotr.communication.ledger import Entry, read_ledger, write_part
+from fedlotr.communication.ledger import Totals, read_parts, write_part
 from fedlotr.communication.links import read_links, round_time
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
@@ -66,7 +66,7 @@ class Rounds:
         self.grid, self.started = grid, started
         self.audience, self.heard = audience, heard
         self.history: list[MetricsRow] = []
-        self.entries: list[Entry] = []
+        self.totals = Totals()
         self.ledger: list[str] = []
         self.left_out: set[str] = set()
         self.saved_clients = SavedClients()
@@ -109,7 +109,8 @@ class Rounds:
             self.directory.drop_results()
         self.directory.go_back_to(checkpoint)
         self.history, self.ledger = checkpoint.metrics, checkpoint.ledger
-        self.entries = read_ledger(self.directory.ledger)
+        for part in read_parts(self.directory.ledger):
+            self.totals.add(part)
         self.initial = checkpoint.extra["initial"]
         self.started -= checkpoint.extra["seconds"]
         trained = {name: checkpoint.arrays[name] for name in state.arrays}
@@ -173,7 +174,7 @@ class Rounds:
             self.prepared,
             grid=self.grid,
             history=self.history,
-            entries=self.entries,
+            totals=self.totals,
             initial=self.initial,
             state=state,
             started=self.started,
@@ -330,7 +331,7 @@ class Rounds:
         self.directory.append_metrics(done.metrics)
         self.directory.append_arrivals(done.arrivals)
         self.history.append(finite(done.metrics))  # as a run that is resumed here has it
-        self.entries += done.entries
+        self.totals.add(done.entries)
         with blaming(strategy, state.round, self.config.method, "state"):
             packed, arrays, left_out = save_strategy(strategy)
         for name in left_out.keys() - self.left_out:

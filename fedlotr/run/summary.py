@@ -16,7 +16,7 @@ import numpy as np
 
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.tuner import factored_layers, highest_rank
-from fedlotr.communication.ledger import Entry, communication_summary, payload_bytes
+from fedlotr.communication.ledger import Totals, payload_bytes
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.cost.architectures import shapes_of
 from fedlotr.cost.formulas import Bill, bill
@@ -203,7 +203,7 @@ def summarise(
     *,
     grid: Engine | FlowerGrid,
     history: Sequence[MetricsRow],
-    entries: Sequence[Entry],
+    totals: Totals,
     initial: Evaluation,
     state: State,
     started: float,
@@ -215,8 +215,8 @@ def summarise(
 ) -> Summary:
     """summary.json of a finished run.
 
-    history: the rows of metrics.jsonl. started: by `time.monotonic`. warnings: what the user was told. adapter_round:
-    the round whose model the adapter is. fleet: in words, where time is virtual.
+    history: the rows of metrics.jsonl. totals: of the ledger. started: by `time.monotonic`. warnings: what the user was
+    told. adapter_round: the round whose model the adapter is. fleet: in words, where time is virtual.
     """
     checked, config = prepared.checked, prepared.checked.config
     evaluated = [row for row in history if row["evaluate_seconds"] is not None]
@@ -253,7 +253,7 @@ def summarise(
         "best": {"round": best["round"], metric: under(best, metric), "loss": best["loss"]},
         "failed_clients": None if hides_clients else sum(row["failed"] or 0 for row in history),
         "failures": _failures(history),
-        "communication": _reckoned(prepared) if hides_clients else communication_summary(entries),
+        "communication": _reckoned(prepared) if hides_clients else totals.summary(),
         "aggregation_error_max": max(errors) if errors else None,
         "aggregation_error_reason": None if errors else _no_certificate(config),
         "codec": _codec(config, history),
@@ -261,7 +261,7 @@ def summarise(
         "virtual": _virtual(config, history, fleet, best["round"]),
         "privacy": privacy,
         "warnings": list(warnings),
-        "timing": _timing(prepared, grid, evaluated, _pace(checked, history, entries, started)),
+        "timing": _timing(prepared, grid, evaluated, _pace(checked, history, totals, started)),
         "bases_sha256": prepared.bases_sha256,
         "trained_sha256": model_sha256(state.arrays, state.carry),
         "versions": versions(prepared.checked),
@@ -286,15 +286,17 @@ def _timing(prepared: Prepared, grid: Engine | FlowerGrid, evaluated: Sequence[M
     }
 
 
-def _pace(checked: Checked, history: Sequence[MetricsRow], entries: Sequence[Entry], started: float) -> Pace:
+def _pace(checked: Checked, history: Sequence[MetricsRow], totals: Totals, started: float) -> Pace:
     config = checked.config
     if config.privacy == "client":
         return {"seconds_total": None, "train_seconds_per_round_median": None, "examples_per_second": None}
     seconds = [row["train_seconds"] or 0.0 for row in history]
-    trained = [entry.client for entry in entries if entry.kind == "update"]
+    trained = totals.updates
     if config.baseline is not None:  # it sends nothing, and all that there are train in every round
-        trained = [k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"]]
-    examples = sum(checked.training.examples_of(len(checked.parts[client])) for client in trained)
+        trained = Counter(k for row in history for k in range(len(checked.parts)) if str(k) not in row["failures"])
+    examples = sum(
+        times * checked.training.examples_of(len(checked.parts[client])) for client, times in trained.items()
+    )
     return {
         "seconds_total": time.monotonic() - started,
         "train_seconds_per_round_median": statistics.median(seconds),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
-from fedlotr.communication.ledger import Entry, communication_summary, payload_bytes, read_ledger, write_part
+from fedlotr.communication.ledger import Entry, Totals, payload_bytes, read_ledger, write_part
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines import LocalGrid
 from fedlotr.errors import InputError
@@ -210,7 +210,7 @@ def test_the_ledger_has_a_row_for_every_record_of_every_message(tmp_path: Path) 
         ("up", "update"),
     ]
     assert not any(e.kind == "basis" for e in entries if e.round == 2), "the bases go out once"
-    summary = communication_summary(entries)
+    summary = Totals().add(entries).summary()
     assert summary["upload_payload_bytes_per_client_round"] == 4 * (2 * 2 + 3)
     assert summary["download_payload_bytes_per_client_round"] == 4 * (2 * 2 + 3)
     assert summary["one_off_bytes_per_client"] == 40
