@@ -32,7 +32,7 @@ Nguyen et al. 2022 (arXiv:2106.06639); without one: FedAsync, Xie et al. 2019 (a
 
 OUTCOMES = {
     "used": "combined",
-    "late": "came when its round was over",
+    "late": "had not come when its round was over",
     "dropped out": "vanished in the middle of its job",
     "went offline": "went before its update had arrived",
     "bases moved": "was trained between bases that are no longer the model's",

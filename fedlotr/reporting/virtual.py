@@ -24,7 +24,7 @@ def in_virtual_time(run: RunRecord, traffic: Traffic) -> list[Section]:
         return []
     figures = [*_learning(run), _rounds(run), *_quality(run)]
     if run.arrivals is not None and run.arrivals.outcomes:
-        figures += [_outcomes(run, run.arrivals, traffic), _clients(run, run.arrivals)]
+        figures += [_outcomes(run, run.arrivals, traffic), _clients(run, run.arrivals, traffic)]
     told = [run.facts.get("virtual_time"), run.facts.get("fleet")]
     text = "Virtual seconds are reckoned from the fleet, never measured. " + " ".join(
         f"{words}." for words in told if words
@@ -108,7 +108,7 @@ def _quality(run: RunRecord) -> list[Figure]:
         f"When {metric} was first as good: so much of the way from {start:.6g}, before the first round, to {best:.6g}, "
         "its best. Bytes are those on the wire, both ways."
     )
-    return [Figure(name, title, table=table, note=note, open=True, wide=True)]
+    return [Figure(name, title, table=table, note=note, open=True)]
 
 
 def _outcomes(run: RunRecord, arrivals: Arrivals, traffic: Traffic) -> Figure:
@@ -135,7 +135,7 @@ def _outcomes(run: RunRecord, arrivals: Arrivals, traffic: Traffic) -> Figure:
     return Figure("virtual-outcomes", "What became of messages", plot, table, note, open=True)
 
 
-def _clients(run: RunRecord, arrivals: Arrivals) -> Figure:
+def _clients(run: RunRecord, arrivals: Arrivals, traffic: Traffic) -> Figure:
     """Who was there, and what each waited for."""
     named, reasons = run.client_names(), [name for name in arrivals.outcomes if name != "used"]
     reasons.sort(key=[*OUTCOMES, *sorted(reasons)].index)
@@ -150,9 +150,9 @@ def _clients(run: RunRecord, arrivals: Arrivals) -> Figure:
     bars.sort(key=lambda bar: -sum(bar[1].values()))
     columns = ["client", "name", "asked", "used", *(f"lost: {reason}" for reason in reasons)]
     columns += ["seconds computing", "seconds on its links", "seconds in vain", "mean staleness"]
-    never = (run.config.get("clients") or 0) - len(rows)
+    never = (run.config.get("clients") or 0) - len(traffic.clients)
     parts = [
-        f"{never:,} clients were never asked, or are still under way." if never > 0 else "",
+        f"{never:,} clients were never asked." if never > 0 else "",
         spread_note(len(rows)),
     ]
     parts.append(
