@@ -149,11 +149,11 @@ def _asked(config: SimulationConfig) -> int:
 
 
 def _foreseen(config: SimulationConfig) -> bool:
-    """Whether it is known before a run who takes part in its rounds: all are there, and who is asked is free again."""
+    """Whether it is known before a run who takes part in its rounds: all are there and wait for all."""
     if not config.virtual:
         return True
     fleet = fleet_of(config)
-    return not config.stale and isinstance(fleet.availability, Always) and not any(fleet.dropouts)
+    return config.mode == "sync" and isinstance(fleet.availability, Always) and not any(fleet.dropouts)
 
 
 def _derived(checked: Checked) -> dict[str, int]:

@@ -331,6 +331,7 @@ def _bill(run: RunRecord) -> list[Section]:
         "What this federation would send under every method and strategy of fedlotr at this rank, by the formulas of "
         "fedlotr cost: payload alone, and as if the clients of a round took part in every one."
     )
+    text += " In virtual time they do not; this is a bill of whole rounds." if run.virtual else ""
     figure = Figure("bill", "Total by method", plot, table, note)
     return [Section(BILL, [figure], text)]
 

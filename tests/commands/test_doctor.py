@@ -309,13 +309,11 @@ def test_threads_are_what_the_process_may_use_and_never_follow_the_load(
     assert processes.workers_of(SimulationConfig(engine="ray")) == (6 if quota is None else max(1, int(quota)))
 
 
-@pytest.mark.parametrize(
-    "mode", ["--fleet even", "--mode over-select --over-select 1.9", "--mode deadline --deadline 9"]
-)
+@pytest.mark.parametrize("fleet", ["even", "institutions"])
 def test_who_is_asked_in_virtual_time_is_foretold_where_it_can_be(
-    mode: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fleet: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [*words, *mode.split(), "--out", str(tmp_path / "run")]
+    given = [*words, "--fleet", fleet, "--out", str(tmp_path / "run")]
     code, report, errors = examined(given, capsys)
     assert (code, errors) == (0, "") and not report["needs"]["whole_rounds"]
     assert "whole rounds" not in finding(report, "virtual time")["text"]
@@ -334,7 +332,7 @@ def test_who_is_asked_in_virtual_time_is_foretold_where_it_can_be(
     [
         ("--fleet phones", 2),
         ("--mode async --buffer 1", 1),
-        ("--mode over-select --over-select 1.9 --late use", 4),
+        ("--mode over-select --over-select 1.9", 4),
         ("--fleet edge --mode deadline --deadline 9", 2),
     ],
 )
