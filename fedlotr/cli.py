@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "report": (report.main, "make the report of a run again, also of one that is not finished"),
     "export": (export.main, "hand a run's model on: adapter, merged weights, model card, the hub"),
     "eval": (eval.main, "score a run's language model by EleutherAI's harness"),
-    "ls": (ls.main, "list the methods, the strategies or the forms of rows there are: fedlotr ls methods"),
+    "ls": (ls.main, "list the methods, strategies, forms of rows or fleets there are: fedlotr ls methods"),
 }
 """What each command runs, with the words after it, and what it is for."""
 

@@ -94,10 +94,11 @@ INSIDE = {
     "commands": ("door", "compare cost eval export forecast ls report simulate", "doctor grid supervised"),
     "reporting": (
         "documents",
-        "callbacks escaping run_record samples svg",
+        "arrivals callbacks escaping run_record samples svg",
         "fitting page",
         "console loggers",
-        "bill card grid_table report",
+        "bill card grid_table virtual",
+        "report",
         "comparison",
     ),
     "run": (

@@ -314,8 +314,10 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
         f"{needs.one_off_bytes:,} B for each of {needs.participants} clients; "
         f"{readable_bytes(needs.total_bytes)} in all",
     )
+    if config.virtual:
+        yield _virtual_time(config, needs)
     if needs.derived_versions:
-        each = needs.tokens_a_round / config.clients_per_round
+        each = needs.tokens_a_round / needs.asked
         yield Finding(
             "deriving",
             "ok",
@@ -326,7 +328,7 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
     yield Finding(
         "a round",
         "ok",
-        f"{config.clients_per_round} clients in {needs.cohorts} cohort{'s' if needs.cohorts > 1 else ''}, about "
+        f"{needs.asked} clients in {needs.cohorts} cohort{'s' if needs.cohorts > 1 else ''}, about "
         f"{needs.examples_a_round:,.0f} examples, {needs.tokens_a_round:,.0f} tokens; {config.rounds:,} rounds",
     )
     yield _processes(config, needs)
@@ -338,6 +340,19 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
         yield Finding(
             "files", "problem", f"the run writes about {readable_bytes(needs.work_bytes)}, more than is free", "--out"
         )
+
+
+def _virtual_time(config: SimulationConfig, needs: Any) -> Finding:
+    """Whose rounds these are, and how far the bill can be trusted."""
+    from fedlotr.run.federation import fleet_of
+
+    text = f"--mode {config.mode}, {fleet_of(config).in_words()}"
+    if needs.whole_rounds:
+        text += (
+            f"; who is there, drops out or is late is seen as time goes: the bill is of whole rounds, of {needs.asked} "
+            "clients that all answer"
+        )
+    return Finding("virtual time", "ok", text)
 
 
 def _processes(config: SimulationConfig, needs: Any) -> Finding:
@@ -354,7 +369,7 @@ def _processes(config: SimulationConfig, needs: Any) -> Finding:
             "processes",
             "warning",
             f"{text}, but a round makes only {needs.cohorts} cohorts: some workers only evaluate",
-            f"--cohort {max(1, config.clients_per_round // config.workers)} would keep them busy",
+            f"--cohort {max(1, needs.asked // config.workers)} would keep them busy",
         )
     return Finding("processes", "ok", text)
 

@@ -10,8 +10,10 @@ import torch
 from fedlotr.adapters.experts import Experts, slots
 from fedlotr.adapters.layer import widths
 from fedlotr.adapters.tuner import CoreConfig, bases_of
+from fedlotr.config.configuration import SimulationConfig
 from fedlotr.cost.formulas import WIRE_BYTES
 from fedlotr.errors import shorten
+from fedlotr.fleet.availability import Always
 from fedlotr.flower.round import draw_clients
 from fedlotr.models.checkpointing import blocks
 from fedlotr.models.gguf import origin_of, sha256_of
@@ -21,7 +23,7 @@ from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import TextsSeen
 from fedlotr.run.checking import Checked
-from fedlotr.run.federation import public_of
+from fedlotr.run.federation import fleet_of, public_of
 from fedlotr.run.fitting_texts import what_is_seen
 from fedlotr.run.summary import owed
 from fedlotr.training.cohort import cut_cohorts
@@ -51,8 +53,10 @@ class Forecast:
     participants: clients that take part at least once. one_off_bytes: what each of them receives once.
     cohorts: of the first round. *_a_round: means. process_bytes: memory of one process, a rough upper figure;
     device_bytes: the part of it that the model and its training take, which on a GPU is that one's memory.
-    work_bytes: of the files in the run directory while it goes on. derived_tokens: that a client computes the gradient
-    of for each of the derived_versions of the bases, as many as there are by the last round, where it makes them.
+    work_bytes: of the files in the run directory while it goes on. asked: clients that train in a round, in vain or
+    not. whole_rounds: in virtual time it cannot be known who takes part, and the bill is of rounds in which all who are
+    asked answer. derived_tokens: that a client computes the gradient of for each of the derived_versions of the bases,
+    as many as there are by the last round, where it makes them.
     """
 
     parameters: int
@@ -71,6 +75,8 @@ class Forecast:
     process_bytes: int
     device_bytes: int
     work_bytes: int
+    asked: int
+    whole_rounds: bool
     derived_tokens: int = 0
     derived_versions: int = 0
 
@@ -82,7 +88,8 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
     sizes = model.sizes()
     payload = WIRE_BYTES * sum(sizes.values())
     head = sum(sizes[name] for name in model.head_names)
-    rounds = _rounds(checked)
+    each = _asked(config)
+    rounds = _rounds(checked, each)
     up: float = 0
     down: float = 0
     sent: float = 0
@@ -95,7 +102,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         one_off, carried = bill.one_off, bill.carried
         participants = bill.clients if len(rounds) == config.rounds else config.clients
     work = [checked.training.examples_of(len(part)) for part in checked.parts]
-    examples = config.clients_per_round * sum(work) / len(work)
+    examples = each * sum(work) / len(work)
     lengths = _mean_lengths(checked, rounds[0])
     batch = checked.training.batch_size
     steps = [round(length * min(len(checked.parts[client]), batch)) for client, length in lengths.items()]
@@ -115,7 +122,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         download_bytes=down,
         one_off_bytes=one_off,
         participants=participants,
-        total_bytes=round(config.clients_per_round * config.rounds * sent + participants * one_off),
+        total_bytes=round(each * config.rounds * sent + participants * one_off),
         examples_a_round=examples,
         tokens_a_round=examples * sum(lengths.values()) / len(lengths),
         cohorts=len(cohorts),
@@ -130,8 +137,23 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
         + 2 * kept * participants
         + 3 * basis
         + 4 * config.longest * (sum(map(len, checked.parts)) + 1),
+        asked=each,
+        whole_rounds=not _foreseen(config),
         **_derived(checked),
     )
+
+
+def _asked(config: SimulationConfig) -> int:
+    """Clients that are sent something in a round; in async, once as many as train at a time do, as many as answer."""
+    return config.buffered if config.mode == "async" else config.asked
+
+
+def _foreseen(config: SimulationConfig) -> bool:
+    """Whether it is known before a run who takes part in its rounds: all are there and wait for all."""
+    if not config.virtual:
+        return True
+    fleet = fleet_of(config)
+    return config.mode == "sync" and isinstance(fleet.availability, Always) and not any(fleet.dropouts)
 
 
 def _derived(checked: Checked) -> dict[str, int]:
@@ -169,10 +191,10 @@ def _without_bases(core: CoreConfig) -> CoreConfig:
     return same
 
 
-def _rounds(checked: Checked) -> list[list[int]]:
+def _rounds(checked: Checked, each: int) -> list[list[int]]:
     """The clients of each round, as the run draws them; of the first rounds where there are very many."""
     config = checked.config
-    asked = len(checked.parts), config.clients_per_round, config.seed
+    asked = len(checked.parts), each, config.seed
     return [draw_clients(*asked, number + 1) for number in range(min(config.rounds, MOST_ROUNDS))]
 
 

@@ -1,4 +1,4 @@
-"""`fedlotr ls methods`, `strategies`, `formats`, `metrics`: what there is to choose from, its costs, and a template."""
+"""`fedlotr ls methods`, `strategies`, `fleets` and so on: what there is to choose from, its costs, and a template."""
 
 import json
 import sys
@@ -10,9 +10,10 @@ from pathlib import Path
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.cost.formulas import PAIR, SEED_AND_HASH, in_words
 from fedlotr.errors import nearest
+from fedlotr.fleet.devices import DEVICES
+from fedlotr.fleet.presets import FLEETS
 from fedlotr.models.kinds import TASK_KINDS
 
-USAGE = "usage: fedlotr ls methods|strategies|formats|metrics [--json], or: fedlotr ls strategies --template"
 TEMPLATE = Path(__file__).parents[1] / "flower" / "template.py"
 """A strategy to copy, with a word on each of its methods."""
 
@@ -91,7 +92,31 @@ def _task(labelled: bool = False, scale: bool = False) -> str:
     return next(name for name, kind in TASK_KINDS.items() if (kind.headed, kind.scale) == (labelled, scale))
 
 
-KINDS = {"methods": methods, "strategies": strategies, "formats": formats, "metrics": metrics}
+def fleets() -> list[Row]:
+    """One row a fleet that `--fleet` takes by its name, in the words that a file of one's own would have."""
+    return [
+        {"fleet": name, "what": words.in_words(), "source": "an assumption of ours, not figures of any fleet"}
+        for name, words in FLEETS.items()
+    ]
+
+
+def devices() -> list[Row]:
+    """One row a device that a fleet may name."""
+    return [
+        {"device": name, "what": f"{device.flops:.3g} operations a second at training", "source": device.source}
+        for name, device in DEVICES.items()
+    ]
+
+
+KINDS = {
+    "methods": methods,
+    "strategies": strategies,
+    "formats": formats,
+    "metrics": metrics,
+    "fleets": fleets,
+    "devices": devices,
+}
+USAGE = f"usage: fedlotr ls {'|'.join(KINDS)} [--json], or: fedlotr ls strategies --template"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""A fleet's file, and the file of single clients that it may name."""
+"""A fleet's file, where it and the files that it names lie, and what rows say of single clients."""
 
 from pathlib import Path
 
@@ -13,6 +13,28 @@ from fedlotr.fleet.presets import FLEETS
 
 MAX_BYTES = 2**20
 """Of a fleet's file, which has a few lines."""
+
+
+def path_of(given: str) -> Path:
+    """Where a fleet's file lies, with the home folder for ~."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # of nobody: there will be no such file
+        return Path(given)
+
+
+def files_of(given: str) -> dict[str, Path]:
+    """What a fleet is made of: its file, and what that names, told from its folder; nothing of a preset.
+
+    Raises InputError.
+    """
+    if given in FLEETS:
+        return {}
+    path = path_of(given)
+    words = read_description(path)
+    kind, _, behind = (words.availability or "").partition(":")
+    named = {"trace": words.trace or (behind if kind == "trace" else None), "clients": words.clients}
+    return {"file": path, **{part: path.parent / name for part, name in named.items() if name}}
 
 
 def read_description(path: Path) -> Description:

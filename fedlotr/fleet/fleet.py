@@ -16,7 +16,7 @@ from fedlotr.communication.links import Link, read_links
 from fedlotr.errors import InputError, shorten, visible
 from fedlotr.fleet.availability import Availability
 from fedlotr.fleet.devices import Device, read_devices
-from fedlotr.fleet.file import Own, read_description
+from fedlotr.fleet.file import Own, path_of, read_description
 from fedlotr.fleet.forms import Client
 from fedlotr.fleet.kinds import Asked, read_availability
 from fedlotr.fleet.presets import FLEETS
@@ -98,7 +98,7 @@ def read_fleet(given: str, clients: int, seed: int, links: Sequence[Link] | None
         name, where, folder, words = given, f"--fleet {given}", Path(), FLEETS[given]
         words = words.model_copy(update={"links": None}) if links is not None else words
     else:
-        path = Path(given)
+        path = path_of(given)
         name, where, folder, words = path.name, shorten(path), path.parent, read_description(path)
     problems: list[str] = []
 

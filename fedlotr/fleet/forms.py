@@ -47,6 +47,10 @@ class Description(BaseModel, extra="forbid", frozen=True):
     dropout: Chance = 0.0
     clients: str | None = None
 
+    def in_words(self) -> str:
+        """What it says, as a file has it."""
+        return "; ".join(f"{key}: {value}" for key, value in self.model_dump().items() if value)
+
 
 class Interval(BaseModel, extra="forbid"):
     """A client is there from one second up to another."""

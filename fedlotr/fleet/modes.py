@@ -1,4 +1,4 @@
-"""The tables of rounds in virtual time, which a configuration needs: modes, and what late updates count."""
+"""The tables of rounds in virtual time, which a configuration needs: modes, what late updates count, what is lost."""
 
 import math
 from collections.abc import Callable
@@ -29,6 +29,15 @@ MODES = {
 }
 """Deadlines and asking more than are needed (130 % there): Bonawitz et al. 2019 (arXiv:1902.01046). A buffer: FedBuff,
 Nguyen et al. 2022 (arXiv:2106.06639); without one: FedAsync, Xie et al. 2019 (arXiv:1903.03934)."""
+
+OUTCOMES = {
+    "used": "combined",
+    "late": "had not come when its round was over",
+    "dropped out": "vanished in the middle of its job",
+    "went offline": "went before its update had arrived",
+    "bases moved": "was trained between bases that are no longer the model's",
+}
+"""What becomes of a message to a client that is nobody's failure; what else there is, is one."""
 
 
 def _constant() -> Staleness:

@@ -18,7 +18,8 @@ class VirtualTime:
     mode: one of `MODES`. fleet: who is there, and how fast. operations: of each client's training in one round.
     asked: clients in a round; in async, that train at the same time. wanted: updates that a round is done with; in
     sync and at a deadline, as many as come. deadline: seconds. keep_late: whether what comes after is used later.
-    staleness: what such updates count. mixing: FedAsync's alpha; None: an update is a change, as FedBuff has it.
+    staleness: what such updates count; discount: its words. mixing: FedAsync's alpha; None: an update is a change, as
+    FedBuff has it.
     """
 
     mode: str
@@ -27,6 +28,7 @@ class VirtualTime:
     asked: int
     wanted: int
     staleness: Staleness
+    discount: str
     deadline: float = math.inf
     keep_late: bool = False
     mixing: float | None = None
@@ -37,5 +39,17 @@ class VirtualTime:
         return MODES[self.mode].stale or self.keep_late
 
     def in_words(self) -> str:
-        """For the header of a run."""
-        return f"{self.mode}: a round waits {MODES[self.mode].text}; {self.fleet.in_words()}"
+        """How rounds go, for the header of a run."""
+        waits = {
+            "sync": f"{self.asked:,} are asked, and a round waits for all of them",
+            "deadline": f"{self.asked:,} are asked, and a round is over after {self.deadline:g} virtual seconds",
+            "over-select": f"{self.asked:,} are asked, and the first {self.wanted:,} to answer are a round",
+            "async": f"{self.asked:,} train at the same time, and the next {self.wanted:,} updates are a round",
+        }[self.mode]
+        late = ""
+        if self.stale:
+            mixed = "" if self.mixing is None else f", a client's model is mixed in by {self.mixing:g}"
+            late = f"; older updates count by {self.discount}{mixed}"
+        elif MODES[self.mode].may_be_late:
+            late = "; later updates are dropped"
+        return f"{self.mode}: {waits}{late}"

@@ -18,9 +18,10 @@ from fedlotr.reporting.escaping import cell, cells, markdown
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.grid_table import spending
 from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
-from fedlotr.reporting.report import flat, points
-from fedlotr.reporting.run_record import RunRecord, read_run
+from fedlotr.reporting.report import flat
+from fedlotr.reporting.run_record import RunRecord, points, read_run
 from fedlotr.reporting.svg import COLOURS, Series, line_plot, short
+from fedlotr.reporting.virtual import OVER, reached, seconds
 
 REPORTS_ONLY = ("workers", "threads", "cohort", "tensorboard", "mlflow", "wandb")
 """Keys that change how fast a run is, or who is told of it, not what it comes to (beyond the last bits): no reason for
@@ -116,11 +117,12 @@ def compare(paths: Sequence[Path]) -> Comparison:
         for key, row in values.items()
         if len({json.dumps(_known_by(key, record, records)) for record in records}) > 1
     }
+    common = common_quality(records, metric, higher)
     groups = _groups(runs, metric, [key for key in differing if key not in ("seed", *REPORTS_ONLY)])
     return Comparison(
         metric,
         runs,
-        [_row(name, record, metric) for name, record in runs.items()],
+        [_row(name, record, metric, common) for name, record in runs.items()],
         differing,
         groups,
         frontier(groups, higher, lambda group: group.bytes),
@@ -158,7 +160,24 @@ def frontier(groups: Sequence[Group], higher: bool, cost: Callable[[Group], floa
     )
 
 
-def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
+def common_quality(runs: Collection[RunRecord], metric: str | None, higher: bool) -> float | None:
+    """What all have come to: the worst of their best values of the metric; None without virtual time."""
+    best = [float(under(run.best, metric)) for run in runs if metric is not None and run.best is not None]
+    if not best or not any(run.virtual for run in runs):
+        return None
+    return min(best) if higher else max(best)
+
+
+def _in_virtual_time(run: RunRecord, metric: str | None, common: float | None) -> dict[str, Any]:
+    """When it was over, and when it was as good as all have come to be."""
+    at = None if metric is None or common is None else reached(run, metric, common)
+    ends = run.virtual_seconds
+    known: dict[str, Any] = {"virtual_seconds": ends[-1] if ends else None}
+    known |= {} if metric is None else {f"common_{metric}": common}
+    return known | {"virtual_seconds_to_common": None if at is None else ends[at]}
+
+
+def _row(name: str, run: RunRecord, metric: str | None, common: float | None) -> dict[str, Any]:
     last: Mapping[str, Any] = run.last or {}
     best: Mapping[str, Any] = run.best or {}
     told = dict(flat(run.summary))
@@ -172,6 +191,7 @@ def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
     row |= ways if told_of else dict.fromkeys(ways)
     failed = sum(line.get("failed") or 0 for line in run.rows)
     row |= {"epsilon": _spent(run), "failed": failed if told_of else None}
+    row |= _in_virtual_time(run, metric, common)
     return row | {key.rpartition(".")[2]: told.get(key) for key in TOLD}
 
 
@@ -221,6 +241,12 @@ def _warnings(runs: Mapping[str, RunRecord], differing: Mapping[str, Sequence[An
         found.append(f"The runs are not of the same data{by}: their metrics are of different examples.")
     found += [note for run in runs.values() for note in run.notes]
     found += spending([run.summary for run in runs.values() if run.summary])
+    real = [name for name, run in runs.items() if not run.virtual]
+    if real and len(real) < len(runs):
+        found.append(
+            f"Not in virtual time: {', '.join(real)}; these have no virtual seconds to compare, and their rounds "
+            "waited for all clients."
+        )
     open_runs = [name for name, run in runs.items() if not run.finished]
     if open_runs:
         found.append(f"Not finished: {', '.join(open_runs)}; what is shown is as far as they came.")
@@ -320,6 +346,7 @@ def as_page(found: Comparison) -> str:
             figures.append(
                 Figure(name, f"{metric} over {title}", line_plot(lines, x=x, y=metric, x_format=form), table, note)
             )
+        figures += _virtual_curves(found, metric)
     sections = [
         Section("Result", [Figure("runs", "Runs", table=runs, open=True, wide=True)]),
         Section(together, [Figure("groups", "Seeds together", table=groups, open=True, wide=True), *figures]),
@@ -336,6 +363,24 @@ def as_page(found: Comparison) -> str:
         sections,
         warning=" ".join(found.warnings),
     )
+
+
+def _virtual_curves(found: Comparison, metric: str) -> list[Figure]:
+    """The metric over virtual seconds, of the runs that have them."""
+    runs = {label: run for label, run in found.runs.items() if run.virtual}
+    if not runs:
+        return []
+    lines = [
+        Series(label, points(run.rows, metric, run.virtual_seconds)) for label, run in list(runs.items())[:COLOURS]
+    ]
+    rows = [
+        [label, row["round"], end, row.get(metric)]
+        for label, run in runs.items()
+        for row, end in zip(run.rows, run.virtual_seconds, strict=True)
+    ]
+    plot = line_plot(lines, x=OVER, y=metric, x_format=seconds)
+    note = f"The first {COLOURS} of {len(runs)} runs." if len(runs) > COLOURS else ""
+    return [Figure("curves-virtual", f"{metric} over {OVER}", plot, Table(["run", "round", OVER, metric], rows), note)]
 
 
 def _frontier_plot(found: Comparison, metric: str, over: str, table: Table) -> Figure:

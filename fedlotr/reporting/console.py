@@ -21,9 +21,10 @@ from typing_extensions import override
 from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import shorten, visible
+from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.models.kinds import METRICS
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
-from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, kinds_of, under
+from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, VirtualSummary, kinds_of, under
 from fedlotr.reporting.escaping import lines as plain_lines
 from fedlotr.reporting.fitting import columns_of, filled, fits, show_table, wrapped
 from fedlotr.reporting.samples import MARKDOWN, in_short, samples_in
@@ -126,8 +127,9 @@ class Console(Callbacks):
     def on_round(self, event: RoundEvent) -> None:
         """Show one finished round."""
         number, record = event.round, event.metrics
-        failed = int(record.get("failed") or 0)
-        self._failed += failed
+        lost = sum(kind in OUTCOMES for kind in (record.get("failures") or {}).values())
+        self._failed += int(record.get("failed") or 0)
+        failed = int(record.get("failed") or 0) - lost
         self._bytes += int(record.get("bytes_up") or 0) + int(record.get("bytes_down") or 0)
         if self._progress is None:
             self._begin_rounds()
@@ -142,12 +144,16 @@ class Console(Callbacks):
             parts.append(f"{record.get('clients', 0)} clients")
         if failed:
             parts.append(f"{failed} FAILED")
+        if record.get("virtual_seconds") is not None:
+            parts.append(f"{record.get('used', 0)} updates" + (f", {lost} lost" if lost else ""))
         if told:
             parts += [f"{way} {readable_bytes(record.get(f'bytes_{way}') or 0)}" for way in ("up", "down")]
         if record.get("epsilon") is not None:
             parts.append(f"epsilon {record['epsilon']:.3g}")
         if record.get("aggregation_error") is not None:
             parts.append(f"aggregation error {record['aggregation_error']:.1e}")
+        if record.get("virtual_seconds") is not None:
+            parts.append(f"at {record['virtual_seconds']:,.6g} virtual s")
         if told:
             seconds = sum(record.get(key) or 0.0 for key in ("train_seconds", "evaluate_seconds"))
             parts.append(f"{seconds:.1f} s")
@@ -285,6 +291,15 @@ def readable_bytes(count: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.3g} {unit}"
 
 
+def readable_seconds(seconds: float) -> str:
+    """Virtual seconds, in a larger unit too where there is one: 86400 is '86,400 s (1 d)'."""
+    exact = f"{seconds:,.0f} s" if seconds >= 1000 else f"{seconds:.3g} s"
+    unit, size = next(
+        ((unit, size) for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)) if seconds >= size), ("s", 1)
+    )
+    return exact if size == 1 else f"{exact} ({seconds / size:.3g} {unit})"
+
+
 def _exact_bytes(count: float) -> str:
     """Readable, and to the byte (a mean over rounds may have a fraction)."""
     exact = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
@@ -394,7 +409,7 @@ def _carried_out(config: SimulationConfig, facts: Facts, known: Known) -> list[t
             _joined(
                 f"{config.clients} pooled"
                 if config.baseline == "central"
-                else f"{config.clients_per_round} of {config.clients} a round",
+                else f"{config.asked} of {config.clients} {'at a time' if config.mode == 'async' else 'a round'}",
                 _count(config.rounds, "round"),
                 config.partition,
                 known("at most {:,} examples each", "max_examples"),
@@ -411,6 +426,8 @@ def _carried_out(config: SimulationConfig, facts: Facts, known: Known) -> list[t
         ),
         *_wire(config),
         ("links", facts.get("chain", "")),
+        ("virtual time", facts.get("virtual_time", "")),
+        ("fleet", facts.get("fleet", "")),
         (
             "engine",
             _joined(
@@ -431,7 +448,7 @@ def _wire(config: SimulationConfig) -> list[tuple[str, str]]:
     coding = config.coding
     parts = [f"{coding.codec} up, {coding.broadcast_codec} down"] if coding.at_work else []
     parts += ["error feedback"] if coding.feedback else []
-    parts += [f"simulated on {config.link}"] if config.link is not None else []
+    parts += [f"simulated on {config.link}"] if config.link is not None and not config.virtual else []
     return [("messages", ", ".join(parts))] if parts else []
 
 
@@ -529,6 +546,31 @@ def _by_group(summary: Summary) -> list[tuple[str, str]]:
     return found
 
 
+def _times(clients: Mapping[str, int]) -> int:
+    """How often, of clients and the rounds in which it was."""
+    return sum(clients.values())
+
+
+def _in_virtual_time(virtual: VirtualSummary, lost: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    """What became of time and messages. lost: why -> client -> in how many rounds."""
+    rows = [
+        ("virtual seconds", readable_seconds(virtual["seconds_total"])),
+        ("  a round, median", readable_seconds(virtual["seconds_per_round_median"])),
+        ("  until the best round", readable_seconds(virtual["seconds_to_best"])),
+        ("updates used", f"{virtual['used']:,}"),
+    ]
+    if (stale := virtual["staleness_mean"]) is not None:
+        rows.append(("  their mean staleness", f"{stale:.3g} rounds"))
+    rows.append(("updates lost", f"{sum(map(_times, lost.values())):,}"))
+    rows += [
+        (f"  {kind}", f"{_times(clients):,} of {_count(len(clients), 'client')}") for kind, clients in lost.items()
+    ]
+    rows.append(("bytes in vain", _exact_bytes(virtual["bytes_in_vain"])))
+    if virtual["under_way"]:
+        rows.append(("still under way", _count(virtual["under_way"], "message")))
+    return rows
+
+
 def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]:
     """What a run came to, and what it took."""
     traffic, timing = summary.get("communication") or {}, summary.get("timing") or {}
@@ -555,9 +597,13 @@ def _closing_rows(summary: Summary, failed: int | None) -> list[tuple[str, str]]
             )
             if (lost := under(coded, key)) is not None
         ]
+    failures = summary.get("failures") or {}
+    lost = {kind: clients for kind, clients in failures.items() if kind in OUTCOMES}
     if failed is not None:
-        rows.append(("failed clients", f"{failed:,}"))
-    rows += [(f"  {kind}", _named(clients)) for kind, clients in (summary.get("failures") or {}).items()]
+        rows.append(("failed clients", f"{failed - sum(_times(clients) for clients in lost.values()):,}"))
+    rows += [(f"  {kind}", _named(clients)) for kind, clients in failures.items() if kind not in OUTCOMES]
+    if (virtual := summary.get("virtual")) is not None:
+        rows += _in_virtual_time(virtual, lost)
     if (reckoned := summary.get("simulated")) is not None:
         each, half = reckoned["seconds_per_round_median"], reckoned["median_client_seconds_median"]
         rows.append((f"simulated: sending on {reckoned['link']}", f"{reckoned['seconds_total']:.3g} s"))

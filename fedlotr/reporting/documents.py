@@ -318,6 +318,10 @@ class FactsOfSome(TypedDict, total=False):
     """Whether they are packed or padded; absent of runs of older versions."""
     public_rows_bytes: int
     """Of the rows of which clients make bases by themselves, where they do."""
+    virtual_time: str
+    """How rounds go in it, where time is virtual; in words."""
+    fleet: str
+    """Who is there then, and how fast they are, in words."""
     chain: str
     """The links in their order; in `StartEvent.facts` alone."""
 
@@ -555,8 +559,9 @@ class Summary(Fingerprint):
     codec: Codec | None
     """None where nothing was coded."""
     simulated: Simulated | None
+    """None without `--link`, and in virtual time, which knows of links itself."""
     virtual: VirtualSummary | None
-    """None without `--link`."""
+    """None where time is not virtual."""
     privacy: Privacy | None
     """None without a promise."""
     warnings: list[str]

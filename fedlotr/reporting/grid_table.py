@@ -80,7 +80,17 @@ def cells(lines: Sequence[Line]) -> list[list[str]]:
         head.insert(4, "epsilon")
         for line, row in zip(lines, rows, strict=True):
             row.insert(4, _epsilon(line))
+    if any(run.get("virtual") for line in lines for run in line.finished.values()):
+        head.append("virtual seconds")
+        for line, row in zip(lines, rows, strict=True):
+            found = line.values(_virtual_seconds)
+            row.append(f"{statistics.fmean(found):,.6g}" if found else "")
     return [head, *rows]
+
+
+def _virtual_seconds(run: Summary) -> float | None:
+    """All of a run; None where time is not virtual."""
+    return None if (virtual := run.get("virtual")) is None else virtual["seconds_total"]
 
 
 def _epsilon(line: Line) -> str:
@@ -185,6 +195,8 @@ def _record(line: Line) -> dict[str, Cell]:
         found = line.values(read)
         value = combine(found) if found else None
         record[column] = int(value) if value is not None and value.is_integer() else value
+    if found := line.values(_virtual_seconds):
+        record["virtual_seconds"] = statistics.fmean(found)
     every = [promise for run in [*line.finished.values(), *line.trials] if (promise := run.get("privacy"))]
     if every:
         found = line.values(lambda run: under(run.get("privacy") or {}, "epsilon"))

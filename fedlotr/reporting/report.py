@@ -12,17 +12,17 @@ from fedlotr.cost.billing import Row, bills
 from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
+from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.flower.plugins import built_in
 from fedlotr.models.kinds import METRICS, TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
-from fedlotr.reporting.run_record import RunRecord, Traffic, number, read_run
+from fedlotr.reporting.run_record import RunRecord, Traffic, number, points, read_run
 from fedlotr.reporting.samples import TITLE, about, name, texts
-from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot
+from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot, spread, spread_note
+from fedlotr.reporting.virtual import in_virtual_time
 
-BARS = 60
-"""Clients that are drawn; of more, so many evenly from the largest to the smallest. The tables have them all."""
 LABEL_COLUMNS = 24
 """Labels that get a column each in the table of clients; of more, a cell tells the four most frequent."""
 
@@ -34,8 +34,6 @@ NOT_LISTED = ("partition", "labels", "groups", "versions", "shapes", "losses")
 BILL = "The bill under other methods"
 NOT_TOLD = "Not told: it would tell which clients took part, and they are hidden."
 
-Points = list[tuple[float, float]]
-
 
 def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], None] = lambda note: None) -> Path:
     """Write the report of a run directory, into it by default; where it lies. Raises InputError for no run.
@@ -45,7 +43,7 @@ def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], No
     path = folder / "report.html" if out is None else out
     run = read_run(folder)
     write_atomically(path, report_page(run))
-    for note in run.notes:
+    for note in notes_of(run):
         tell(note)
     return path
 
@@ -58,11 +56,12 @@ def report_page(run: RunRecord) -> str:
     warning = ""
     if not run.finished:
         warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
-    warning = " ".join(filter(None, [warning, *run.notes]))
+    warning = " ".join(filter(None, [warning, *notes_of(run)]))
     traffic = run.traffic()
     sections = [
         _outcome(run),
         _learning(run),
+        *in_virtual_time(run, traffic),
         *_scores(run),
         *_samples(run),
         _communication(run, traffic),
@@ -78,10 +77,9 @@ def report_page(run: RunRecord) -> str:
     return render(run.name, f"{subtitle}{config.get('seed')}", sections, warning=warning)
 
 
-def points(rows: Sequence[Mapping[str, Any]], key: str, across: Sequence[float] | None = None) -> Points:
-    """The values of one key over the rounds, or over what `across` has for each row; nulls left out."""
-    places = [row["round"] for row in rows] if across is None else across
-    return [(float(x), float(row[key])) for x, row in zip(places, rows, strict=True) if row.get(key) is not None]
+def notes_of(run: RunRecord) -> list[str]:
+    """What is not as it should be in the files that a page is made of."""
+    return [*run.notes, *(run.arrivals.notes if run.arrivals is not None else ())]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,7 +109,9 @@ def _outcome(run: RunRecord) -> Section:
         rows.append(("largest aggregation error", about.get("aggregation_error_max")))
         rows.append(("seconds in all", about.get("timing", {}).get("seconds_total")))
     if not run.hides_clients:
-        rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows)))
+        lost = sum(len(rounds) for clients in run.lost().values() for rounds in clients.values())
+        rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows) - lost))
+        rows += [("updates lost in virtual time", lost)] if run.virtual else []
     figures = [Figure("outcome", "In numbers", table=Table(["what", "value"], rows), open=True, wide=True)]
     if said := run.summary.get("warnings"):
         figures.append(
@@ -234,7 +234,7 @@ def _communication(run: RunRecord, traffic: Traffic) -> Section:
     kinds = [(names[key], {"wire bytes": float(amounts[2])}) for key, amounts in traffic.kinds.items()]
     ways = [Series(way, points(run.rows, f"bytes_{way}")) for way in ("up", "down")]
     columns = list(traffic.kinds)
-    named = _client_names(run)
+    named = run.client_names()
     order = sorted(traffic.clients, key=lambda client: -sum(traffic.clients[client].values()))
     bars = [(named.get(c, str(c)), {names[k]: float(traffic.clients[c].get(k, 0)) for k in columns}) for c in order]
     by_client = [
@@ -265,9 +265,9 @@ def _communication(run: RunRecord, traffic: Traffic) -> Section:
             Figure(
                 "bytes-clients",
                 "Bytes by client",
-                bar_plot(_spread(bars), what="bytes on the wire, all rounds", form=readable_bytes),
+                bar_plot(spread(bars), what="bytes on the wire, all rounds", form=readable_bytes),
                 Table(["client", "name", *names.values()], by_client),
-                _spread_note(len(bars)),
+                spread_note(len(bars)),
             ),
         ],
     )
@@ -331,6 +331,7 @@ def _bill(run: RunRecord) -> list[Section]:
         "What this federation would send under every method and strategy of fedlotr at this rank, by the formulas of "
         "fedlotr cost: payload alone, and as if the clients of a round took part in every one."
     )
+    text += " In virtual time they do not; this is a bill of whole rounds." if run.virtual else ""
     figure = Figure("bill", "Total by method", plot, table, note)
     return [Section(BILL, [figure], text)]
 
@@ -378,11 +379,6 @@ def _privacy(run: RunRecord) -> list[Section]:
     return [Section("Privacy", figures)]
 
 
-def _client_names(run: RunRecord) -> dict[int, str]:
-    """Of the groups under `natural`; otherwise a client's number is its name."""
-    return {number: str(held["client"]) for number, held in enumerate(run.facts.get("partition") or ())}
-
-
 def _clients(run: RunRecord) -> Section:
     if run.hides_clients:
         return Section("Data of the clients", text="Not told: the clients are hidden.")
@@ -415,9 +411,9 @@ def _clients(run: RunRecord) -> Section:
         Figure(
             "clients",
             "Examples and labels of each client" if key == "labels" else f"Examples of each client by {kinds.by}",
-            bar_plot(_spread(bars), what="examples", form=lambda value: f"{value:,.0f}"),
+            bar_plot(spread(bars), what="examples", form=lambda value: f"{value:,.0f}"),
             Table(columns, rows),
-            _spread_note(len(bars)),
+            spread_note(len(bars)),
         )
     ]
     if labels:
@@ -431,24 +427,14 @@ def _clients(run: RunRecord) -> Section:
     return Section("Data of the clients", figures)
 
 
-def _spread(bars: Sequence[tuple[str, dict[str, float]]]) -> list[tuple[str, dict[str, float]]]:
-    """At most BARS of them, evenly, the first and the last among them."""
-    if len(bars) <= BARS:
-        return list(bars)
-    return [bars[round(number * (len(bars) - 1) / (BARS - 1))] for number in range(BARS)]
-
-
-def _spread_note(count: int) -> str:
-    return f"{BARS} of {count:,} clients are drawn, evenly from the largest to the smallest." if count > BARS else ""
-
-
 def _failed(run: RunRecord) -> Section:
     if run.hides_clients:
         return Section("Clients that failed", text=NOT_TOLD)
-    named = _client_names(run)
+    named = run.client_names()
     rows = [
         [named.get(int(client), client), kind, len(rounds), ", ".join(map(str, rounds))]
         for kind, clients in run.failures().items()
+        if kind not in OUTCOMES
         for client, rounds in clients.items()
     ]
     if not rows:

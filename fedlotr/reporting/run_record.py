@@ -4,7 +4,7 @@ What makes no sense in its files, whoever wrote them, is left out and noted: a g
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.config.yaml_file import read_yaml
 from fedlotr.errors import InputError, shorten
 from fedlotr.files import finite
+from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.models.kinds import DECISIVE, METRICS
+from fedlotr.reporting.arrivals import Arrivals, arrivals_in
 from fedlotr.reporting.documents import Facts, MetricsRow, Samples, Summary, under
 from fedlotr.reporting.samples import samples_in
 
@@ -28,6 +30,8 @@ OBJECTS = ("client_evaluation", "over_clients", "standard_errors", "score_by", "
 """Keys of a row that hold more than a number, beside its failures."""
 NOTES_SHOWN = 5
 """Of one file; others are counted."""
+
+Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,23 @@ class RunRecord:
         return found
 
     @property
+    def virtual(self) -> bool:
+        """Whether time is virtual."""
+        return any("virtual_seconds" in row for row in self.rows)
+
+    @cached_property
+    def arrivals(self) -> Arrivals | None:
+        """What became of messages in virtual time; None where it is not virtual, or nothing is told of clients."""
+        if self.hides_clients or not self.virtual:
+            return None
+        return arrivals_in(self.folder, max(row["round"] for row in self.rows))
+
+    @property
+    def virtual_seconds(self) -> list[float | None]:
+        """When each round was over; all None where time is not virtual."""
+        return [row.get("virtual_seconds") for row in self.rows]
+
+    @property
     def last(self) -> MetricsRow | None:
         """The last row with an evaluation, also one whose loss was not finite."""
         keys = ("loss", "evaluate_seconds")
@@ -120,6 +141,10 @@ class RunRecord:
         evaluated = [row for row in self.rows if under(row, metric) is not None]
         return (max if self.higher_is_better else min)(evaluated, key=lambda row: float(under(row, metric)))
 
+    def client_names(self) -> dict[int, str]:
+        """Of the groups under `natural`; otherwise a client's number is its name."""
+        return {number: str(held["client"]) for number, held in enumerate(self.facts.get("partition") or ())}
+
     def failures(self) -> dict[str, dict[str, list[int]]]:
         """What went wrong -> client -> the rounds in which it did."""
         found: dict[str, dict[str, list[int]]] = {}
@@ -127,6 +152,10 @@ class RunRecord:
             for client, kind in (row.get("failures") or {}).items():
                 found.setdefault(kind, {}).setdefault(client, []).append(row["round"])
         return found
+
+    def lost(self) -> dict[str, dict[str, list[int]]]:
+        """Of these, what in virtual time is nobody's failure."""
+        return {kind: clients for kind, clients in self.failures().items() if kind in OUTCOMES}
 
     def traffic(self) -> Traffic:
         """The ledger of the rounds in `rows`. Raises InputError for a part that is missing or damaged."""
@@ -182,6 +211,13 @@ def read_run(folder: Path) -> RunRecord:
     facts = _fitting(facts or {}, FACTS, folder / "facts.json", notes)
     samples = samples_in(folder, notes)
     return RunRecord(folder, dict(config), rows, cast(Summary, summary), cast(Facts, facts), tuple(notes), samples)
+
+
+def points(rows: Sequence[Mapping[str, Any]], key: str, across: Sequence[float | None] | None = None) -> Points:
+    """The values of one key over the rounds, or over what `across` has for each row; nulls left out."""
+    places = [row["round"] for row in rows] if across is None else across
+    known = [(x, row[key]) for x, row in zip(places, rows, strict=True) if x is not None and row.get(key) is not None]
+    return [(float(x), float(value)) for x, value in known]
 
 
 def number(value: object) -> float | int | None:

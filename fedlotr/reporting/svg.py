@@ -19,6 +19,10 @@ MARKED = 40
 ROW = 22
 """Height of a bar with its gap."""
 
+BARS = 60
+"""Clients that are drawn; of more, so many evenly from the largest to the smallest. The tables have them all."""
+
+Bar = tuple[str, dict[str, float]]
 Format = Callable[[float], str]
 
 
@@ -144,6 +148,18 @@ def bar_plot(rows: Sequence[tuple[str, Mapping[str, float]]], *, what: str, form
             out.append(f'<text x="{at + 5:.1f}" y="{top + 13}">{_text(form(sum(amounts.values())))}</text>')
     out.append(f'<text class="axis" x="{names}" y="{height - 4}">{_text(what)}</text>')
     return Markup("".join(out) + "</svg>") + (legend(parts) if len(parts) > 1 else Markup(""))
+
+
+def spread(bars: Sequence[Bar]) -> list[Bar]:
+    """At most BARS of them, evenly, the first and the last among them."""
+    if len(bars) <= BARS:
+        return list(bars)
+    return [bars[round(number * (len(bars) - 1) / (BARS - 1))] for number in range(BARS)]
+
+
+def spread_note(count: int) -> str:
+    """What is said of so many clients where not all are drawn."""
+    return f"{BARS} of {count:,} clients are drawn, evenly from the largest to the smallest." if count > BARS else ""
 
 
 def legend(names: Sequence[str]) -> Markup:

@@ -60,7 +60,7 @@ from fedlotr.models.user_model import OwnModel, keep_model, move_model
 from fedlotr.run.base_head import with_saved_head
 from fedlotr.run.baselines import pooled
 from fedlotr.run.brought import NOTHING_BROUGHT, Brought
-from fedlotr.run.contents import Content, code_content, model_content
+from fedlotr.run.contents import Content, code_content, fleet_content, model_content
 from fedlotr.run.examples import Dealt, Tokenised, check_tokens, encode_one, tokenised
 from fedlotr.run.layer_ranks import Patterns, check_ties, layer_patterns
 from fedlotr.run.public_rows import check_public, check_scored
@@ -120,6 +120,7 @@ class Checked:
             "add_link": code_content(config.links),
             "template": code_content([config.template]),
             "format": code_content([config.format] if config.format else []),
+            "fleet": fleet_content(config.fleet),
         }
         if self.config.eval_data is not None:
             found["eval_data"] = found["data"]

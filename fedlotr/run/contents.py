@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fedlotr.errors import InputError, shorten
+from fedlotr.fleet.file import files_of
 from fedlotr.models.user_model import VOLATILE
 
 Content = dict[str, str]
@@ -83,6 +85,17 @@ def _tensors(path: Path, whole: bool) -> Iterator[tuple[str, str, list[int], str
                     at = begin + (end - begin - BLOCK) * number // (BLOCKS - 1)
                     digest.update(content[at : at + BLOCK])
             yield name, about["dtype"], about["shape"], digest.hexdigest()
+
+
+def fleet_content(given: str | None) -> Content:
+    """A fleet's file and each file that it names; nothing of a preset, which its name says. Raises InputError."""
+    found = {}
+    for part, path in (files_of(given) if given is not None else {}).items():
+        try:
+            found[part] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise InputError(f"--fleet {shorten(given)}: {shorten(path)} cannot be read ({error.strerror})") from None
+    return found
 
 
 def code_content(names: Iterable[str]) -> Content:

@@ -117,6 +117,7 @@ def virtual_time(config: SimulationConfig, prepared: Prepared) -> VirtualTime | 
         deadline=config.deadline or math.inf,
         keep_late=config.late == "use",
         staleness=staleness_of(config),
+        discount=config.staleness or DEFAULT_STALENESS,
         mixing=config.mixing,
     )
 

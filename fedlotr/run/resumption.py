@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord
 from fedlotr.config.configuration import SimulationConfig, flag_of
 from fedlotr.config.own import is_own
 from fedlotr.errors import InputError, shorten
+from fedlotr.fleet.presets import FLEETS
 from fedlotr.privacy.ledger import known_again
 from fedlotr.run.contents import Content
 from fedlotr.run.directory import Checkpoint, RunDirectory
@@ -40,7 +41,7 @@ ROWS = ("data", "eval_data")
 """Options of which one hash tells: that of the rows of train and of the test split together."""
 CODE = ("strategy", "add_link", "template", "format")
 """Options that name classes: their code may be mended as a run goes on, which is said."""
-BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", *CODE)
+BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", "fleet", *CODE)
 """Options that name files. Disks and folders get other names, so what counts is what is in them."""
 DEFENCES = ("max_weight", "max_update_norm", "on_large_update")
 """What a run may go on with that was harmed without it, or stopped by it; that it has changed is said."""
@@ -81,6 +82,8 @@ def by_content(name: str, before: Any, now: Any) -> bool:
     if name in CODE:
         classes = [[one.rpartition(":")[1:] for one in value.split(",")] for value in (before, now)]
         return classes[0] == classes[1] and all(colon for colon, _ in classes[0])
+    if name == "fleet":  # a preset is what its name says
+        return before not in FLEETS and now not in FLEETS
     return name == "data" or not (is_own(before) or is_own(now))
 
 

@@ -52,7 +52,7 @@ from fedlotr.reporting.documents import (
     under,
 )
 from fedlotr.run.checking import Checked
-from fedlotr.run.federation import federation, public_of, ranks_of
+from fedlotr.run.federation import federation, public_of, ranks_of, virtual_time
 from fedlotr.run.fitting_texts import seen_in_words
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.prompts import in_words
@@ -117,6 +117,8 @@ def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
         found["scale"] = f"labels {scored.min():.4g} to {scored.max():.4g}, deviation {scored.std():.4g}"
     if checked.groups is not None and checked.config.privacy == "none":
         found |= {"grouped_by": checked.groups.by, "groups": checked.groups.names}
+    if (virtual := virtual_time(checked.config, prepared)) is not None:
+        found |= {"virtual_time": virtual.in_words(), "fleet": virtual.fleet.in_words()}
     if promise is not None:
         found["privacy"] = promise
     if (public := _public_rows_bytes(checked)) is not None:

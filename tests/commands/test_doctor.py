@@ -307,3 +307,50 @@ def test_threads_are_what_the_process_may_use_and_never_follow_the_load(
         found.append(processes.threads_of(SimulationConfig(engine=engine)))
     assert found == [expected] * 2
     assert processes.workers_of(SimulationConfig(engine="ray")) == (6 if quota is None else max(1, int(quota)))
+
+
+@pytest.mark.parametrize("fleet", ["even", "institutions"])
+def test_who_is_asked_in_virtual_time_is_foretold_where_it_can_be(
+    fleet: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*words, "--fleet", fleet, "--out", str(tmp_path / "run")]
+    code, report, errors = examined(given, capsys)
+    assert (code, errors) == (0, "") and not report["needs"]["whole_rounds"]
+    assert "whole rounds" not in finding(report, "virtual time")["text"]
+    assert simulate.main([*given, "--quiet"]) == 0
+    _, rows = read_run(tmp_path / "run")
+    ledger = read_ledger(tmp_path / "run" / "ledger")
+    needs = report["needs"]
+    assert [row["clients"] for row in rows] == [needs["asked"]] * 3
+    assert needs["participants"] == len({entry.client for entry in ledger})
+    assert needs["total_bytes"] == sum(entry.payload_bytes for entry in ledger if entry.kind != "control")
+    assert finding(report, "a round")["text"].startswith(f"{needs['asked']} clients in ")
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked"),
+    [
+        ("--fleet phones", 2),
+        ("--mode async --buffer 1", 1),
+        ("--mode over-select --over-select 1.9", 4),
+        ("--fleet edge --mode deadline --deadline 9", 2),
+    ],
+)
+def test_where_nobody_knows_who_will_be_there_the_bill_says_that_it_is_of_whole_rounds(
+    mode: str, asked: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report, errors = examined([*words, *mode.split()], capsys)
+    assert (code, errors) == (0, "") and report["needs"]["asked"] == asked
+    said = finding(report, "virtual time")["text"]
+    assert f"the bill is of whole rounds, of {asked} clients that all answer" in said
+    assert ("--fleet" not in mode) or mode.split()[1] in said
+
+
+def test_a_wrong_fleet_is_refused_as_a_run_refuses_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = examined([*words, "--fleet", "phnes"], capsys)
+    assert code == 2 and "did you mean 'phones'" in errors
+
+
+def test_a_bill_before_any_run_takes_no_fleet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cost", "--model", "mistral-7b", "--fleet", "phones"]) == 2
+    assert "unrecognized arguments: --fleet phones" in capsys.readouterr().err

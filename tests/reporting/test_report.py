@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedlotr import cli
 from fedlotr.commands import simulate
 from fedlotr.communication.ledger import Entry, write_part
-from fedlotr.reporting.report import BARS, write_report
+from fedlotr.reporting.report import write_report
 from fedlotr.reporting.run_record import read_run
-from fedlotr.reporting.svg import Series, decades, line_plot, ticks
+from fedlotr.reporting.svg import BARS, Series, decades, line_plot, ticks
 from fedlotr.run import simulation
 from fedlotr.run.directory import RunDirectory
 from tests.support import read_run as on_disk
