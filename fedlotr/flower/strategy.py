@@ -27,7 +27,7 @@ from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.link import Reply
 from fedlotr.flower.links.objectives import CONTROL, CONTROL_VARIATES
 from fedlotr.flower.links.ranks import block, padded
-from fedlotr.flower.records import ARRAYS, CLIENT, METRICS, Arrays, to_record
+from fedlotr.flower.records import ARRAYS, CLIENT, METRICS, Arrays, to_arrays, to_record
 from fedlotr.flower.traits import traits_of
 
 
@@ -174,6 +174,31 @@ class Strategy(FlowerStrategy):
 
     def summary(self) -> None:
         """Flower prints this where it runs the loop; ours writes its own table."""
+
+
+class FromStart(Strategy):
+    """Base of strategies that go by how far updates are from x, the model that a round's clients start from: `current`.
+
+    It is of one round alone, and no state.
+    """
+
+    def __init__(self) -> None:
+        self.current: Arrays = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Remember x."""
+        self.current = to_arrays(arrays)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def state(self) -> dict[str, Any]:
+        """All attributes but x."""
+        return {key: value for key, value in vars(self).items() if key != "current"}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        vars(self).update(state)
 
 
 def ask(
