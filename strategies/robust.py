@@ -104,7 +104,8 @@ class MultiKrum(Krum):
 class GeometricMedian(Strategy):
     """The point nearest to all updates together, argmin_v Σ ||v - x_i||: RFA, Pillutla et al. 2022 (arXiv:1912.13445).
 
-    By the smoothed Weiszfeld algorithm (there algorithm 2) from the mean on. All clients weigh the same.
+    By the smoothed Weiszfeld algorithm (there algorithm 2), from the coordinates' medians on: from the mean, each step
+    would only take off a share of what a far outlier has moved it. All clients weigh the same.
     """
 
     def __init__(self, eps: float = 1e-6, iterations: int = 10) -> None:
@@ -121,7 +122,7 @@ class GeometricMedian(Strategy):
     def combine(self, updates: Sequence[Update], server_round: int) -> Arrays:
         """v ← Σ β_i x_i / Σ β_i with β_i = 1 / max(eps, ||v - x_i||), so many times."""
         flat = _flat(updates)
-        point = flat.mean(axis=0)
+        point = np.median(flat, axis=0)
         for _ in range(self.iterations):
             nearness = 1 / np.maximum(self.eps, np.linalg.norm(flat - point, axis=1))
             point = nearness @ flat / nearness.sum()
