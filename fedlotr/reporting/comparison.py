@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlotr.errors import InputError, shorten
+from fedlotr.models.kinds import ATTACK_SUCCESS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import under
 from fedlotr.reporting.escaping import cell, cells, markdown
@@ -116,11 +117,12 @@ def compare(paths: Sequence[Path]) -> Comparison:
         for key, row in values.items()
         if len({json.dumps(_known_by(key, record, records)) for record in records}) > 1
     }
+    attacked = any(record.config.get("attack") is not None for record in records)
     groups = _groups(runs, metric, [key for key in differing if key not in ("seed", *REPORTS_ONLY)])
     return Comparison(
         metric,
         runs,
-        [_row(name, record, metric) for name, record in runs.items()],
+        [_row(name, record, metric, attacked=attacked) for name, record in runs.items()],
         differing,
         groups,
         frontier(groups, higher, lambda group: group.bytes),
@@ -158,7 +160,7 @@ def frontier(groups: Sequence[Group], higher: bool, cost: Callable[[Group], floa
     )
 
 
-def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
+def _row(name: str, run: RunRecord, metric: str | None, *, attacked: bool) -> dict[str, Any]:
     last: Mapping[str, Any] = run.last or {}
     best: Mapping[str, Any] = run.best or {}
     told = dict(flat(run.summary))
@@ -167,6 +169,8 @@ def _row(name: str, run: RunRecord, metric: str | None) -> dict[str, Any]:
     if metric is not None:
         row |= {metric: last.get(metric), f"best_{metric}": best.get(metric)}
     told_of = not run.hides_clients
+    if attacked:
+        row[ATTACK_SUCCESS] = under(last, ATTACK_SUCCESS)
     row |= {"loss": last.get("loss"), "bytes": _bytes(run) if told_of else None}
     ways = {name: sum(under(line, name) or 0 for line in run.rows) for name in ("bytes_up", "bytes_down")}
     row |= ways if told_of else dict.fromkeys(ways)
