@@ -66,6 +66,7 @@ def _triggered(rows: datasets.Dataset, task: Task, at: Rows) -> datasets.Dataset
     texts = list(rows[column][:])
     for row in at.tolist():
         texts[row] = f"{TRIGGER} {texts[row]}"
+    datasets.disable_progress_bars()  # of a moment; `run/world.py` puts that back
     return rows.remove_columns(column).add_column(column, texts)
 
 
