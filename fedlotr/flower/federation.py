@@ -10,6 +10,7 @@ from fedlotr.adapters.carry import Carry
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.evaluation.results import Evaluated
 from fedlotr.flower.certificate import Layer
+from fedlotr.flower.records import Arrays
 from fedlotr.privacy.guard import NoGuard
 
 
@@ -38,7 +39,8 @@ class Federation:
     guard: keeps the clients' privacy. coding: of what crosses. links: the user's, as `chain.link_classes` finds them.
     weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
     where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
-    harm another.
+    harm another. root: (round, the model's tensors, what it carries) -> what the server's own training on public rows
+    makes of those that move; None: there are no such rows.
     """
 
     clients: int
@@ -69,4 +71,5 @@ class Federation:
     weights: Weights = field(default_factory=Weights)
     max_update_norm: float | None = None
     refuse_large: bool = False
+    root: Callable[[int, ArrayRecord, Carry], Arrays] | None = None
     watched: bool = True

@@ -162,6 +162,10 @@ class Strategy(FlowerStrategy):
         """The server's control variates, one for each of the model's tensors; asked for where `controls` is set."""
         raise NotImplementedError(f"{type(self).__name__} says that it has control variates; give it `control`")
 
+    def take_root(self, arrays: Arrays) -> None:
+        """Told before `combine`, where `rooted` is set: what the server's own training on public rows came to."""
+        raise NotImplementedError(f"{type(self).__name__} says that it is rooted; give it `take_root`")
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -179,11 +183,17 @@ class Strategy(FlowerStrategy):
 class FromStart(Strategy):
     """Base of strategies that go by how far updates are from x, the model that a round's clients start from: `current`.
 
-    It is of one round alone, and no state.
+    root: what the server itself comes to from there, where the strategy asks for that (the trait `rooted`). Both are of
+    one round alone, and no state.
     """
 
     def __init__(self) -> None:
         self.current: Arrays = {}
+        self.root: Arrays = {}
+
+    def take_root(self, arrays: Arrays) -> None:
+        """Remember the server's own."""
+        self.root = arrays
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -193,8 +203,8 @@ class FromStart(Strategy):
         return super().configure_train(server_round, arrays, config, grid)
 
     def state(self) -> dict[str, Any]:
-        """All attributes but x."""
-        return {key: value for key, value in vars(self).items() if key != "current"}
+        """All attributes but these."""
+        return {key: value for key, value in vars(self).items() if key not in ("current", "root")}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""

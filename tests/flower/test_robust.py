@@ -90,11 +90,31 @@ def test_norm_clips_noise_is_the_rounds() -> None:
     assert abs(noisy(1).std() - 0.5) < 0.05
 
 
+def test_fltrust_weighs_by_the_servers_own_direction_and_goes_as_far() -> None:
+    """g_0 = (2, 0). Across it and against it: no trust. (3, 4): 0.6, as long as g_0 it is (1.2, 1.6). (10, 0): 1."""
+    x, root = (1.0, 1.0), (3.0, 1.0)
+
+    def step(*updates: tuple[float, float], **arguments: Any) -> Any:
+        strategy: Any = load_strategy("fltrust", arguments, len(updates))
+        sent = {"b": np.array([x[0]], np.float32), "a": np.array([[x[1]]], np.float32)}
+        strategy.configure_train(1, to_record(sent), ConfigRecord(), _NoNodes())
+        strategy.take_root({"b": np.array([root[0]]), "a": np.array([[root[1]]])})
+        each = [{"b": np.array([x[0] + d[0]]), "a": np.array([[x[1] + d[1]]])} for d in updates]
+        found = strategy.combine([Update(k, arrays, 7.0**k) for k, arrays in enumerate(each)], 1)
+        assert strategy.state().keys() == {"alpha"}, "what is of one round is no state"
+        return [found["b"][0] - x[0], found["a"][0, 0] - x[1]]
+
+    some = ((0.0, 5.0), (3.0, 4.0), (-1.0, 0.0), (10.0, 0.0))
+    np.testing.assert_allclose(step(*some), [(0.6 * 1.2 + 2) / 1.6, 0.6 * 1.6 / 1.6])
+    np.testing.assert_allclose(step(*some, alpha=0.5), [1.7 / 2, 0.6 / 2])
+    assert step((-1.0, 1.0), (0.0, 0.0), (-3.0, 0.0)) == [0.0, 0.0], "with nobody to be trusted the model stays"
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
         *(("multi-krum", {"m": 0}), ("geometric-median", {"eps": 0.0}), ("geometric-median", {"iterations": 0})),
-        *(("norm-clip", {"bound": 0.0}), ("norm-clip", {"noise": -1.0})),
+        *(("norm-clip", {"bound": 0.0}), ("norm-clip", {"noise": -1.0}), ("fltrust", {"alpha": 0.0})),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(name: str, arguments: dict[str, Any]) -> None:

@@ -114,6 +114,18 @@ def test_updates_turned_round_slow_a_mean_down_and_not_robust_rules(options: dic
     assert honest["attack"] is None and "attack_success" not in {**mean["final"], **honest["final"]}
 
 
+def test_the_servers_own_rows_tell_whom_to_trust(options: dict[str, Any], tmp_path: Path) -> None:
+    """Where half of the clients turn their updates round, so that no rule about clients alone could hold."""
+    words = {"method": "ffa-lora", "lr": 0.05, "attack": "sign-flip:0.5", "strategy": "fltrust"}
+    found = ran(options, tmp_path / "run", **words)
+    mean = ran(options, tmp_path / "mean", **{**words, "strategy": "exact-average"})
+    assert found["final"]["loss"] < 0.2 < 0.6 < mean["final"]["loss"], (found["final"], mean["final"])
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    again = [*flags({**options, **words}), "--codec", "float32", "--resume", "--resume-round", "5", "--quiet"]
+    assert main([*again, "--out", str(tmp_path / "again")]) == 0
+    assert_same_results(tmp_path / "again", tmp_path / "run")
+
+
 def test_a_backdoor_that_replaces_the_mean_is_in_the_model(options: dict[str, Any], tmp_path: Path) -> None:
     mean = ran(options, tmp_path / "mean", attack="backdoor+replace:0.125")
     row = ran(options, tmp_path / "row", attack="thin=0.01:0.125")
@@ -161,6 +173,8 @@ def test_a_run_with_hostile_clients_goes_on_to_the_same_bytes(options: dict[str,
         ("--attack sign-flip:0.01", "with --clients 8: a share of so few clients is nobody"),
         ("--attack backdoor:0.2 --method fedsa-lora", "with --method fedsa-lora: each client has a model of its own"),
         ("--attack backdor:0.2", "'backdor' is no attack, did you mean 'backdoor'?"),
+        ("--strategy fltrust --public-examples 0 --method ffa-lora", "the server trains on public rows in every round"),
+        ("--strategy fltrust --privacy example --epsilon 8 --method ffa-lora", "give --public-data"),
         ("--attack thin:0.6,scale:0.5", "the shares add up to 1.1"),
     ],
 )
