@@ -196,6 +196,9 @@ class _Case:
             method=method,
             ranks=None if ranks is None else [ranks[k % len(ranks)] for k in range(clients or sampled)],
             rank=RANK,
+            root=lambda n, sent, carry: {
+                k: x.astype(np.float64) for k, x in _reply(to_arrays(sent), method, -1, n).items()
+            },
             moving=lambda n: frozenset(name for name in names if name == HEAD or name[-1] in row.moving(n)),
         )
 

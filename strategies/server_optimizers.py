@@ -6,48 +6,30 @@ that they average, so nothing would be certified. State is float64; the loop cas
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 
-from fedlotr.flower import Arrays, Combined, Strategy, Update, to_arrays, weighted_mean
+from fedlotr.flower import Arrays, Combined, FromStart, Update, weighted_mean
 
 Array = npt.NDArray[np.float64]
 
 
-class ServerOptimizer(Strategy):
+class ServerOptimizer(FromStart):
     """x ← x + step(Δ), tensor by tensor; a tensor that did not move in a round keeps its state. eta: learning rate."""
 
     averages, remembers = True, True
 
     def __init__(self, eta: float) -> None:
+        super().__init__()
         self.eta = eta
-        self.current: Arrays = {}
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Remember x, the model that the clients start from."""
-        self.current = to_arrays(arrays)
-        return super().configure_train(server_round, arrays, config, grid)
 
     def combine(self, updates: Sequence[Update], server_round: int) -> Combined:
         """x + step(Σ p_i x_i - x)."""
         mean = weighted_mean(updates)
         new = {name: self.current[name] + self.step(name, x - self.current[name]) for name, x in mean.items()}
         return Combined(new, mean=mean)
-
-    def state(self) -> dict[str, Any]:
-        """The moments and the arguments; what one round alone needs is not kept."""
-        return {key: value for key, value in vars(self).items() if key != "current"}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
-        vars(self).update(state)
 
     @abstractmethod
     def step(self, name: str, delta: Array) -> Array:

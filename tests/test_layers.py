@@ -12,7 +12,15 @@ from tests import forks
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("errors", "files", "libraries", "machine", "said", "streams", "reporting.documents"),
-    ("adapters.kinds", "adapters.methods", "adapters.moves", "communication.wire_form", "fleet.modes", "models.kinds"),
+    (
+        "adapters.kinds",
+        "adapters.methods",
+        "adapters.moves",
+        "communication.attacks",
+        "communication.wire_form",
+        "fleet.modes",
+        "models.kinds",
+    ),
     ("config",),
     ("adapters",),
     ("communication",),
@@ -76,7 +84,7 @@ INSIDE = {
             "certificate serialize",
         ),
         *("federation", "link", "links.moments links.objectives links.ranks links.carry links.hidden"),
-        "links.draws",
+        "links.attacks links.draws",
         *(
             "links.codec links.derived",
             "links.bases links.moving",
@@ -104,7 +112,7 @@ INSIDE = {
     "run": (
         *(
             "base_head baselines brought contents directory examples export fitting_texts layer_ranks log"
-            " processes public_rows sheet skeleton unmet world",
+            " poison processes public_rows sheet skeleton unmet world",
         ),
         *(
             "callbacks devices resumption warm_start",

@@ -9,6 +9,7 @@ from typing import Any
 from fedlotr.adapters.kinds import BASES, CORES, bases_made_of, cores_that
 from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.moves import read_rebase
+from fedlotr.communication.attacks import counts, read_attack
 from fedlotr.communication.wire_form import read_form
 from fedlotr.config.schema import Fields
 from fedlotr.config.values import columns_of
@@ -30,6 +31,8 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     # of a score
     "unchosen": lambda score: not _scored_of("choices", score),
     "unsaid": lambda score: not _scored_of("answers", score),
+    # of an attack
+    "triggered": lambda words: bool(words) and any(a.poisons("trigger") is not None for a in read_attack(words)),
     # of a codec
     "coded": lambda codec: codec is not None and read_form(codec).coded,
     "exact": lambda codec: codec is not None and not read_form(codec).lossy,
@@ -239,6 +242,11 @@ TABLE = {
     "on_large_update max_update_norm=none": "no update is too large without a bound; give one",
     "max_update_norm baseline": "a baseline averages nothing, so no client can harm another",
     "max_update_norm privacy=client": "the server clips every update to --clip-norm; leave it out",
+    "attack baseline": "a baseline averages nothing, so no client can harm another",
+    "attack privacy=client": "the server bounds and noises every update, and what one client does is not to be seen; "
+    "leave it out",
+    "attack:triggered method:personal": "each client has a model of its own, and there is no common one in which a "
+    "backdoor could be looked for; choose another attack, or a method that shares all it trains",
     "client_eval:zero method:personal": "clients with factors of their own can only be scored on rows of their own",
     "method:personal engine=flower": NO_CLIENT_STATE,
     "baseline method:personal": ALONE,
@@ -313,4 +321,11 @@ TABLE = {
     "nothing would learn",
 }
 """In the order in which a report names what is broken."""
-RULES = rules_of(TABLE)
+RULES = [
+    *rules_of(TABLE),
+    Rule(
+        at="attack clients",
+        why="a share of so few clients is nobody; give a larger one",
+        when=lambda c: 0 in counts(c.attacks, c.clients),
+    ),
+]

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from fedlotr.adapters.kinds import BASES, CORES, TIES, bases_made_of
 from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.adapters.moves import Rebase, check_rebase, read_rebase
+from fedlotr.communication.attacks import ATTACKS, Attack, check_attack, read_attack
 from fedlotr.communication.wire_form import Coding, check_basis_codec, check_broadcast_codec, check_codec
 from fedlotr.config.partitions import PARTITIONS
 from fedlotr.config.plain import deeply, plain
@@ -105,6 +106,14 @@ class Fields(BaseModel):
         default=None,
         description="what becomes of an update beyond --max-update-norm: scaled down to it, or refused, so that its "
         "client has failed (default: clip)",
+    )
+    attack: Annotated[str, AfterValidator(check_attack)] | None = Field(
+        default=None,
+        description="hostile clients, for studies of what that does: KIND:SHARE of all clients, with commas; "
+        + "; ".join(
+            f"{name}{f'[={kind.usual:g}]' if kind.takes else ''}: {kind.text}" for name, kind in ATTACKS.items()
+        )
+        + "; KIND+KIND: the one to a client's data, the other to its update",
     )
     seed: int = Field(
         default=0, ge=0, le=MAX_SEED, description="same seed, same bytes: partition, sampling, bases, order of examples"
@@ -646,6 +655,11 @@ class Fields(BaseModel):
     def reported(self) -> dict[str, Any]:
         """What config.yaml says: all but where and how one run reports, which computes nothing."""
         return self.model_dump(exclude=REPORTING)
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """What hostile clients do."""
+        return read_attack(self.attack) if self.attack else ()
 
     @property
     def links(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from fedlotr.data.sources import Source, source_of
 from fedlotr.data.tasks import Task
 from fedlotr.data.turns import RowError
 from fedlotr.errors import FedlotrError, InputError, nearest
-from fedlotr.models.kinds import TASK_KINDS
+from fedlotr.models.kinds import BESIDE, TASK_KINDS
 
 if TYPE_CHECKING:
     import datasets
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedlotr.evaluation.results import Results
 
 TAKEN = frozenset(
-    {"aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon"}
+    {*BESIDE, "aggregation_error", "broadcast_error", "bytes_down", "bytes_up", "clients", "epsilon"}
     | {"over_groups", "score_by", "standard_errors"}
     | {name for kind in TASK_KINDS.values() for name in kind.metrics}
     | {"evaluate_seconds", "failed", "simulated_seconds", "simulated_seconds_median_client", "simulated_slowest_client"}

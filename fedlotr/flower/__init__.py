@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fedlotr.flower.fewest import Fewest
     from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply
     from fedlotr.flower.records import Arrays, by_layer, to_arrays
-    from fedlotr.flower.strategy import Combined, Strategy, Update, WithCarry, owned, weighted_mean
+    from fedlotr.flower.strategy import Combined, FromStart, Strategy, Update, WithCarry, owned, weighted_mean
     from fedlotr.flower.traits import StrategyTraits
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Combined",
     "Draft",
     "Fewest",
+    "FromStart",
     "Job",
     "Link",
     "LinkTraits",

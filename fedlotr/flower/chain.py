@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from fedlotr.errors import InputError
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.link import Cohort, Draft, Job, Link, Refused, Reply, Turn
+from fedlotr.flower.links.attacks import Attacks
 from fedlotr.flower.links.bases import Bases
 from fedlotr.flower.links.codec import Codec
 from fedlotr.flower.links.draws import Draws
@@ -28,7 +29,9 @@ from fedlotr.training.cohort import GradientTransform
 from fedlotr.training.corrections import chain as one_after_the_other
 from fedlotr.training.model import Tensors, TrainableModel
 
-LINKS: tuple[type[Link], ...] = (*(Personal, Objectives, Moments, Moving, Bases, Ranks, Draws, HiddenClients, Codec),)
+LINKS: tuple[type[Link], ...] = (
+    *(Personal, Objectives, Moments, Moving, Bases, Ranks, Draws, HiddenClients, Attacks, Codec),
+)
 """In the order in which a side goes through them before it sends; what arrives meets them in the reverse."""
 GROUP = "fedlotr.links"
 """Entry point group in which packages announce links."""

@@ -11,6 +11,7 @@ from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.evaluation.results import Evaluated
 from fedlotr.fleet.virtual_time import VirtualTime
 from fedlotr.flower.certificate import Layer
+from fedlotr.flower.records import Arrays
 from fedlotr.privacy.guard import NoGuard
 
 
@@ -40,6 +41,8 @@ class Federation:
     weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
     where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
     harm another. virtual: time, where it is; None: a round is whole, and takes what it takes.
+    harm another. root: (round, the model's tensors, what it carries) -> what the server's own training on public rows
+    makes of those that move; None: there are no such rows.
     """
 
     clients: int
@@ -70,5 +73,6 @@ class Federation:
     weights: Weights = field(default_factory=Weights)
     max_update_norm: float | None = None
     refuse_large: bool = False
+    root: Callable[[int, ArrayRecord, Carry], Arrays] | None = None
     watched: bool = True
     virtual: VirtualTime | None = None

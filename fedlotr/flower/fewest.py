@@ -29,18 +29,17 @@ def trimmed_mean_of(beta: float) -> Fewest:
     return Fewest(clients, f"of fewer it trims nobody (beta {beta:g} of them is less than one) and is the plain mean")
 
 
-def krum_of(f: int) -> Fewest:
-    """Of Krum, n > 2 f + 2: Blanchard et al. 2017, proposition 4.2."""
+def krum_of(f: int, chosen: int = 1) -> Fewest:
+    """Of Krum, n > 2 f + 2: Blanchard et al. 2017, proposition 4.2; and n ≥ f + m for the mean of m chosen updates."""
+    if f + chosen > 2 * f + 3:
+        return Fewest(f + chosen, f"its mean of {chosen} clients would have hostile ones in it")
     return Fewest(2 * f + 3, f"Krum holds against {f} hostile clients among 2 f + 3 or more, and not among fewer")
 
 
 def fewest_of_flowers(strategy: MultiKrum | Bulyan | FedTrimmedAvg | FedMedian) -> Fewest | None:
     """What is known of Flower's own; None where any number of clients goes."""
     if isinstance(strategy, MultiKrum):  # Flower's Krum is one
-        f, chosen = strategy.num_malicious_nodes, strategy.num_nodes_to_select
-        if f + chosen > 2 * f + 3:
-            return Fewest(f + chosen, f"its mean of {chosen} clients would have hostile ones in it")
-        return krum_of(f)
+        return krum_of(strategy.num_malicious_nodes, strategy.num_nodes_to_select)
     if isinstance(strategy, Bulyan):
         f = strategy.num_malicious_nodes
         return Fewest(4 * f + 3, f"Bulyan holds against {f} hostile clients among 4 f + 3, and skips a round of fewer")

@@ -216,6 +216,8 @@ def _combined(
     norms: Norms,
 ) -> _Combined:
     """Let the strategy combine, and check all that it gives. Raises StrategyError."""
+    if traits_of(strategy).rooted and federation.root is not None:
+        strategy.take_root(federation.root(turn.number, state.arrays, state.carry))  # type: ignore[attr-defined]
     unfit = not_finite(strategy)
     with blaming(strategy, turn.number, federation.method, "aggregate_train"):
         seen = state.chain.gather(list(good))

@@ -17,7 +17,7 @@ from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.records import OF
 from fedlotr.flower.replies import first_line
-from fedlotr.models.kinds import METRICS, decisive
+from fedlotr.models.kinds import ATTACK_SUCCESS, METRICS, decisive
 from fedlotr.reporting.documents import ClientEvaluation, Spread
 
 log = logging.getLogger("fedlotr")
@@ -28,6 +28,8 @@ EVALUATION_SHARD = 128
 
 PROMPT_SHARD = 32
 """Prompts in one."""
+TRIGGERED = "triggered"
+"""What is evaluated beside the test rows where there is a backdoor: some with its trigger, labelled as its class."""
 
 Records = Mapping[str, Any]
 NONE: Records = MappingProxyType({})
@@ -59,6 +61,8 @@ def evaluate(grid: Grid, federation: Federation, arrays: ArrayRecord, beside: Re
         choices = Results.joined(rows["choices"]) if "choices" in rows else None
         said = [one for part in rows["prompts"] for one in _cut(part)] if "prompts" in rows else None
         further = federation.measure(Evaluated(Results.joined(rows["test"]), choices, said))
+    if TRIGGERED in by:
+        further = {**further, ATTACK_SUCCESS: sum_scores([_scores(answer) for answer in by[TRIGGERED]]).accuracy}
     return {"loss": scores.mean_loss, **scores.metrics(federation.task), **further}
 
 

@@ -27,7 +27,7 @@ from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.link import Reply
 from fedlotr.flower.links.objectives import CONTROL, CONTROL_VARIATES
 from fedlotr.flower.links.ranks import block, padded
-from fedlotr.flower.records import ARRAYS, CLIENT, METRICS, Arrays, to_record
+from fedlotr.flower.records import ARRAYS, CLIENT, METRICS, Arrays, to_arrays, to_record
 from fedlotr.flower.traits import traits_of
 
 
@@ -165,6 +165,10 @@ class Strategy(FlowerStrategy):
         """The server's control variates, one for each of the model's tensors; asked for where `controls` is set."""
         raise NotImplementedError(f"{type(self).__name__} says that it has control variates; give it `control`")
 
+    def take_root(self, arrays: Arrays) -> None:
+        """Told before `combine`, where `rooted` is set: what the server's own training on public rows came to."""
+        raise NotImplementedError(f"{type(self).__name__} says that it is rooted; give it `take_root`")
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -177,6 +181,37 @@ class Strategy(FlowerStrategy):
 
     def summary(self) -> None:
         """Flower prints this where it runs the loop; ours writes its own table."""
+
+
+class FromStart(Strategy):
+    """Base of strategies that go by how far updates are from x, the model that a round's clients start from: `current`.
+
+    root: what the server itself comes to from there, where the strategy asks for that (the trait `rooted`). Both are of
+    one round alone, and no state.
+    """
+
+    def __init__(self) -> None:
+        self.current: Arrays = {}
+        self.root: Arrays = {}
+
+    def take_root(self, arrays: Arrays) -> None:
+        """Remember the server's own."""
+        self.root = arrays
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Remember x."""
+        self.current = to_arrays(arrays)
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def state(self) -> dict[str, Any]:
+        """All attributes but these."""
+        return {key: value for key, value in vars(self).items() if key not in ("current", "root")}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        vars(self).update(state)
 
 
 def ask(

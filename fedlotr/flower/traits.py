@@ -58,6 +58,8 @@ class StrategyTraits:
     remembers: whether it keeps something of the factors from round to round that is of no use between other bases, such
     as moments of their steps.
     several: whether it fails on a single update. losses: whether it reads the clients' training losses.
+    rooted: whether the server is to train the present model itself, on the public rows, in every round: `take_root`
+    is then told what that came to.
     mean_before_step: set in `combine`, the same as `Combined.mean` says.
     """
 
@@ -73,6 +75,7 @@ class StrategyTraits:
     remembers: bool = False
     several: bool = False
     losses: bool = False
+    rooted: bool = False
     mean_before_step: Mapping[str, npt.NDArray[np.float64]] | None = None
 
     def combines(self, row: Method) -> bool:

@@ -6,7 +6,7 @@ Everything else reaches a client in messages. The folder lies in the run directo
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class Recipe:
     core: the fields of `CoreConfig`, or None where no layer is adapted. weights: what a client's reply weighs.
     threads: to compute with; another number gives other bits. noise: where clients hide their single examples.
     coding: of what crosses. links: of the user's, as `chain.link_classes` finds them. rebase: where bases move, the
-    fields of `Rebase`.
+    fields of `Rebase`. factors: client -> what it multiplies its updates by, of those that are hostile.
     """
 
     model: ModelSpec
@@ -59,6 +59,7 @@ class Recipe:
     coding: Coding = UNCODED
     links: tuple[str, ...] = ()
     rebase: dict[str, Any] | None = None
+    factors: dict[str, float] = field(default_factory=dict)
 
 
 class Workplace:
@@ -85,7 +86,8 @@ class Workplace:
 
         carry: by layer the pair of the adapter that the run starts from, which is to clients a part of the base.
         held_back: the rows of `train` that each client is evaluated on by itself, and never trains on.
-        further: what the server has evaluated beside `test`: "choices" of its rows, "prompts" to be answered.
+        further: what the server has evaluated beside `test`: "choices" of its rows, "prompts" to be answered,
+        "triggered" ones.
         public: rows of which clients make bases by themselves.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +120,7 @@ class Workplace:
             coding=Coding(**found["coding"]),
             links=tuple(found["links"]),
             rebase=found["rebase"],
+            factors=found["factors"],
         )
 
     @cached_property
@@ -139,6 +142,11 @@ class Workplace:
     def prompts(self) -> Examples:
         """What of the test rows is to be answered."""
         return Examples.load(self.folder / "prompts.safetensors")
+
+    @cached_property
+    def triggered(self) -> Examples:
+        """The test rows in which a backdoor's trigger stands."""
+        return Examples.load(self.folder / "triggered.safetensors")
 
     @cached_property
     def _clients(self) -> dict[str, npt.NDArray[np.int64]]:

@@ -119,6 +119,14 @@ TASK_KINDS: dict[str, TaskKind] = {
 
 METRICS: dict[str, Metric] = {name: metric for task in TASK_KINDS.values() for name, metric in task.scores.items()}
 """The metrics of all tasks."""
+ATTACK_SUCCESS = "attack_success"
+BESIDE = {
+    ATTACK_SUCCESS: Metric(
+        text="share of the test rows of other classes that a backdoor's trigger makes the target's",
+        higher_is_better=False,
+    )
+}
+"""What no task is judged by, but runs with hostile clients are."""
 DECISIVE = tuple(next(iter(task.metrics)) for task in TASK_KINDS.values())
 """The first of each task."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlotr.errors import InputError, shorten
+from fedlotr.models.kinds import ATTACK_SUCCESS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import under
 from fedlotr.reporting.escaping import cell, cells, markdown
@@ -118,11 +119,12 @@ def compare(paths: Sequence[Path]) -> Comparison:
         if len({json.dumps(_known_by(key, record, records)) for record in records}) > 1
     }
     common = common_quality(records, metric, higher)
+    attacked = any(record.config.get("attack") is not None for record in records)
     groups = _groups(runs, metric, [key for key in differing if key not in ("seed", *REPORTS_ONLY)])
     return Comparison(
         metric,
         runs,
-        [_row(name, record, metric, common) for name, record in runs.items()],
+        [_row(name, record, metric, common, attacked=attacked) for name, record in runs.items()],
         differing,
         groups,
         frontier(groups, higher, lambda group: group.bytes),
@@ -177,7 +179,7 @@ def _in_virtual_time(run: RunRecord, metric: str | None, common: float | None) -
     return known | {"virtual_seconds_to_common": None if at is None else ends[at]}
 
 
-def _row(name: str, run: RunRecord, metric: str | None, common: float | None) -> dict[str, Any]:
+def _row(name: str, run: RunRecord, metric: str | None, common: float | None, *, attacked: bool) -> dict[str, Any]:
     last: Mapping[str, Any] = run.last or {}
     best: Mapping[str, Any] = run.best or {}
     told = dict(flat(run.summary))
@@ -186,6 +188,8 @@ def _row(name: str, run: RunRecord, metric: str | None, common: float | None) ->
     if metric is not None:
         row |= {metric: last.get(metric), f"best_{metric}": best.get(metric)}
     told_of = not run.hides_clients
+    if attacked:
+        row[ATTACK_SUCCESS] = under(last, ATTACK_SUCCESS)
     row |= {"loss": last.get("loss"), "bytes": _bytes(run) if told_of else None}
     ways = {name: sum(under(line, name) or 0 for line in run.rows) for name in ("bytes_up", "bytes_down")}
     row |= ways if told_of else dict.fromkeys(ways)

@@ -22,7 +22,7 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import shorten, visible
 from fedlotr.fleet.modes import OUTCOMES
-from fedlotr.models.kinds import METRICS
+from fedlotr.models.kinds import BESIDE, METRICS
 from fedlotr.reporting.callbacks import Callbacks, FinishEvent, RoundEvent, StartEvent
 from fedlotr.reporting.documents import Facts, Held, Kinds, Summary, VirtualSummary, kinds_of, under
 from fedlotr.reporting.escaping import lines as plain_lines
@@ -55,7 +55,7 @@ NOTEBOOK_LINES = 100
 Known = Callable[[str, str], str | None]
 """A form and the name of a fact or an option -> its value in this form; None where it has none."""
 
-FORMS = {name: metric.form for name, metric in METRICS.items()}
+FORMS = {name: metric.form for name, metric in {**METRICS, **BESIDE}.items()}
 """How each of the metrics of our tasks is written; one of the caller's own is written as accuracy is."""
 
 
@@ -390,6 +390,8 @@ def _learnt(config: SimulationConfig, facts: Facts, known: Known) -> list[tuple[
         rows.append(("sequences", facts["sequences"]))
     if facts.get("texts"):
         rows.append(("texts", facts["texts"]["words"]))
+    if facts.get("attack"):
+        rows.append(("hostile", facts["attack"]["words"]))
     if facts.get("privacy"):
         rows.append(("privacy", facts["privacy"]))
     if facts.get("scored_on"):

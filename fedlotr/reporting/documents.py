@@ -101,6 +101,8 @@ class Judged(TypedDict):
     pearson: NotRequired[float | None]
     """Of a regression: the correlation of predictions and labels; None where one of them is constant."""
     perplexity: NotRequired[float | None]
+    attack_success: NotRequired[float | None]
+    """Share of the test rows of other classes that a backdoor's trigger makes the target's; only where there is one."""
     over_clients: NotRequired[Mapping[str, float | None]]
     """Where each client has a model of its own, of each metric M: M_std, the deviation, and M_worst_tenth."""
     client_evaluation: NotRequired[ClientEvaluation]
@@ -232,6 +234,14 @@ class Held(TypedDict):
     """The same of the groups that rows were dealt by; absent where they were not, and where examples are hidden."""
 
 
+class Attacked(TypedDict):
+    """Of hostile clients (`--attack`)."""
+
+    words: str
+    clients: Mapping[str, Sequence[int]]
+    """What they do, as it was given -> their numbers."""
+
+
 class Fingerprint(TypedDict):
     """What the data are known by."""
 
@@ -314,6 +324,8 @@ class FactsOfSome(TypedDict, total=False):
     """The names of its groups, in their order."""
     privacy: str
     """The promise in a line."""
+    attack: Attacked
+    """Which clients are hostile; absent where none is."""
     sequences: str
     """Whether they are packed or padded; absent of runs of older versions."""
     public_rows_bytes: int
@@ -562,6 +574,8 @@ class Summary(Fingerprint):
     """None without `--link`, and in virtual time, which knows of links itself."""
     virtual: VirtualSummary | None
     """None where time is not virtual."""
+    attack: Attacked | None
+    """None where no client is hostile."""
     privacy: Privacy | None
     """None without a promise."""
     warnings: list[str]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedlotr.errors import shorten
-from fedlotr.models.kinds import DECISIVE
+from fedlotr.models.kinds import ATTACK_SUCCESS, DECISIVE
 from fedlotr.reporting.console import FORMS, readable_bytes
 from fedlotr.reporting.documents import Privacy, Summary, under
 from fedlotr.reporting.escaping import cell, markdown
@@ -85,6 +85,10 @@ def cells(lines: Sequence[Line]) -> list[list[str]]:
         for line, row in zip(lines, rows, strict=True):
             found = line.values(_virtual_seconds)
             row.append(f"{statistics.fmean(found):,.6g}" if found else "")
+    if any(ATTACK_SUCCESS in run["final"] for line in lines for run in line.finished.values()):
+        head.insert(4, ATTACK_SUCCESS)
+        for line, row in zip(lines, rows, strict=True):
+            row.insert(4, _with_spread(_record(line), ATTACK_SUCCESS, FORMS[ATTACK_SUCCESS]))
     return [head, *rows]
 
 
@@ -147,18 +151,13 @@ def _cells(line: Line, metric: str) -> list[str]:
     record = _record(line)
 
     def shown(column: str, form: Callable[[Any], str]) -> str:
-        value = record.get(column)
-        return "" if value is None or value == "" else form(value)
-
-    def with_spread(column: str, form: str) -> str:
-        spread = shown(f"{column}_std", lambda value: f" ± {form.format(value)}")
-        return shown(f"{column}_mean", form.format) + spread
+        return _shown(record, column, form)
 
     return [
         line.name,
         f"{len(line.finished)}/{line.planned}" + (f", {len(line.failed)} FAILED" if line.failed else ""),
-        with_spread(metric, FORMS.get(metric, LOSS)),
-        with_spread("loss", LOSS),
+        _with_spread(record, metric, FORMS.get(metric, LOSS)),
+        _with_spread(record, "loss", LOSS),
         shown("trained_numbers", "{:,.0f}".format),
         shown("upload_bytes", readable_bytes),
         shown("download_bytes", readable_bytes),
@@ -166,6 +165,16 @@ def _cells(line: Line, metric: str) -> list[str]:
         shown("certificate", "{:.1e}".format),
         shown("seconds", "{:.1f}".format),
     ]
+
+
+def _shown(record: Mapping[str, Cell], column: str, form: Callable[[Any], str]) -> str:
+    value = record.get(column)
+    return "" if value is None or value == "" else form(value)
+
+
+def _with_spread(record: Mapping[str, Cell], metric: str, form: str) -> str:
+    spread = _shown(record, f"{metric}_std", lambda value: f" ± {form.format(value)}")
+    return _shown(record, f"{metric}_mean", form.format) + spread
 
 
 def _record(line: Line) -> dict[str, Cell]:

@@ -14,7 +14,7 @@ from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.flower.plugins import built_in
-from fedlotr.models.kinds import METRICS, TASK_KINDS
+from fedlotr.models.kinds import BESIDE, METRICS, TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
@@ -98,7 +98,7 @@ def _outcome(run: RunRecord) -> Section:
             rows.append((f"{run.metric}, {title} (round {row['round']})", under(row, run.metric)))
     if run.last is not None:
         of = f"last (round {run.last['round']})"
-        beside = {name: under(run.last, name) for name in METRICS if name != run.metric}
+        beside = {name: under(run.last, name) for name in (*METRICS, *BESIDE) if name != run.metric}
         rows += [(f"{name}, {of}", value) for name, value in beside.items() if value is not None]
         rows.append((f"loss, as tested, {of}", run.last.get("loss")))
     if not run.hides_clients:
@@ -109,6 +109,8 @@ def _outcome(run: RunRecord) -> Section:
         rows.append(("largest aggregation error", about.get("aggregation_error_max")))
         rows.append(("seconds in all", about.get("timing", {}).get("seconds_total")))
     if not run.hides_clients:
+        if hostile := run.facts.get("attack"):
+            rows.append(("hostile clients", hostile["words"]))
         lost = sum(len(rounds) for clients in run.lost().values() for rounds in clients.values())
         rows.append(("failed clients", sum(row.get("failed") or 0 for row in run.rows) - lost))
         rows += [("updates lost in virtual time", lost)] if run.virtual else []

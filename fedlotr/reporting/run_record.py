@@ -284,6 +284,7 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "higher_is_better": _of(bool),
     "clients_per_round": _is_count,
     **dict.fromkeys(("shapes", "losses", "versions"), _of(dict)),
+    "attack": lambda found: isinstance(found, dict) and isinstance(found.get("words"), str),
     "data_sha256": _of(str, NONE),
 }
 """Keys that are looked into, and whether what is there is what a run writes there."""

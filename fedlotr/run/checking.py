@@ -63,6 +63,7 @@ from fedlotr.run.brought import NOTHING_BROUGHT, Brought
 from fedlotr.run.contents import Content, code_content, fleet_content, model_content
 from fedlotr.run.examples import Dealt, Tokenised, check_tokens, encode_one, tokenised
 from fedlotr.run.layer_ranks import Patterns, check_ties, layer_patterns
+from fedlotr.run.poison import classless, triggered_test
 from fedlotr.run.public_rows import check_public, check_scored
 from fedlotr.run.sheet import Sheet, chosen_on_test, sheet_of
 from fedlotr.run.skeleton import build_skeleton
@@ -241,6 +242,8 @@ def check(
     sheet = sheet_of(config, task, rows.source, rows.test_rows, tokenizer, found.positions)
     if (note := chosen_on_test(config, source)) is not None:
         say(note)
+    triggered = triggered_test(config, task, rows.source, rows.test_rows, tokenizer, limit)
+    sheet = replace(sheet, triggered=triggered)
     config = config.model_copy(update={"max_length": limit})
     training, parts = _training(config), list(rows.parts)
     if config.baseline == "central":
@@ -381,6 +384,7 @@ def _clients(
             f"--samples {config.samples}: a {'regression' if task.scale else 'classifier'} says nothing that could be "
             "shown; leave it out (--sample is the number or share of the clients that train in a round)"
         )
+    found.problems += classless(config, task)
     labels = found.attempt(lambda: task.labels(source.train, partial(source.place, "train")))
     for line in unshared_classes(source, task, told=config.privacy == "none") if labels is not None else ():
         say(line)

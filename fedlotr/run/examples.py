@@ -13,6 +13,7 @@ from fedlotr.data import Encoded, Groups, Source, Style, Task, encode_rows
 from fedlotr.data.labels import Labels
 from fedlotr.errors import InputError, shorten
 from fedlotr.models.limits import tokens_beyond
+from fedlotr.run.poison import Poison
 from fedlotr.training.examples import Examples
 from fedlotr.training.packing import Rows
 
@@ -62,6 +63,8 @@ def tokenised(
     style = style_of(config)
     public = dealt.public if dealt.public_source is None else dealt.public[:0]
     used = np.unique(np.concatenate([*dealt.parts, *dealt.held_back, public]))
+    poison = Poison.of(config, dealt.parts)
+    dealt = replace(dealt, source=poison.source(dealt.source, task))
     splits = [(dealt.source, "train", used), (dealt.source, "test", dealt.test_rows)]
     if dealt.public_source is not None:
         splits.append((dealt.public_source, "train", dealt.public))
@@ -72,6 +75,7 @@ def tokenised(
     assert limit is not None
     train, test, *shown = made
     rows = used[train.owner]
+    train = poison.encoded(train, rows, task)
     parts, held_back = (_numbered(rows, them) for them in (dealt.parts, dealt.held_back))
     _check_all_have_some(config, parts, dealt.parts)
     if not len(test.owner):

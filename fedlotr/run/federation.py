@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from flwr.app import ArrayRecord
 from torch import nn
 
+from fedlotr.adapters.carry import Carry
 from fedlotr.adapters.tuner import bases_of, highest_rank
 from fedlotr.communication.basis_coding import shapes_of
 from fedlotr.communication.links import read_links
@@ -23,12 +26,25 @@ from fedlotr.flower.links.derived import Derived, Offer, public_record
 from fedlotr.flower.links.moving import Mover
 from fedlotr.flower.links.ranks import client_ranks
 from fedlotr.flower.plugins import load_function
-from fedlotr.flower.records import STOP_TEXT, STOPS, TEMPERATURE, TOKENS, bases_record, derivable_record, to_record
+from fedlotr.flower.records import (
+    STOP_TEXT,
+    STOPS,
+    TEMPERATURE,
+    TOKENS,
+    Arrays,
+    bases_record,
+    derivable_record,
+    to_arrays,
+    to_record,
+    to_tensors,
+)
 from fedlotr.models.loading import count_parameters
 from fedlotr.privacy.guard import NoGuard
 from fedlotr.run.checking import Checked
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.sheet import measurer
+from fedlotr.streams import generator
+from fedlotr.training.cohort import ClientWork, train_cohort
 from fedlotr.training.examples import Examples
 from fedlotr.training.moving import head_of
 from fedlotr.training.packing import Rows
@@ -92,6 +108,7 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
         weights=Weights(config.max_weight, config.weights == "uniform"),
         max_update_norm=config.max_update_norm,
         refuse_large=config.on_large_update == "refuse",
+        root=root_of(config, prepared),
         watched=config.baseline is None,
         virtual=virtual_time(config, prepared),
     )
@@ -141,6 +158,22 @@ def staleness_of(config: SimulationConfig) -> Staleness:
     """What late updates count. Raises InputError."""
     load = partial(load_function, option="--staleness", what="function")
     return read_staleness(config.staleness or DEFAULT_STALENESS, load)
+
+
+def root_of(config: SimulationConfig, prepared: Prepared) -> Callable[[int, ArrayRecord, Carry], Arrays] | None:
+    """How the server trains on the public rows by itself, as a client does on its own."""
+    examples, rows = public_of(prepared.checked)
+    model, training, factor = prepared.model, prepared.checked.training, LR_FACTORS[config.lr_schedule]
+
+    def train(number: int, arrays: ArrayRecord, carry: Carry) -> Arrays:
+        model.carry(carry)  # it may have had another round's
+        rate = factor((number - 1) / config.rounds)
+        own = replace(training, lr=training.lr * rate, head_lr=training.head_lr * rate)
+        work = [ClientWork(rows, generator(config.seed, "root", number), {})]
+        (found,) = train_cohort(model, to_tensors(arrays), examples, work, own, None, number)
+        return to_arrays(to_record(found.tensors))
+
+    return train if len(rows) else None
 
 
 def mover(config: SimulationConfig, prepared: Prepared) -> Mover | None:

@@ -21,6 +21,7 @@ from fedlotr.communication.basis_coding import coded, decoded, shapes_of
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.data import Encoded
 from fedlotr.errors import InputError
+from fedlotr.flower.links.attacks import hostile_clients
 from fedlotr.flower.links.derived import public_record, public_rows
 from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import load_strategy
@@ -121,6 +122,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
         coding=config.coding,
         links=config.links,
         rebase=None if config.moves is None else asdict(config.moves),
+        factors=_factors(config),
     )
     shared = public_rows(public_record(shown, public), causal=shown.causal) if config.derive_bases else None
     workplace = Workplace.write(
@@ -133,6 +135,13 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
     if config.privacy == "none" and core is not None and core.row.factored and config.baseline is None:
         _warn_of_small_steps(workplace.step_tokens(range(len(checked.parts))), highest_rank(model.module))
     return Prepared(checked, model, workplace, bases_sha256(model.module), message, seen)
+
+
+def _factors(config: SimulationConfig) -> dict[str, float]:
+    """Client -> what it multiplies its updates by, where that changes them."""
+    hostile = hostile_clients(config.attacks, config.clients, config.seed)
+    factors = {str(client): attack.factor(config.clients_per_round) for client, attack in hostile.items()}
+    return {client: factor for client, factor in factors.items() if factor != 1}
 
 
 def _threads(config: SimulationConfig) -> int:

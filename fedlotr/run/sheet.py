@@ -19,7 +19,7 @@ from fedlotr.errors import InputError, nearest
 from fedlotr.evaluation.marks import Chosen, Marks, Said, mean_and_error, whole_and_error
 from fedlotr.evaluation.results import Evaluated
 from fedlotr.evaluation.scorers import check_library, extract_of
-from fedlotr.flower.scoring import spread_of
+from fedlotr.flower.scoring import TRIGGERED, spread_of
 from fedlotr.models.kinds import METRICS, TASK_KINDS, Metric
 from fedlotr.reporting.documents import OverGroups
 from fedlotr.run.examples import style_of
@@ -34,7 +34,8 @@ class Sheet:
 
     metrics: by name, as `--score` says. examples: (examples,) the row of the test split that each test example is of;
     rows: these, each once. groups: of every row of the split what `--score-by` names; None where it does not.
-    questions: of each of `rows`, where choices or answers are scored. choices, prompts: as they are evaluated.
+    questions: of each of `rows`, where choices or answers are scored. choices, prompts: as they are evaluated;
+    triggered: test rows with a backdoor's trigger.
     """
 
     metrics: Mapping[str, Metric]
@@ -44,12 +45,14 @@ class Sheet:
     questions: Sequence[Asked] = ()
     choices: Choices | None = None
     prompts: Examples | None = None
+    triggered: Examples | None = None
 
     @property
     def further(self) -> dict[str, Examples]:
         """What is evaluated beside the test rows, by name."""
         found = {} if self.choices is None else {"choices": self.choices.examples}
-        return found if self.prompts is None else {**found, "prompts": self.prompts}
+        beside = {"prompts": self.prompts, TRIGGERED: self.triggered}
+        return found | {name: examples for name, examples in beside.items() if examples is not None}
 
 
 def sheet_of(

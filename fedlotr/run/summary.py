@@ -29,7 +29,7 @@ from fedlotr.flower.links.draws import OWN_FACTORS
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.round import State
 from fedlotr.flower.traits import traits_of
-from fedlotr.models.kinds import TASK_KINDS
+from fedlotr.models.kinds import ATTACK_SUCCESS, TASK_KINDS
 from fedlotr.models.loading import adaptable_layers, count_parameters
 from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.documents import (
@@ -54,6 +54,7 @@ from fedlotr.reporting.documents import (
 from fedlotr.run.checking import Checked
 from fedlotr.run.federation import federation, public_of, ranks_of, virtual_time
 from fedlotr.run.fitting_texts import seen_in_words
+from fedlotr.run.poison import attacked
 from fedlotr.run.preparation import Prepared
 from fedlotr.run.prompts import in_words
 from fedlotr.run.public_rows import scored_on
@@ -121,6 +122,8 @@ def _facts_of_some(prepared: Prepared, promise: str | None) -> FactsOfSome:
         found |= {"virtual_time": virtual.in_words(), "fleet": virtual.fleet.in_words()}
     if promise is not None:
         found["privacy"] = promise
+    if (hostile := attacked(checked.config)) is not None:
+        found["attack"] = hostile
     if (public := _public_rows_bytes(checked)) is not None:
         found["public_rows_bytes"] = public
     return found
@@ -261,6 +264,7 @@ def summarise(
         "codec": _codec(config, history),
         "simulated": _simulated(config, history),
         "virtual": _virtual(config, history, fleet, best["round"]),
+        "attack": attacked(config),
         "privacy": privacy,
         "warnings": list(warnings),
         "timing": _timing(prepared, grid, evaluated, _pace(checked, history, totals, started)),
@@ -314,6 +318,8 @@ def metrics_of(prepared: Prepared) -> dict[str, Callable[..., Any]]:
     }
     scores = prepared.checked.sheet.metrics
     usual = {name: max if metric.higher_is_better else min for name, metric in scores.items()} | usual
+    if prepared.checked.sheet.triggered is not None:
+        usual[ATTACK_SUCCESS] = min
     if own is None or own.metric_name is None:
         return usual
     return {own.metric_name: max if own.higher_is_better else min, **usual}

@@ -109,6 +109,16 @@ RULES = (
         at="strategy:any client_rank (controls)",
         why="control variates are of the run's rank; leave --client-rank out",
     ),
+    *(
+        Rule(
+            at=f"strategy:any {without} (rooted)",
+            why="the server trains on public rows in every round, and has none; give {how}".replace("{how}", how),
+        )
+        for without, how in (
+            ("public_examples:zero", "some"),
+            ("privacy=example public_data:absent", "--public-data: rows withheld from private data are private"),
+        )
+    ),
     Rule(at="strategy:any engine=flower (controls)", why=NO_CLIENT_STATE),
     *(
         Rule(

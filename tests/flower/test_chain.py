@@ -165,6 +165,7 @@ def test_the_chain_is_in_order_and_every_link_has_a_name_of_its_own() -> None:
             "ranks",
             "draws",
             "noised mean of the clients",
+            "attacks",
             "codec",
         ),
     ]
