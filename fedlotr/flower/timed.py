@@ -50,8 +50,8 @@ class Flight:
 
     job: its number in the run. round: whose model it trains from. asked, ends: virtual seconds at which it is sent and
     at which its update has arrived, or is known to be lost. computing: seconds of it. trouble: why no update is used.
-    update: what arrives. norm: of that. basis: version of the bases that it is between. down: bytes of the message.
-    entries: the ledger's, of what goes up.
+    reply: what arrives. norm: of its update. basis: version of the bases that it is between. down: bytes of the
+    message. entries: the ledger's, of what goes up.
     """
 
     job: int
@@ -61,7 +61,7 @@ class Flight:
     ends: float
     computing: float = 0.0
     trouble: Failure | None = None
-    update: Reply | None = None
+    reply: Reply | None = None
     norm: float | None = None
     clipped: bool = False
     basis: int = 0
@@ -117,27 +117,28 @@ def deserted(fleet: Fleet, clock: Clock) -> bool:
 
 
 def _packed(flight: Flight) -> dict[str, Any]:
-    update, trouble = flight.update, flight.trouble
+    update, trouble = flight.reply, flight.trouble
     found = vars(flight) | {"entries": [asdict(entry) for entry in flight.entries]}
     found["trouble"] = None if trouble is None else (trouble.kind, trouble.reason)
     if update is not None:
-        found["update"] = {
+        found["reply"] = {
             "arrays": {name: value(array) for name, array in update.arrays.items()},
             "weight": update.weight,
             "examples": update.examples,
             "loss": update.loss,
-            "identity": dict(update.identity),
+            "says": dict(update.identity),
         }
     return found
 
 
 def _unpacked(found: Mapping[str, Any]) -> Flight:
-    trouble, update = found["trouble"], found["update"]
+    trouble, update = found["trouble"], found["reply"]
     if update is not None:
-        update = Reply(client=found["client"], **{**update, "arrays": to_record(update["arrays"])})
+        said = {**update, "arrays": to_record(update["arrays"])}
+        update = Reply(client=found["client"], identity=said.pop("says"), **said)
     entries = [Entry(**entry) for entry in found["entries"]]
     return Flight(
-        **{**found, "trouble": None if trouble is None else Failure(*trouble), "update": update, "entries": entries}
+        **{**found, "trouble": None if trouble is None else Failure(*trouble), "reply": update, "entries": entries}
     )
 
 
@@ -330,13 +331,13 @@ class TimedRound:
         self._came = came = self._asking.ask(list(self._sent), self)
         updates = {reply.client: reply for reply in came.good}
         for client, flight in self._sent.items():
-            flight.update, flight.trouble = updates.get(client), came.failures.get(client)
+            flight.reply, flight.trouble = updates.get(client), came.failures.get(client)
             flight.norm, flight.clipped = came.norms.of.get(client), client in came.norms.clipped
         self._count += came.asked
         clock.under_way += flights
         if self._plan.stale:
             for flight in flights:
-                flight.update = flight.update and _kept(flight.update)
+                flight.reply = flight.reply and _kept(flight.reply)
             clock.models[number] = {name: value(array) for name, array in self._asking.arrays.items()}
 
     def lost(self, client: int, size: Callable[[], int]) -> Failure | None:
@@ -399,7 +400,7 @@ class TimedRound:
         number, clock = self._asking.number, self._clock
         good, factors = [], {}
         for flight in sorted(self._used, key=lambda flight: flight.client):
-            update = flight.update
+            update = flight.reply
             assert update is not None
             if flight.round != number or self._plan.mixing is not None:
                 update, factors[flight.client] = self._translated(flight, update)
@@ -463,7 +464,7 @@ def _moved(trained: ArrayRecord, here: Mapping[str, Array], start: Tensors, fact
 
 
 def _arrival(flight: Flight, number: int, factor: float) -> Arrival:
-    update = flight.update if flight.trouble is None else None
+    update = flight.reply if flight.trouble is None else None
     return {
         "round": number,
         "job": flight.job,
