@@ -128,7 +128,8 @@ class Rounds:
             self.prepared.workplace.save_carry(state.carry)  # as it would still be on the clients' own disks
         self.sampling.begin(base)
         watch = Watch.restored(checkpoint.extra.get("watch", {}))
-        clock = Clock.restored(unpack(checkpoint.extra.get("clock", {}), checkpoint.arrays))
+        kept = checkpoint.extra.get("clock")
+        clock = Clock() if kept is None else Clock.restored(unpack(kept, checkpoint.arrays))
         return State(to_record(trained), checkpoint.round, state.chain, watch, clock)
 
     def run(self, strategy: FlowerStrategy, state: State) -> Summary:
