@@ -12,7 +12,15 @@ from tests import forks
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("errors", "files", "libraries", "machine", "said", "streams", "reporting.documents"),
-    ("adapters.kinds", "adapters.methods", "adapters.moves", "communication.wire_form", "fleet.modes", "models.kinds"),
+    (
+        "adapters.kinds",
+        "adapters.methods",
+        "adapters.moves",
+        "communication.wire_form",
+        "fleet.faults",
+        "fleet.modes",
+        "models.kinds",
+    ),
     ("config",),
     ("adapters",),
     ("communication",),
@@ -83,7 +91,7 @@ INSIDE = {
             "strategy links.personal",
             "chain",
             "replies state",
-            "norms",
+            "faults norms",
             "trouble asking",
             "timed",
             "round",
