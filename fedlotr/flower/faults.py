@@ -197,15 +197,15 @@ def _spoilt(kind: str, client: int, content: RecordDict, chain: Chain) -> Record
         change = _with_nan if kind == "nan" else _too_short
         coded = codec.altered(client, record, change)
         return None if coded is None else RecordDict({**content, ARRAYS: coded})
-    if not len(record):
+    try:
+        name = next(name for name in record if record[name].shape)
+        tensor = np.array(value(record[name]), np.float32, order="C")
+    except Exception:  # a reply is what a client sends, and may hold anything: the checks say what
         return None
-    name = next(iter(record))
-    tensor = np.array(value(record[name]), np.float32)
-    flat = tensor.reshape(-1)
     if kind == "nan":
-        flat[:1] = np.nan
+        tensor.reshape(-1)[0] = np.nan
     else:
-        tensor = np.append(flat, np.float32(0))
+        tensor = np.append(tensor.reshape(-1), np.float32(0))
     return RecordDict({**content, ARRAYS: ArrayRecord({**record, name: Array(tensor)})})
 
 

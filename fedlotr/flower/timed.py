@@ -201,7 +201,7 @@ class TimedRound:
     # One asking, and a moment at which the round is over.
 
     def _whole(self) -> None:
-        clock, plan, run = self._clock, self._plan, self._run
+        plan, run = self._plan, self._run
         if len(there := self._wait_for_somebody()):
             size = min(plan.asked, len(there))
             drawn = generator(run.seed, "sample", self._asking.number).choice(there, size, replace=False).tolist()
