@@ -9,7 +9,7 @@ names and shapes do not travel: both sides have them.
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -296,6 +296,19 @@ def cut(form: WireForm, message: bytes, shapes: Mapping[str, tuple[int, ...]], n
             kept += codes[at : at + size]
         at += size
     return _sealed(form, kept, 0)
+
+
+def altered(
+    form: WireForm,
+    message: bytes,
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: int,
+    change: Callable[[bytes], bytes],
+) -> bytes:
+    """A message with other codes under a right checksum, for faults on purpose. Raises as `decode` does."""
+    codec = codec_of(form)
+    size = sum(codec.size(math.prod(shape)) for shape in shapes.values())
+    return _sealed(form, change(bytes(_codes(form, message, size, tied))), tied)
 
 
 def _sealed(form: WireForm, codes: bytes, tied: int) -> bytes:

@@ -44,6 +44,7 @@ _PLACEHOLDERS = {
     "deadline": "SECONDS",
     "over_select": "FACTOR",
     "staleness": "NAME[:A[:B]]|module:function",
+    "fault": "KIND:SHARE[,...]",
     "codec": "KIND[:DENSITY][+zstd]",
     "broadcast_codec": "[delta+]KIND[:DENSITY][+zstd]",
     "basis_codec": "KIND[+zstd]",

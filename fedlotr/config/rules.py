@@ -13,6 +13,7 @@ from fedlotr.communication.attacks import counts, read_attack
 from fedlotr.communication.wire_form import read_form
 from fedlotr.config.schema import Fields
 from fedlotr.config.values import columns_of
+from fedlotr.fleet.faults import read_faults
 from fedlotr.models.kinds import METRICS
 
 
@@ -33,6 +34,7 @@ TESTS: Mapping[str, Callable[[Any], object]] = {
     "unsaid": lambda score: not _scored_of("answers", score),
     # of an attack
     "triggered": lambda words: bool(words) and any(a.poisons("trigger") is not None for a in read_attack(words)),
+    "slow": lambda fault: fault is not None and read_faults(fault).takes_time,
     # of a codec
     "coded": lambda codec: codec is not None and read_form(codec).coded,
     "exact": lambda codec: codec is not None and not read_form(codec).lossy,
@@ -173,6 +175,11 @@ TABLE = {
     "mode!=sync privacy!=none": WHOLE_ROUNDS,
     "fleet privacy=client": "who is there would decide who takes part, and no noise would cover it; leave it out",
     "mode!=sync, fleet baseline": "a baseline sends nothing, and waits for nobody; leave it out",
+    "fault privacy=client": "what is missing of a round would show who was in it, and no noise would cover it; "
+    "leave it out",
+    "fault baseline": "a baseline sends nothing, and nothing of it can go wrong on its way; leave it out",
+    "fault:slow (virtual=false)": "how long a client takes is virtual time, and there is none here; give --fleet or a "
+    "--mode, or leave slow out",
     "client_rank stale": NOT_STALE.format(other="one rank"),
     "optimizer_state=mean-v stale": NOT_STALE.format(other="reset or keep"),
     "method:in-turn stale": "its clients train other factors from round to round, and an update of an older one has "

@@ -45,6 +45,7 @@ from fedlotr.config.values import (
     read_score,
     read_targets,
 )
+from fedlotr.fleet.faults import FAULTS, check_faults
 from fedlotr.fleet.modes import DEFAULT_STALENESS, MODES, STALENESS, check_staleness
 from fedlotr.models.kinds import TASK_KINDS
 
@@ -163,6 +164,12 @@ class Fields(BaseModel):
         le=1,
         description="with --buffer 1: the share of the client's model in the next one, x + A (x_i - x), times what its "
         "age leaves, as in FedAsync (default: the client's change is added instead, as in FedBuff)",
+    )
+
+    fault: Annotated[str, AfterValidator(check_faults)] | None = Field(
+        default=None,
+        description="faults on purpose, each with the chance of a client that is asked to meet with it, such as "
+        "dropout:0.1,nan:0.05: " + "; ".join(f"{name}: {fault.text}" for name, fault in FAULTS.items()),
     )
 
     model: str = Field(

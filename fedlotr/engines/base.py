@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Self
+from uuid import uuid4
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -52,7 +53,6 @@ class Engine(Grid):
         self.restarts = 0
         self._cohorts = cohorts or each_alone
         self._run = empty_run()
-        self._ids = itertools.count(1)
         self._queue: deque[Job] = deque()
         self._expected: set[str] = set()  # ids of the messages that may still be answered
         self._replies: dict[str, Message] = {}
@@ -105,7 +105,7 @@ class Engine(Grid):
         for message in pushed:
             if message.metadata.dst_node_id not in nodes:
                 raise ValueError(f"no node {message.metadata.dst_node_id}: expected {nodes.start} to {nodes.stop - 1}")
-        ids = [str(next(self._ids)) for _ in pushed]
+        ids = [str(uuid4()) for _ in pushed]  # of no other start of the run either
         for message, message_id in zip(pushed, ids, strict=True):
             set_message_id(message, message_id)
         self._queue.extend(_cut(pushed, self._cohorts))

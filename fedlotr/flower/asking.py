@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.communication.ledger import Entry
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain, post
+from fedlotr.flower.faults import Faults
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.link import Draft, Reply, Turn
 from fedlotr.flower.norms import Norms, begun_with, bounded
@@ -56,7 +57,7 @@ class Came:
 class Asking:
     """A round's side of it. kept: what its clients had kept before it. entries: what has crossed in it, for the ledger.
 
-    arrays: the model that clients train from.
+    arrays: the model that clients train from. faults: on purpose, where there are some.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Asking:
         chain: Chain,
         number: int,
         arrays: ArrayRecord,
+        faults: Faults | None = None,
     ) -> None:
         self._grid, self._strategy, self._federation = grid, strategy, federation
-        self.chain, self.number, self.arrays = chain, number, arrays
+        self.chain, self.number, self.arrays, self.faults = chain, number, arrays, faults
         self.kept = ClientStates(grid)
         self.entries: list[Entry] = []
 
@@ -87,9 +89,12 @@ class Asking:
         post(drafts)
         failures, reached = _lost(drafts, view, way)
         replies = _answered(view, chain, reached, view.send_and_receive([draft.message for draft in reached]))
+        if self.faults is not None:
+            replies = self.faults.put_in(self.number, reached, replies, view, chain)
 
         metrics = METRICS_OF_A_REPLY if not guard.promises or guard.hides_clients else METRICS_OF_A_REPLY - {"loss"}
-        rules = Rules(expected=turn.expected, chain=chain, metrics=metrics, weights=federation.weights)
+        weights = federation.weights
+        rules = Rules(expected=turn.expected, chain=chain, metrics=metrics, weights=weights, number=self.number)
         good, unfit = check_replies(replies, reached, view.nodes, rules)
         norms = Norms()
         if not guard.hides_clients:
@@ -155,12 +160,18 @@ def nodes_by_client(grid: Grid) -> Sequence[int]:
 
 def _answered(view: RoundGrid, chain: Chain, drafts: Sequence[Draft], replies: Iterable[Message]) -> list[Message]:
     """The replies, once every client that asked for more has been sent it. One that asks for ever is left asking."""
-    found = {view.nodes[reply.metadata.src_node_id]: reply for reply in replies}
+    found = list(replies)
     for _ in chain:  # each link may be asked
-        again = [again for draft in drafts if (again := chain.again(draft, found.get(draft.client))) is not None]
-        for reply in view.send_and_receive(again) if again else ():
-            found[view.nodes[reply.metadata.src_node_id]] = reply
-    return list(found.values())
+        first = {reply.metadata.src_node_id: reply for reply in reversed(found)}
+        by_client = {view.nodes[node]: reply for node, reply in first.items()}
+        again = [again for draft in drafts if (again := chain.again(draft, by_client.get(draft.client))) is not None]
+        if not again:
+            break
+        asked = {message.metadata.dst_node_id for message in again}
+        found = [reply for reply in found if reply.metadata.src_node_id not in asked] + list(
+            view.send_and_receive(again)
+        )
+    return found
 
 
 def _check_addresses(messages: Sequence[Message], view: RoundGrid) -> None:

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from fedlotr.adapters.carry import Carry
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.evaluation.results import Evaluated
+from fedlotr.fleet.faults import FaultPlan
 from fedlotr.fleet.virtual_time import VirtualTime
 from fedlotr.flower.certificate import Layer
 from fedlotr.flower.records import Arrays
@@ -40,9 +41,9 @@ class Federation:
     guard: keeps the clients' privacy. coding: of what crosses. links: the user's, as `chain.link_classes` finds them.
     weights: what clients may say that they weigh. max_update_norm: of an update, which is clipped to it, or refused
     where `refuse_large`; None: any. watched: whether clients that stand out are named; no client of a baseline can
-    harm another. virtual: time, where it is; None: a round is whole, and takes what it takes.
-    harm another. root: (round, the model's tensors, what it carries) -> what the server's own training on public rows
-    makes of those that move; None: there are no such rows.
+    harm another. virtual: time, where it is; None: a round is whole, and takes what it takes. faults: on purpose.
+    root: (round, the model's tensors, what it carries) -> what the server's own training on public rows makes of those
+    that move; None: there are no such rows.
     """
 
     clients: int
@@ -76,3 +77,4 @@ class Federation:
     root: Callable[[int, ArrayRecord, Carry], Arrays] | None = None
     watched: bool = True
     virtual: VirtualTime | None = None
+    faults: FaultPlan | None = None

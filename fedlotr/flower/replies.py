@@ -1,8 +1,9 @@
 """Which replies are fit to be averaged, and why the others are not."""
 
+import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedlotr.flower.link import Draft, Refused, Reply
 from fedlotr.flower.private import CLIENT_CRASHED
 from fedlotr.flower.reading import value
 from fedlotr.flower.records import ARRAYS, ASKS, CLIENT, METRICS
+
+log = logging.getLogger("fedlotr")
 
 RECORDS = {ARRAYS: ArrayRecord, METRICS: MetricRecord, CLIENT: ConfigRecord}
 """What a reply consists of, ConfigRecords of other names apart."""
@@ -59,14 +62,16 @@ def check_replies(
 ) -> tuple[list[Reply], dict[int, Failure]]:
     """Replies fit to be averaged, by client, and the reason for every other client that was asked.
 
-    nodes: node id -> client.
+    Of a client's replies the first counts that answers what it was sent; others are noted. nodes: node id -> client.
     """
-    by_client = {nodes[reply.metadata.src_node_id]: reply for reply in replies}
+    by_client: dict[int, list[Message]] = {}
+    for reply in replies:
+        by_client.setdefault(nodes[reply.metadata.src_node_id], []).append(reply)
     good: list[Reply] = []
     failures: dict[int, Failure] = {}
     for draft in drafts:
         try:
-            good.append(rules.read(draft.client, by_client.get(draft.client)))
+            good.append(rules.read(draft.client, rules.answer(draft, by_client.get(draft.client, []))))
         except Refused as refused:
             failures[draft.client] = Failure(refused.kind, refused.reason)
         except Exception as error:  # a reply is what a client sends, and may hold anything
@@ -80,13 +85,27 @@ class Rules:
 
     expected: client -> the tensors that it is to have: names, shapes, dtypes. chain: undoes what the way up did, knows
     which records a reply has besides, and refuses what is wrong with those. metrics: the keys of its MetricRecord.
-    weights: what these may say.
+    weights: what these may say. number: of the round.
     """
 
     expected: Callable[[int], ArrayRecord]
     chain: Chain
     metrics: Collection[str]
     weights: Weights
+    number: int
+
+    def answer(self, draft: Draft, came: Sequence[Message]) -> Message | None:
+        """Which of a client's replies is its answer; None where none came. Raises Refused where none answers."""
+        asked = draft.message.metadata.message_id
+        answers = [reply for reply in came if reply.metadata.reply_to_message_id == asked]
+        if came and not answers:
+            raise Refused("another message", "it answers another message than the one that it was sent in this round")
+        if len(came) > 1:
+            log.warning(
+                "round %d: client %d sent %d replies: its first answer counts, and no other",
+                *(self.number, draft.client, len(came)),
+            )
+        return next(iter(answers), None)
 
     def read(self, client: int, message: Message | None) -> Reply:
         """A client's reply. Raises Refused for what makes it unfit to be averaged."""

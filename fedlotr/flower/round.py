@@ -25,6 +25,7 @@ from fedlotr.flower.asking import Asking
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.certificate import Layer, Product, Weighted, aggregation_error, codec_error, transport_error
 from fedlotr.flower.chain import Chain
+from fedlotr.flower.faults import Faults, row_of
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.fit import check_controls, published
 from fedlotr.flower.lazy import Decoded
@@ -68,6 +69,8 @@ class State:
     """What has been noticed of clients that stand out."""
     clock: Clock = field(default_factory=Clock)
     """Virtual time, and what is under way in it."""
+    faults: Faults | None = None
+    """What the faults on purpose have come to, in a run that has some; made as the chain is."""
 
     @property
     def carry(self) -> Carry:
@@ -141,6 +144,8 @@ def run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, stat
     """
     if not state.chain:
         state.chain = Chain.at_server(federation)
+    if state.faults is None and federation.faults is not None:
+        state.faults = Faults.of(federation.faults, federation.seed, {})
     # Flower's strategies draw from the global generators: seeded per round, a resumed run draws the same.
     with own_streams(stream_key(federation.seed, "strategy", state.round + 1)):
         return _run_round(grid, strategy, federation, state)
@@ -151,13 +156,16 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     chain, guard = state.chain, federation.guard
     state.arrays = chain.before(number, state.arrays)
 
-    asking = Asking(grid, strategy, federation, chain, number, state.arrays)
+    faults = None if state.faults is None else state.faults.next_round()
+    asking = Asking(grid, strategy, federation, chain, number, state.arrays, faults)
     clock = state.clock.copy()
     gathered = _gather(asking, federation, clock)
     came, entries = gathered.came, gathered.entries
     turn, good, failures, norms = came.turn, came.good, came.failures, came.norms
-    failed = {client: failure for client, failure in failures.items() if failure.kind not in OF_THE_FLEET}
-    weigh_failures(federation, number, state.watch, failed, came.replies, good, len(failures) - len(failed))
+    excused = set() if faults is None else faults.settle(number, good, failures, OF_THE_FLEET)
+    excused |= {client for client, failure in failures.items() if failure.kind in OF_THE_FLEET}
+    failed = {client: failure for client, failure in failures.items() if client not in excused}
+    weigh_failures(federation, number, state.watch, failed, came.replies, good, len(excused))
 
     watch = replace(state.watch, told=set(state.watch.told))
     look(watch, strategy, federation, number, good, came.asked, norms)
@@ -179,12 +187,13 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
         **norms.row(federation.max_update_norm),
         **chain.row(),
         **gathered.row(clock),
+        **row_of(faults),
         "epsilon": guard.epsilon(),
         "train_seconds": time.monotonic() - started,
         "evaluate_seconds": None,
     }
     chain.commit(gathered.trained)
-    state.arrays, state.round, state.watch, state.clock = sent, number, watch, clock
+    state.arrays, state.round, state.watch, state.clock, state.faults = sent, number, watch, clock, faults
     if guard.hides_clients:  # who came is not told of either
         log.info("round %d: %s", number, {name: under(row, name) for name in TELLS_WHO_CAME if name in row})
         hidden: dict[str, Any] = {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}

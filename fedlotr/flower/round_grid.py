@@ -78,6 +78,13 @@ class RoundGrid(Grid):
         """Measure one that is sent and lost on its way, so that no engine needs to see it."""
         self._measure(message, "down", message.metadata.dst_node_id)
 
+    def count_instead(self, reply: Message, came: Iterable[Message]) -> None:
+        """Measure what has crossed in the place of a reply that is measured already."""
+        for gone in self._entries(reply, "up", reply.metadata.src_node_id):
+            self.entries.remove(gone)
+        for message in came:
+            self._measure(message, "up", message.metadata.src_node_id)
+
     def bytes_to_send(self, message: Message) -> int:
         """What one that goes down will be on the wire."""
         return total(self._entries(message, "down", message.metadata.dst_node_id), "wire_bytes")

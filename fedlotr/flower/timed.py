@@ -310,15 +310,16 @@ class TimedRound:
 
     def _flight(self, client: int) -> Flight:
         """A message that is sent now."""
-        clock, plan = self._clock, self._plan
+        clock, plan, faults = self._clock, self._plan, self._asking.faults
         clock.jobs += 1
+        slower = 1.0 if faults is None else faults.slower(self._asking.number, client)
         return Flight(
             job=clock.jobs - 1,
             client=client,
             round=self._asking.number,
             asked=clock.now,
             ends=clock.now,
-            computing=plan.fleet.compute_seconds(client, plan.operations[client]),
+            computing=plan.fleet.compute_seconds(client, plan.operations[client]) * slower,
             basis=self._fold,
         )
 
@@ -363,7 +364,8 @@ class TimedRound:
         for reply in good:
             flight, link = self._sent[reply.client], self._link(reply.client)
             if link is not None:
-                flight.ends += link.latency + 8 * total(flight.entries, "wire_bytes") / link.up
+                copies = 1 if self._asking.faults is None else self._asking.faults.copies(reply.client)
+                flight.ends += link.latency + 8 * total(flight.entries, "wire_bytes") / copies / link.up
             if (leaves := self._plan.fleet.until(reply.client, flight.asked)) < flight.ends:
                 flight.ends, flight.entries = leaves, ()
                 failures[reply.client] = Failure(AWAY, "it went offline while its update was on its way")

@@ -188,7 +188,22 @@ class InVirtualTime(TypedDict, total=False):
     """Messages that nothing is known of yet."""
 
 
-class TrainedRow(UpdateNorms, Errors, OfLinks, InVirtualTime):
+class FaultCounts(TypedDict):
+    """Of a kind of faults on purpose, over a run. What is neither refused nor used came too late, or not yet."""
+
+    put_in: int
+    refused: int
+    used: int
+
+
+class OfFaults(TypedDict):
+    """Of a round."""
+
+    faults: NotRequired[Mapping[str, int]]
+    """Kind -> how many were put in; only with `--fault`."""
+
+
+class TrainedRow(UpdateNorms, Errors, OfLinks, InVirtualTime, OfFaults):
     """What a round itself tells. Where whole clients are hidden, what tells who came is None."""
 
     round: int
@@ -524,7 +539,14 @@ class Privacy(PrivacyInWords):
     steps: int
 
 
-class Summary(Fingerprint):
+class AllFaults(TypedDict):
+    """Of a run."""
+
+    faults: NotRequired[Mapping[str, FaultCounts]]
+    """Kind -> what they came to; only with `--fault`."""
+
+
+class Summary(Fingerprint, AllFaults):
     """summary.json of a finished run."""
 
     method: str

@@ -439,10 +439,19 @@ def _failed(run: RunRecord) -> Section:
         if kind not in OUTCOMES
         for client, rounds in clients.items()
     ]
+    on_purpose = _faults(run)
     if not rows:
-        return Section("Clients that failed", text="None.")
+        return Section("Clients that failed", on_purpose, text="None.")
     table = Table(["client", "what went wrong", "times", "rounds"], rows)
-    return Section("Clients that failed", [Figure("failures", "Failures", table=table, open=True, wide=True)])
+    failures = Figure("failures", "Failures", table=table, open=True, wide=True)
+    return Section("Clients that failed", [failures, *on_purpose])
+
+
+def _faults(run: RunRecord) -> list[Figure]:
+    keys = ("put_in", "refused", "used")
+    rows = [[kind, *(counts.get(key) for key in keys)] for kind, counts in run.summary.get("faults", {}).items()]
+    table = Table(["kind", "put in", "refused", "used"], rows)
+    return [Figure("faults", "Faults on purpose", table=table, open=True)] if rows else []
 
 
 def _time(run: RunRecord) -> Section:

@@ -26,7 +26,7 @@ from fedlotr.reporting.samples import samples_in
 AMOUNTS = ("payload_bytes", "wire_bytes")
 LARGEST = 1e150
 """Of a number that can be drawn: the square of a larger one is none."""
-OBJECTS = ("client_evaluation", "over_clients", "standard_errors", "score_by", "over_groups")
+OBJECTS = ("client_evaluation", "over_clients", "standard_errors", "score_by", "over_groups", "faults")
 """Keys of a row that hold more than a number, beside its failures."""
 NOTES_SHOWN = 5
 """Of one file; others are counted."""
@@ -272,6 +272,7 @@ SUMMARY: dict[str, Callable[[object], bool]] = {
     "warnings": lambda found: isinstance(found, list) and all(isinstance(line, str) for line in found),
     "privacy": _is_promise,
     "codec": _of(dict, NONE),
+    "faults": lambda found: isinstance(found, dict) and all(map(_counts, found.values())),
     "data_sha256": _of(str, NONE),
 }
 FACTS: dict[str, Callable[[object], bool]] = {

@@ -16,6 +16,7 @@ from fedlotr.communication.links import read_links
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
 from fedlotr.evaluation.generation import stop_ids
+from fedlotr.fleet.faults import read_faults
 from fedlotr.fleet.fleet import Fleet, read_fleet
 from fedlotr.fleet.modes import DEFAULT_STALENESS, Staleness, read_staleness
 from fedlotr.fleet.virtual_time import VirtualTime
@@ -111,6 +112,7 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
         root=root_of(config, prepared),
         watched=config.baseline is None,
         virtual=virtual_time(config, prepared),
+        faults=None if config.fault is None else read_faults(config.fault),
     )
 
 

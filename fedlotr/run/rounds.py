@@ -18,6 +18,7 @@ from fedlotr.engines.flower import FlowerGrid
 from fedlotr.files import finite
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain
+from fedlotr.flower.faults import Faults
 from fedlotr.flower.links.carry import CarriedTerm, carried_in
 from fedlotr.flower.links.personal import personal
 from fedlotr.flower.norms import Watch
@@ -46,6 +47,8 @@ log = logging.getLogger("fedlotr")
 
 CLOCK = "clock"
 """Of a checkpoint, where virtual time stands; the arrays that are under way have names that begin so."""
+FAULTS = "faults"
+"""The same of what faults on purpose bring again."""
 
 
 class Rounds:
@@ -133,7 +136,14 @@ class Rounds:
         clock = Clock()
         if CLOCK in checkpoint.extra:
             clock = Clock.restored(unpack(checkpoint.extra[CLOCK], checkpoint.arrays))
-        return State(to_record(trained), checkpoint.round, state.chain, watch, clock)
+        return State(to_record(trained), checkpoint.round, state.chain, watch, clock, self._faults(checkpoint))
+
+    def _faults(self, checkpoint: Checkpoint) -> Faults | None:
+        """What those on purpose had come to, in a run that has some."""
+        plan = self.federation.faults
+        if plan is None:
+            return None
+        return Faults.of(plan, self.federation.seed, unpack(checkpoint.extra[FAULTS], checkpoint.arrays))
 
     def run(self, strategy: FlowerStrategy, state: State) -> Summary:
         """The rounds that are left, then adapter and summary; returns that."""
@@ -363,6 +373,8 @@ class Rounds:
         every = {**arrays, **client_arrays, **link_arrays, **trained}
         if self.federation.virtual is not None:
             extra[CLOCK] = pack(state.clock.state(), every, CLOCK)
+        if state.faults is not None:
+            extra[FAULTS] = pack(state.faults.state(), every, FAULTS)
         before_harm = set() if state.watch.first is None else {state.watch.first - 1}
         keep = before_harm | self._best_rounds()
         self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, keep)

@@ -23,6 +23,7 @@ from fedlotr.cost.formulas import Bill, bill
 from fedlotr.data import client_names, describe
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
+from fedlotr.flower.faults import summary_of
 from fedlotr.flower.links.carry import model_sha256
 from fedlotr.flower.links.derived import public_record
 from fedlotr.flower.links.draws import OWN_FACTORS
@@ -265,6 +266,7 @@ def summarise(
         "simulated": _simulated(config, history),
         "virtual": _virtual(config, history, fleet, best["round"]),
         "attack": attacked(config),
+        **summary_of(state.faults),
         "privacy": privacy,
         "warnings": list(warnings),
         "timing": _timing(prepared, grid, evaluated, _pace(checked, history, totals, started)),

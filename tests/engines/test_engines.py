@@ -110,6 +110,11 @@ def test_push_returns_ids_in_the_order_given_and_each_reply_is_pulled_once(grid:
     assert grid.pull_messages(ids) == []
 
 
+def test_no_two_starts_of_an_engine_name_messages_alike() -> None:
+    first, second = (local().push_messages(broadcast(range(5))) for _ in range(2))
+    assert not set(first) & set(second), "else a reply of before a restart would answer a message of after it"
+
+
 def test_ready_replies_can_be_pulled_while_others_are_not() -> None:
     grid = local(by_four)
     ids = grid.push_messages(broadcast(range(CLIENTS)))

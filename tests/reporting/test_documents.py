@@ -24,10 +24,11 @@ PRIVATE = {"noise_multiplier": 1.0, "reproducible_noise": True, "partition": "ii
         {"eval_every": 2, "max_update_norm": 0.1},
         {"codec": "int8", "broadcast_codec": "delta+int8", "link": "4g", "client_eval": 0.3},
         {"baseline": "local"},
+        {"fault": "nan:0.2,duplicate:0.5"},
         {**PRIVATE, "privacy": "example"},
         {**PRIVATE, "privacy": "client", "clip_norm": 0.1, "noise_cohort": 50},
     ],
-    ids=["plain", "coded", "local", "examples", "clients"],
+    ids=["plain", "coded", "local", "faults", "examples", "clients"],
 )
 def test_files_are_as_their_types_say(tmp_path: Path, animals: Path, tiny_bert: Path, options: dict[str, Any]) -> None:
     config = SimulationConfig(**SMALL | options, data=str(animals), model=str(tiny_bert), out=tmp_path / "run")

@@ -8,7 +8,7 @@ Whoever holds nothing yet is sent the whole, coded as well: what that loses, the
 message has its client fold first, what is folded is zero on both sides, and the change is told of that.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord
 from typing_extensions import override
 
 from fedlotr.adapters.moves import Rebase
-from fedlotr.communication.codecs import CodecError, Tensors, added, decode, encode, shapes_of, witness
+from fedlotr.communication.codecs import CodecError, Tensors, added, altered, decode, encode, shapes_of, witness
 from fedlotr.communication.wire_form import Coding
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.link import Draft, Job, Link, LinkTraits, Refused, Reply, Turn
@@ -208,6 +208,17 @@ class Codec(Link):
                 return record  # whoever checks replies says what is wrong with it
             change = {name: array.astype(np.float64) - base[name] for name, array in arrays.items()}
         return to_record(added({name: self.meant[client][name] for name in shapes}, change))
+
+    def altered(self, client: int, record: Any, change: Callable[[bytes], bytes]) -> ArrayRecord | None:
+        """An update with other codes under a right checksum, which no `encode` writes; None of a damaged one."""
+        shapes = {name: tuple(array.shape) for name, array in self.turn.expected(client).items()}
+        tied = witness({name: self.sent[client][name] for name in shapes})
+        if (message := coded_message(record)) is None:
+            return None
+        try:
+            return coded_record(altered(self.coding.update, message, shapes, tied, change))
+        except CodecError:
+            return None
 
     @override
     def commit(self, good: Sequence[Reply]) -> None:
