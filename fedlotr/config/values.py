@@ -221,7 +221,8 @@ def read_score(given: object) -> object:
         return given
     names = [part.strip().replace("-", "_").lower() for part in parts]
     if unknown := next((name for name in names if name not in METRICS), None):
-        raise ValueError(f"{unknown!r} is no metric{nearest(unknown, METRICS)}; there are {', '.join(METRICS)}")
+        hint = nearest(unknown, METRICS)
+        raise ValueError(f"{shorten(unknown)!r} is no metric{hint}; there are {', '.join(METRICS)}")
     return ",".join(dict.fromkeys(names))
 
 
