@@ -31,7 +31,7 @@ class AttackKind:
     """
 
     text: str
-    side: Literal["data", "update"]
+    side: Literal["data", "updates"]
     takes: str = ""
     usual: float = 0.0
     most: float = float("inf")
@@ -52,15 +52,15 @@ ATTACKS: dict[str, AttackKind] = {
         side="data", takes="a share of its rows", usual=0.05, most=1.0, poisons="trigger",
     ),
     "sign-flip": AttackKind(
-        text="sends start - (trained - start)", side="update", factor=lambda x, clients: -1.0
+        text="sends start - (trained - start)", side="updates", factor=lambda x, clients: -1.0
     ),
     "scale": AttackKind(
-        text="sends start + X (trained - start)", side="update", takes="what it multiplies by", usual=10.0,
+        text="sends start + X (trained - start)", side="updates", takes="what it multiplies by", usual=10.0,
         factor=lambda x, clients: x,
     ),
     "replace": AttackKind(
         text="the same by the number of a round's clients: the mean becomes its model (Bagdasaryan et al. 2020)",
-        side="update", factor=lambda x, clients: float(clients),
+        side="updates", factor=lambda x, clients: float(clients),
     ),
 }  # fmt: skip
 """What `--attack KIND:SHARE` may say."""
