@@ -24,14 +24,14 @@ EXPECTED = "KIND:SHARE with commas, KIND+KIND:SHARE for both of a client, such a
 class AttackKind:
     """What a hostile client does.
 
-    side: to its rows, before it trains, or to what its training has changed, before that is coded. takes: what `=X`
-    says; nothing where it takes none. usual: X where it is not given. most: of X. factor: (X, clients in a round) ->
-    what the change of its tensors is multiplied by. poisons: what becomes of rows: the labels of all are those of the
-    next class, or the share X of them gets the trigger and its class.
+    side: to its rows, before it trains, or to its update, before that is coded. takes: what `=X` says; nothing where it
+    takes none. usual: X where it is not given. most: of X. factor: (X, clients in a round) -> what the change of its
+    tensors is multiplied by. poisons: what becomes of rows: the labels of all are those of the next class, or the share
+    X of them gets the trigger and its class.
     """
 
     text: str
-    side: Literal["data", "training"]
+    side: Literal["data", "updates"]
     takes: str = ""
     usual: float = 0.0
     most: float = float("inf")
@@ -52,15 +52,15 @@ ATTACKS: dict[str, AttackKind] = {
         side="data", takes="a share of its rows", usual=0.05, most=1.0, poisons="trigger",
     ),
     "sign-flip": AttackKind(
-        text="sends start - (trained - start)", side="training", factor=lambda x, clients: -1.0
+        text="sends start - (trained - start)", side="updates", factor=lambda x, clients: -1.0
     ),
     "scale": AttackKind(
-        text="sends start + X (trained - start)", side="training", takes="what it multiplies by", usual=10.0,
+        text="sends start + X (trained - start)", side="updates", takes="what it multiplies by", usual=10.0,
         factor=lambda x, clients: x,
     ),
     "replace": AttackKind(
         text="the same by the number of a round's clients: the mean becomes its model (Bagdasaryan et al. 2020)",
-        side="training", factor=lambda x, clients: float(clients),
+        side="updates", factor=lambda x, clients: float(clients),
     ),
 }  # fmt: skip
 """What `--attack KIND:SHARE` may say."""
@@ -102,9 +102,7 @@ def read_attack(given: str) -> tuple[Attack, ...]:
         kinds = tuple(_kind(word) for word in words.split("+"))
         sides = [ATTACKS[name].side for name, _ in kinds]
         if len(set(sides)) < len(sides):
-            raise ValueError(
-                f"{words!r} does two things to a client's {sides[0]}; join one of data and one of training"
-            )
+            raise ValueError(f"{words!r} does two things to a client's {sides[0]}; join one of data and one of updates")
         found.append(Attack(words, part, kinds))
     if len({attack.words for attack in found}) < len(found):
         raise ValueError("one kind stands there twice; give each its share once")

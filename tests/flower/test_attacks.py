@@ -54,7 +54,7 @@ def test_a_replaced_model_is_what_the_mean_becomes_where_the_others_stay() -> No
 def test_every_kind_does_something_and_says_what() -> None:
     for name, kind in ATTACKS.items():
         (attack,) = read_attack(f"{name}:0.5")
-        assert kind.text and (attack.factor(6) != 1) == (kind.side == "update") == (not kind.poisons)
+        assert kind.text and (attack.factor(6) != 1) == (kind.side == "updates") == (not kind.poisons)
         assert bool(kind.takes) == bool(kind.usual)
 
 
