@@ -1,11 +1,10 @@
-"""THE table of faults on purpose, which a configuration needs, and who suffers which: drawn from the seed alone."""
+"""THE table of faults on purpose, which a configuration needs, and how often each is met with."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedlotr.errors import nearest
-from fedlotr.streams import generator
 
 TIMES = 10.0
 """That a slow client takes, where it is not said."""
@@ -47,9 +46,8 @@ class FaultPlan:
     shares: Mapping[str, float]
     times: float = TIMES
 
-    def kind(self, seed: int, server_round: int, client: int) -> str | None:
-        """What a client suffers that is asked in a round; None: nothing."""
-        at = generator(seed, "fault", server_round, client).random()
+    def kind(self, at: float) -> str | None:
+        """What a client suffers that has drawn this number from 0 to 1; None: nothing."""
         for kind, share in self.shares.items():
             if at < share:
                 return kind

@@ -23,6 +23,7 @@ from fedlotr.flower.records import ARRAYS, ASKS
 from fedlotr.flower.replies import Failure, first_line
 from fedlotr.flower.round_grid import RoundGrid
 from fedlotr.reporting.documents import AllFaults, FaultCounts, OfFaults
+from fedlotr.streams import generator
 
 log = logging.getLogger("fedlotr")
 
@@ -78,6 +79,10 @@ class Faults:
             past=dict(self.past),
         )
 
+    def kind(self, number: int, client: int) -> str | None:
+        """What a client suffers that is asked in a round, whatever the engine; None: nothing."""
+        return self.plan.kind(generator(self.seed, "fault", number, client).random())
+
     def put_in(
         self, number: int, drafts: Sequence[Draft], replies: Sequence[Message], view: RoundGrid, chain: Chain
     ) -> list[Message]:
@@ -87,7 +92,7 @@ class Faults:
         last: list[Message] = []
         for reply in replies:
             client = view.nodes[reply.metadata.src_node_id]
-            kind = self.plan.kind(self.seed, number, client)
+            kind = self.kind(number, client)
             instead = None
             if kind is not None and _has_trained(reply):
                 instead = self._instead(kind, client, reply, sent[client], chain)
@@ -133,7 +138,7 @@ class Faults:
 
     def slower(self, number: int, client: int) -> float:
         """How many times as long a client takes that is about to be asked."""
-        kind = self.plan.kind(self.seed, number, client)
+        kind = self.kind(number, client)
         if kind is None or not FAULTS[kind].takes_time:
             return 1.0
         self._suffers(number, client, kind)

@@ -15,7 +15,7 @@ from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.fleet.faults import FAULTS, read_faults
 from fedlotr.flower.chain import Chain
-from fedlotr.flower.faults import Past, _packed, _unpacked
+from fedlotr.flower.faults import Faults, Past, _packed, _unpacked
 from fedlotr.flower.federation import Weights
 from fedlotr.flower.link import Draft
 from fedlotr.flower.links.codec import coded_record
@@ -60,10 +60,10 @@ def run(folder: Path, given: dict[str, Any], **more: Any) -> tuple[dict[str, Any
 
 def wanted(seed: int, words: str) -> list[tuple[int, int, str]]:
     """(round, client, kind) of what is put in: who has answered nothing yet has nothing to bring again."""
-    plan, found, answered = read_faults(words), [], set()
+    faults, found, answered = Faults.of(read_faults(words), seed, {}), [], set()
     for number in range(1, ROUNDS + 1):
         for client in draw_clients(50, 20, seed, number):
-            kind = plan.kind(seed, number, client)
+            kind = faults.kind(number, client)
             if kind is not None and not (FAULTS[kind].recalls and client not in answered):
                 found.append((number, client, kind))
             if kind is None or not FAULTS[kind].spoils or (FAULTS[kind].recalls and client not in answered):
@@ -207,8 +207,8 @@ def test_faults_in_virtual_time(mode: dict[str, Any], tiny_bert: Path, animals: 
     )
     put_in = told(tmp_path / "run")
     assert {kind for _, _, kind in put_in} == set(FAULTS)
-    plan = read_faults(words)
-    assert all(plan.kind(0, number, client) == kind for number, client, kind in put_in)
+    faults = Faults.of(read_faults(words), 0, {})
+    assert all(faults.kind(number, client) == kind for number, client, kind in put_in)
     log = arrivals(tmp_path / "run")
     usual = min(line["computing"] for line in log)
     for line in log:
@@ -316,7 +316,8 @@ def test_a_reply_of_before_is_kept_bit_for_bit() -> None:
 
 def test_faults_are_as_frequent_as_they_are_said_to_be() -> None:
     plan = read_faults("dropout:0.3,slow=2.5:0.2")
-    found = Counter(plan.kind(1, number, client) for number in range(1, 41) for client in range(100))
+    faults = Faults.of(plan, 1, {})
+    found = Counter(faults.kind(number, client) for number in range(1, 41) for client in range(100))
     assert plan.times == 2.5 and found.keys() == {"dropout", "slow", None}
     for kind, share in (("dropout", 0.3), ("slow", 0.2)):
         assert abs(found[kind] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
