@@ -145,7 +145,7 @@ def forecast(checked: Checked, baseline: int) -> Forecast:
 
 def _asked(config: SimulationConfig) -> int:
     """Clients that are sent something in a round; in async, once as many as train at a time do, as many as answer."""
-    return config.buffered if config.mode == "async" else config.asked
+    return config.updates_per_round if config.mode == "async" else config.asked
 
 
 def _foreseen(config: SimulationConfig) -> bool:

@@ -714,9 +714,11 @@ class Fields(BaseModel):
         return min(self.clients, math.ceil(self.clients_per_round * (self.over_select or OVER_SELECT)))
 
     @property
-    def buffered(self) -> int:
-        """Updates that make an asynchronous round."""
-        return self.buffer or min(BUFFER, self.clients_per_round)
+    def updates_per_round(self) -> int:
+        """Updates that a round is done with, where as many come."""
+        if self.mode == "async":
+            return self.buffer or min(BUFFER, self.clients_per_round)
+        return self.clients_per_round
 
     @property
     def clients_per_round(self) -> int:

@@ -132,7 +132,7 @@ def virtual_time(config: SimulationConfig, prepared: Prepared) -> VirtualTime | 
         fleet=fleet_of(config),
         operations=[OPERATIONS * numbers * count for count in tokens],
         asked=config.asked,
-        wanted=config.buffered if config.mode == "async" else config.clients_per_round,
+        wanted=config.updates_per_round,
         deadline=config.deadline or math.inf,
         keep_late=config.late == "use",
         staleness=staleness_of(config),

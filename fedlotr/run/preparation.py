@@ -140,7 +140,7 @@ def prepare(checked: Checked, folder: Path, noise: ExampleNoise | None = None) -
 def _factors(config: SimulationConfig) -> dict[str, float]:
     """Client -> what it multiplies its updates by, where that changes them."""
     hostile = hostile_clients(config.attacks, config.clients, config.seed)
-    factors = {str(client): attack.factor(config.clients_per_round) for client, attack in hostile.items()}
+    factors = {str(client): attack.factor(config.updates_per_round) for client, attack in hostile.items()}
     return {client: factor for client, factor in factors.items() if factor != 1}
 
 

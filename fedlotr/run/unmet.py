@@ -30,15 +30,14 @@ def _combines(config: SimulationConfig, traits: StrategyTraits) -> str:
 
 def _too_few(config: SimulationConfig, traits: StrategyTraits) -> bool:
     needed = traits.fewest()
-    return needed is not None and config.clients_per_round < needed.clients
+    return needed is not None and config.updates_per_round < needed.clients
 
 
 def _needs(config: SimulationConfig, traits: StrategyTraits) -> str:
     needed = traits.fewest()
     assert needed is not None
-    return (
-        f"it needs {needed.clients} ({needed.why}); give a larger --sample, other --strategy-arg, or another strategy"
-    )
+    more = "--buffer" if config.mode == "async" else "--sample"
+    return f"it needs {needed.clients} ({needed.why}); give a larger {more}, other --strategy-arg, or another strategy"
 
 
 OTHER_FACTORS = (
@@ -177,7 +176,7 @@ def _option(field: str, config: SimulationConfig) -> str:
         case "strategy":
             return f"--strategy {config.chosen_strategy}"
         case "sample":
-            return f"{config.clients_per_round} clients a round"
+            return f"{config.updates_per_round} {'updates' if config.mode == 'async' else 'clients'} a round"
         case "error_feedback" | "client_rank":
             return f"--{field.replace('_', '-')}"
         case _ if field in MINIMA:
