@@ -15,7 +15,7 @@ import yaml
 from fedlotr import Callbacks, SimulationConfig, cli, run_simulation
 from fedlotr.commands import doctor
 from fedlotr.errors import InputError
-from fedlotr.flower import round as loop
+from fedlotr.flower import asking
 from fedlotr.flower.replies import Failure
 from fedlotr.privacy.dp_sgd import DPSGD
 from fedlotr.privacy.guard import ClientGuard
@@ -218,13 +218,13 @@ def test_two_worlds_that_differ_in_what_is_hidden_let_out_the_same(
         other = [{**row, "who": "q0"} if row["who"] == "p3" else row for row in other]
         other += [{**row, "who": "q0"} for row in rows(7, 300)]
         monkeypatch.setattr(ClientGuard, "draw", lambda self, server_round, admitted: list(range(server_round + 2)))
-        check = loop.check_replies
+        check = asking.check_replies
 
         def one_fails(*given: Any) -> Any:
             good, failures = check(*given)
             return good[1:], failures | {0: Failure("not finite", "of client q0, with the pox")}
 
-        monkeypatch.setattr(loop, "check_replies", one_fails)
+        monkeypatch.setattr(asking, "check_replies", one_fails)
     assert {"report.html", "summary.json", "facts.json", "metrics.jsonl", "adapter/README.md"} <= one.keys()
     found = world(config, {"train": other, "test": test}, monkeypatch)
     assert [name for name in one if one[name] != found[name]] == [] and found.keys() == one.keys()
