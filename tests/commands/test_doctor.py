@@ -331,6 +331,7 @@ def test_who_is_asked_in_virtual_time_is_foretold_where_it_can_be(
     ("mode", "asked"),
     [
         ("--fleet phones", 2),
+        ("--fleet edge", 2),
         ("--mode async --buffer 1", 1),
         ("--mode over-select --over-select 1.9", 4),
         ("--fleet edge --mode deadline --deadline 9", 2),

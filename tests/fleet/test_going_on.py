@@ -96,3 +96,10 @@ def test_a_preset_is_known_by_its_name(begun: Path, tmp_path: Path, capsys: pyte
     folder = copy(begun, tmp_path)
     assert resumed(folder, "--fleet", "phones") == 2
     assert "--fleet phones: the run in" in capsys.readouterr().err
+    other, words = tmp_path / "other", ["--fleet", "even", "--rounds", "1"]
+    assert simulate.main([str(begun / "run" / "config.yaml"), "--out", str(other / "run"), *words]) == 0
+    for fleet in ("institutions", str(begun / "fleet" / "fleet.yaml")):
+        capsys.readouterr()
+        assert resumed(other, "--fleet", fleet) == 2
+        assert "was begun with even; --resume needs the same" in capsys.readouterr().err
+    assert resumed(other) == 0
