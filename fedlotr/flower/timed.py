@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
 from fedlotr.fleet.fleet import Fleet
+from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.flower.asking import Asking, Came
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.lazy import LazyArray, LazyRecord
@@ -34,9 +35,8 @@ log = logging.getLogger("fedlotr")
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
-USED = "used"
-LATE, DROPPED, AWAY, MOVED = "late", "dropped out", "went offline", "bases moved"
-OF_THE_FLEET = frozenset({LATE, DROPPED, AWAY, MOVED})
+USED, LATE, DROPPED, AWAY, MOVED = OUTCOMES
+OF_THE_FLEET = frozenset(OUTCOMES) - {USED}
 """What keeps an update from being used that is nobody's failure."""
 
 
