@@ -293,7 +293,7 @@ def test_a_recipe_of_a_paper_runs_small(name: str, stories: Path, monkeypatch: p
 LACKING = ("../shared/", "runs/snli", "runs/commonsense-4", "--model smollm2-135m")
 """What recipes need that is no part of a clone, as their refusal names it."""
 GRIDS = [name for name, text in RECIPES.items() if "# fedlotr grid " in text]
-OF_THEMSELVES = ["default", "time-to-accuracy"]
+OF_THEMSELVES = ["attacks", "default", "time-to-accuracy"]
 """Grids that need nothing, and would run."""
 
 
