@@ -32,7 +32,7 @@ TAKEN = frozenset(
     | {"evaluate_seconds", "failed", "simulated_seconds", "simulated_seconds_median_client", "simulated_slowest_client"}
     | {"clipped", "failures", "loss", "round", "train_loss", "train_seconds", "transport_error"}
     | {"update_norm_largest", "update_norm_median"}
-    | {"bytes_in_vain", "staleness_mean", "under_way", "used", "virtual_seconds"}
+    | {"bytes_in_vain", "faults", "staleness_mean", "under_way", "used", "virtual_seconds"}
 )
 """Names that mean something else in a row of metrics.jsonl."""
 COLUMNS = ("text", "text_a", "text_b", "prompt", "answer", "messages", "label")

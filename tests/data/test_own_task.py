@@ -15,6 +15,7 @@ from fedlotr.data import Names, apply_task, load_source
 from fedlotr.data.user_task import TAKEN, MetricError
 from fedlotr.errors import InputError
 from fedlotr.evaluation.results import Results
+from fedlotr.reporting.documents import InVirtualTime
 from tests.data.test_own_data import small
 from tests.support import read_run
 
@@ -79,6 +80,7 @@ def test_its_examples_are_those_of_the_same_texts_and_labels_given_plainly(
     assert summary["trained_sha256"] == plain.summary["trained_sha256"]
     assert [row["accuracy"] for row in metrics] == [row["accuracy"] for row in plain.history]
     of_other_runs = {"attack_success", "perplexity", "pearson", "rmse", "standard_errors", "score_by", "over_groups"}
+    of_other_runs |= {*InVirtualTime.__annotations__, "faults"}
     assert set(metrics[0]) - {"macro_f1"} == TAKEN - of_other_runs, "no metric may take one of these names"
 
 

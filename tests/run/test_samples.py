@@ -188,7 +188,8 @@ def test_a_finished_run_says_the_same_again_and_more_where_more_is_asked(
 def test_the_checkpoint_of_the_best_round_stays_and_of_the_one_that_was_best_a_round_ago(tmp_path: Path) -> None:
     """Which is the best again where the newest checkpoint is damaged, and a private round comes out otherwise."""
     losses = [3.0, 2.0, None, 2.5, 1.0, float("nan"), 4.0]
-    checked = SimpleNamespace(own_task=None, task=SimpleNamespace(kind="causal-lm"), sheet=SimpleNamespace(metrics={}))
+    sheet = SimpleNamespace(metrics={}, triggered=None)
+    checked = SimpleNamespace(own_task=None, task=SimpleNamespace(kind="causal-lm"), sheet=sheet)
     prepared, directory = SimpleNamespace(checked=checked), RunDirectory(tmp_path)
     directory.open_round_folders()
     kept = []
