@@ -40,13 +40,18 @@ def mean(runs: Sequence[Run], key: str) -> list[float]:
     return [fmean(row[key] for row in rows) for rows in zip(*runs, strict=True)]
 
 
+def scored(runs: Sequence[Run]) -> list[Run]:
+    """The rounds that were evaluated."""
+    return [[row for row in rows if row.get("accuracy") is not None] for rows in runs]
+
+
 def table(runs: Mapping[str, Sequence[Run]]) -> str:
     """The modes as Markdown."""
-    goal = min(max(mean(some, "accuracy")) for some in runs.values())
+    goal = min(max(mean(scored(some), "accuracy")) for some in runs.values())
     titles = [column.format(goal=goal) for column in COLUMNS]
     lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
     for name, some in runs.items():
-        accuracy, seconds = mean(some, "accuracy"), mean(some, "virtual_seconds")
+        accuracy, seconds = mean(scored(some), "accuracy"), mean(scored(some), "virtual_seconds")
         until = next(second for value, second in zip(accuracy, seconds, strict=True) if value >= goal)
         sums = [sum(mean(some, key)) for key in ("failed", "bytes_up", "bytes_down", "bytes_in_vain")]
         cells = [f"{accuracy[-1]:.3f}", f"{max(accuracy):.3f}", f"{seconds[-1]:.0f}", f"{until:.0f}", f"{sums[0]:.1f}"]
@@ -59,7 +64,8 @@ def draw(runs: Mapping[str, Sequence[Run]], out: Path) -> None:
     """A line for each mode."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for name, some in runs.items():
-        axes.plot(mean(some, "virtual_seconds"), mean(some, "accuracy"), marker=".", label=name)
+        seen = scored(some)
+        axes.plot(mean(seen, "virtual_seconds"), mean(seen, "accuracy"), marker=".", label=name)
     axes.set_xlabel("virtual seconds")
     axes.set_ylabel("accuracy")
     axes.legend(title="mode", fontsize=8)
