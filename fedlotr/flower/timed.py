@@ -256,8 +256,9 @@ class TimedRound:
             by_time = by_time[: plan.wanted]
             last = by_time[-1].ends
         elif plan.mode == "deadline" and last > (limit := clock.now + plan.deadline):
-            coming = sorted([*(flight.ends for flight in by_time), *(flight.ends for flight in clock.under_way)])
-            last = max(limit, coming[0]) if coming else limit  # an empty-handed server waits for the first one
+            before = [flight for flight in clock.under_way if flight.trouble is None]
+            coming = [flight.ends for flight in (*by_time, *before)]
+            last = max(limit, min(coming, default=limit))  # an empty-handed server waits for the first one
         clock.now = last
         return {flight.client for flight in by_time if flight.ends <= last}
 
@@ -284,12 +285,12 @@ class TimedRound:
             if waiting and min(map(self._soonest, waiting)) <= ahead:
                 self._flush(waiting)
                 continue
+            if not clock.under_way and self._arrived:
+                return  # with fewer: who might still come has been asked already, or may stay away for long
             if room:
                 ahead = min(ahead, plan.fleet.next_arrival(clock.now))
-            if ahead == math.inf:  # nobody is under way, and nobody will be on this model
-                if not self._arrived:
-                    raise self._nobody()
-                return
+            if ahead == math.inf:
+                raise self._nobody()
             clock.now = ahead
 
     def _soonest(self, flight: Flight) -> float:

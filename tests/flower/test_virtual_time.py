@@ -355,6 +355,17 @@ def test_who_drops_out_is_not_held_against_the_run(tiny_bert: Path, animals: Pat
     assert all(line["bytes_up"] == 0 and line["ended"] > line["asked"] for line in lost)
 
 
+def test_a_buffer_that_cannot_be_filled_is_a_round_of_fewer(tiny_bert: Path, animals: Path, tmp_path: Path) -> None:
+    """All are asked, some drop out, and clients come and go for ever: nobody is left who could fill it."""
+    given = small(tiny_bert, animals, sample=6, mode="async", buffer=6)
+    words = "devices: phone\navailability: day-night:22-6\ndropout: 0.5\n"
+    (tmp_path / "fleet.yaml").write_text(words, encoding="utf-8")
+    run_simulation(SimulationConfig(**given, fleet=str(tmp_path / "fleet.yaml"), out=tmp_path / "run"))
+    _, rows = read_run(tmp_path / "run")
+    assert len(rows) == 3 and all(row["used"] + row["failed"] <= 6 and row["under_way"] == 0 for row in rows)
+    assert any(row["used"] < 6 for row in rows)
+
+
 @pytest.mark.parametrize(
     "fields, why",
     [
