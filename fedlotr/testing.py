@@ -24,6 +24,7 @@ from fedlotr.engines import LocalGrid
 from fedlotr.flower.certificate import Layer, layers_of
 from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.carry import STATE, parts_of
+from fedlotr.flower.links.first_loss import FIRST_LOSS, recorded
 from fedlotr.flower.links.objectives import CONTROL
 from fedlotr.flower.links.ranks import block, padded
 from fedlotr.flower.plugins import load_strategy
@@ -67,6 +68,8 @@ def _train(message: Message, context: Context) -> Message:
         "metrics": MetricRecord({"num-examples": client + 1, "weight": float(client + 1), "loss": 1.0}),
         "client": ConfigRecord({"client": client, "bases-sha256": str(context.run_config["bases"]), **carried}),
     }
+    if FIRST_LOSS in content["config"]:
+        records[FIRST_LOSS] = recorded(1.0 + client)
     if CONTROL in content:  # the change of its control variates, noise too
         records[CONTROL] = to_record({name: sent[name] - content["arrays"][name].numpy() for name in sent})
     return Message(RecordDict(records), reply_to=message)

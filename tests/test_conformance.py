@@ -41,7 +41,7 @@ ROWS = [(method, row.strategy) for method, row in METHODS.items()]
 OTHERS = [
     ("lotr", name) for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed-mean", "krum")
 ] + [
-    *(("lotr", name) for name in ("multi-krum", "geometric-median", "norm-clip", "fltrust")),
+    *(("lotr", name) for name in ("multi-krum", "geometric-median", "norm-clip", "fltrust", "q-fedavg")),
     ("rolora", "fedadam"),
     ("ravan", "fedavgm"),
     ("lora", "flora"),
@@ -56,7 +56,7 @@ INEXACT = ("fedit", "flexlora")
 ROBUST = ("median", "trimmed-mean", "krum", "multi-krum", "geometric-median")
 OF_THREE = {"trimmed-mean": {"beta": 0.34}, "krum": {"f": 0}, "multi-krum": {"f": 0}}
 """With what arguments a rule that wants more clients takes three."""
-NOT_MEANS = (*ROBUST, "norm-clip", "fltrust", "hetlora")
+NOT_MEANS = (*ROBUST, "norm-clip", "fltrust", "q-fedavg", "hetlora")
 
 R, WIDE, NARROW = 4, 48, 32
 """Rank, and the widths of the tiny BERT: in each of two blocks four 32×32 matrices and two of

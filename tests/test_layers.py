@@ -20,6 +20,7 @@ ROOMS = (
         "communication.wire_form",
         "fleet.faults",
         "fleet.modes",
+        "fleet.sampling",
         "models.kinds",
     ),
     ("config",),
@@ -84,7 +85,7 @@ INSIDE = {
             "records",
             "certificate serialize",
         ),
-        *("federation", "link", "links.moments links.objectives links.ranks links.carry links.hidden"),
+        *("federation", "link", "links.first_loss links.moments links.objectives links.ranks links.carry links.hidden"),
         "links.attacks links.draws",
         *(
             "links.codec links.derived",

@@ -15,6 +15,7 @@ from fedlotr.config.configuration import ConfigurationError, SimulationConfig, l
 from fedlotr.config.preflight import standing_folder
 from fedlotr.errors import FedlotrError, InputError, shorten, visible
 from fedlotr.files import as_json
+from fedlotr.fleet.sampling import read_sampling
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.fitting import show_table
 from fedlotr.said import keeping
@@ -316,6 +317,9 @@ def _needs(checked: Any, needs: Any) -> Iterator[Finding]:
     )
     if config.virtual:
         yield _virtual_time(config, needs)
+    elif read_sampling(config.sampling).rule.first == "loss":
+        text = f"--sampling {config.sampling}: whom a round asks is seen as losses are told; reckoned by size alone"
+        yield Finding("sampling", "ok", text)
     if needs.derived_versions:
         each = needs.tokens_a_round / needs.asked
         yield Finding(

@@ -14,6 +14,7 @@ from fedlotr.config.configuration import SimulationConfig
 from fedlotr.cost.formulas import WIRE_BYTES
 from fedlotr.errors import shorten
 from fedlotr.fleet.availability import Always
+from fedlotr.fleet.draws import Known
 from fedlotr.flower.round import draw_clients
 from fedlotr.models.checkpointing import blocks
 from fedlotr.models.gguf import origin_of, sha256_of
@@ -23,7 +24,7 @@ from fedlotr.models.supported import form_of_weights
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import TextsSeen
 from fedlotr.run.checking import Checked
-from fedlotr.run.federation import fleet_of, public_of
+from fedlotr.run.federation import fleet_of, public_of, sampler_of
 from fedlotr.run.fitting_texts import what_is_seen
 from fedlotr.run.summary import owed
 from fedlotr.training.cohort import cut_cohorts
@@ -192,10 +193,17 @@ def _without_bases(core: CoreConfig) -> CoreConfig:
 
 
 def _rounds(checked: Checked, each: int) -> list[list[int]]:
-    """The clients of each round, as the run draws them; of the first rounds where there are very many."""
-    config = checked.config
+    """The clients of each round, as the run draws them; of the first rounds where there are very many.
+
+    By loss, which nobody knows before: as if all who took part had told the same.
+    """
+    config, rounds = checked.config, list[list[int]]()
     asked = len(checked.parts), each, config.seed
-    return [draw_clients(*asked, number + 1) for number in range(min(config.rounds, MOST_ROUNDS))]
+    sampler, known = sampler_of(config, checked.parts), Known.nothing(len(checked.parts))
+    for number in range(min(config.rounds, MOST_ROUNDS)):
+        rounds.append(list(draw_clients(*asked, number + 1, sampler, known)))
+        known = known.after(rounds[-1], {})
+    return rounds
 
 
 def _mean_lengths(checked: Checked, clients: Sequence[int]) -> dict[int, float]:

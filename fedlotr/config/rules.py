@@ -172,6 +172,9 @@ TABLE = {
     "mixing buffer!=1 (mode=async)": "a client's model is mixed in by itself; give --buffer 1",
     "late mode=sync|async": "no update is late there; it belongs to --mode deadline or over-select",
     "staleness (stale=false)": "no update is older than its round: it belongs to --mode async, or --late use",
+    "sampling!=uniform privacy!=none": "whom a round asks would tell of their rows or of who came before, and what a "
+    "promise costs is reckoned for even draws; leave it out",
+    "sampling!=uniform baseline": "a baseline has nobody to choose from: all clients train in each round; leave it out",
     "mode!=sync privacy!=none": WHOLE_ROUNDS,
     "fleet privacy=client": "who is there would decide who takes part, and no noise would cover it; leave it out",
     "mode!=sync, fleet baseline": "a baseline sends nothing, and waits for nobody; leave it out",
@@ -330,6 +333,11 @@ TABLE = {
 """In the order in which a report names what is broken."""
 RULES = [
     *rules_of(TABLE),
+    Rule(
+        at="sampling!=uniform sample",
+        why="all clients are asked in each round, and there are none to choose from; give a smaller --sample",
+        when=lambda c: c.asked >= c.clients,
+    ),
     Rule(
         at="attack clients",
         why="a share of so few clients is nobody; give a larger one",

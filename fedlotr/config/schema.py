@@ -47,6 +47,7 @@ from fedlotr.config.values import (
 )
 from fedlotr.fleet.faults import FAULTS, check_faults
 from fedlotr.fleet.modes import DEFAULT_STALENESS, MODES, STALENESS, check_staleness
+from fedlotr.fleet.sampling import DEFAULT_SAMPLING, SAMPLINGS, check_sampling
 from fedlotr.models.kinds import TASK_KINDS
 
 REPORTING = {"out", "resume", "resume_round", "quiet", "json_output", "show_examples"} | {
@@ -77,6 +78,14 @@ class Fields(BaseModel):
     # A share by default, so that any number of clients goes without --sample.
     sample: Annotated[int | float, BeforeValidator(read_sample)] = Field(
         default=0.2, description="clients that train in a round: a number (10) or, with a decimal point, a share (0.2)"
+    )
+    sampling: Annotated[str, AfterValidator(check_sampling)] = Field(
+        default=DEFAULT_SAMPLING,
+        description="whom a round asks: "
+        + "; ".join(
+            f"{name}{rule.text}" if rule.text.startswith("[") else f"{name}: {rule.text}"
+            for name, rule in SAMPLINGS.items()
+        ),
     )
     rounds: int = Field(default=14, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
     max_examples: int | None = Field(

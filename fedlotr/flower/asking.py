@@ -4,7 +4,7 @@ A round asks once; where time is virtual it may ask more often, and some of what
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, cast
 
@@ -56,6 +56,7 @@ class Came:
 
 class Asking:
     """A round's side of it. kept: what its clients had kept before it. entries: what has crossed in it, for the ledger.
+    asked: who was.
 
     arrays: the model that clients train from. faults: on purpose, where there are some.
     """
@@ -74,13 +75,19 @@ class Asking:
         self.chain, self.number, self.arrays, self.faults = chain, number, arrays, faults
         self.kept = ClientStates(grid)
         self.entries: list[Entry] = []
+        self.asked: list[int] = []
 
-    def ask(self, clients: Sequence[int], way: Way | None = None) -> Came:
-        """Have clients train. Raises StrategyError. way: what else may become of messages; None: they arrive."""
+    def ask(self, clients: Mapping[int, float], way: Way | None = None) -> Came:
+        """Have clients train. Raises StrategyError.
+
+        clients: each with its chance of being drawn over that of an even draw, by which its weight is divided. way:
+        what else may become of messages; None: they arrive.
+        """
         federation, chain, guard = self._federation, self.chain, self._federation.guard
         nodes = nodes_by_client(self._grid)
         view = RoundGrid(self._grid, self.number, {nodes[client]: client for client in clients})
         messages = self._messages(view, clients)
+        self.asked += clients
         self.kept.remember(clients)
         turn = self._turn()
         drafts = chain.outgoing(turn, messages, view.nodes)
@@ -96,6 +103,7 @@ class Asking:
         weights = federation.weights
         rules = Rules(expected=turn.expected, chain=chain, metrics=metrics, weights=weights, number=self.number)
         good, unfit = check_replies(replies, reached, view.nodes, rules)
+        good = [replace(reply, weight=reply.weight / clients[reply.client]) for reply in good]
         norms = Norms()
         if not guard.hides_clients:
             bound, refuse = federation.max_update_norm, federation.refuse_large
@@ -118,7 +126,7 @@ class Asking:
             replies=replies,
         )
 
-    def _messages(self, view: RoundGrid, clients: Sequence[int]) -> list[Message]:
+    def _messages(self, view: RoundGrid, clients: Mapping[int, float]) -> list[Message]:
         """What the strategy would send, before any link. Raises StrategyError."""
         strategy, federation, number = self._strategy, self._federation, self.number
         config = ConfigRecord({"lr-factor": federation.lr_factor(number)})
@@ -138,6 +146,7 @@ class Asking:
             moved=ArrayRecord({name: array for name, array in self.arrays.items() if name in names}),
             fewer=traits.ranks or {},
             controls=traits.controls,
+            asks=traits.asks,
         )
 
 

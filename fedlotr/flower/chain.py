@@ -14,6 +14,7 @@ from fedlotr.flower.links.attacks import Attacks
 from fedlotr.flower.links.bases import Bases
 from fedlotr.flower.links.codec import Codec
 from fedlotr.flower.links.draws import Draws
+from fedlotr.flower.links.first_loss import FirstLoss
 from fedlotr.flower.links.hidden import HiddenClients
 from fedlotr.flower.links.moments import Moments
 from fedlotr.flower.links.moving import Moving
@@ -30,7 +31,7 @@ from fedlotr.training.corrections import chain as one_after_the_other
 from fedlotr.training.model import Tensors, TrainableModel
 
 LINKS: tuple[type[Link], ...] = (
-    *(Personal, Objectives, Moments, Moving, Bases, Ranks, Draws, HiddenClients, Attacks, Codec),
+    *(Personal, FirstLoss, Objectives, Moments, Moving, Bases, Ranks, Draws, HiddenClients, Attacks, Codec),
 )
 """In the order in which a side goes through them before it sends; what arrives meets them in the reverse."""
 GROUP = "fedlotr.links"

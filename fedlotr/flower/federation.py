@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from fedlotr.adapters.carry import Carry
 from fedlotr.communication.wire_form import UNCODED, Coding
 from fedlotr.evaluation.results import Evaluated
+from fedlotr.fleet.draws import EVEN, Sampler
 from fedlotr.fleet.faults import FaultPlan
 from fedlotr.fleet.virtual_time import VirtualTime
 from fedlotr.flower.certificate import Layer
@@ -28,7 +29,8 @@ class Weights:
 class Federation:
     """A run as the round loop and the links know it.
 
-    sampled: clients in a round. lr_factor: round -> what the clients' learning rates are multiplied by.
+    sampled: clients in a round. sampler: how they are drawn. lr_factor: round -> what the clients' learning rates are
+    multiplied by.
     basis: what a client receives at its first participation, or None. bases_sha256: what it must then compute with.
     layers: how the certificate reads the trained tensors. held_out: examples that the evaluate messages divide.
     task: one of `TASK_KINDS`. method: for error messages. moving: round -> the tensors that clients send then; None:
@@ -78,3 +80,4 @@ class Federation:
     watched: bool = True
     virtual: VirtualTime | None = None
     faults: FaultPlan | None = None
+    sampler: Sampler = EVEN

@@ -54,14 +54,15 @@ class Turn:
     """A round as the links see it, on the server.
 
     moved: the tensors that clients send in it, in the run's shapes. fewer: client -> the rank that the strategy leaves
-    it. controls: whether the strategy has control variates. part: (record, client) -> the client's part of it, as
-    the link of the ranks cuts it.
+    it. controls: whether the strategy has control variates. asks: what it asks of clients besides training. part:
+    (record, client) -> the client's part of it, as the link of the ranks cuts it.
     """
 
     number: int
     moved: ArrayRecord
     fewer: Mapping[int, int] = field(default_factory=dict)
     controls: bool = False
+    asks: Mapping[str, float | bool] = field(default_factory=dict)
     part: Callable[[ArrayRecord, int], ArrayRecord] = lambda record, client: record
 
     def expected(self, client: int) -> ArrayRecord:

@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.adapters.carry import Carry, in_words
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
+from fedlotr.fleet.draws import EVEN, Known, Sampler
 from fedlotr.flower.asking import Asking
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.certificate import Layer, Product, Weighted, aggregation_error, codec_error, transport_error
@@ -71,6 +72,8 @@ class State:
     """Virtual time, and what is under way in it."""
     faults: Faults | None = None
     """What the faults on purpose have come to, in a run that has some; made as the chain is."""
+    known: Known | None = None
+    """What the server has seen of clients, which may decide whom it asks; made by the first round."""
 
     @property
     def carry(self) -> Carry:
@@ -101,39 +104,46 @@ class Round:
     arrivals: Sequence[Arrival] = ()
 
 
-def draw_clients(clients: int, sampled: int, seed: int, server_round: int) -> list[int]:
-    """The round's clients, sorted: drawn without replacement from a stream of this round alone."""
-    return sorted(generator(seed, "sample", server_round).choice(clients, sampled, replace=False).tolist())
+def draw_clients(
+    clients: int, sampled: int, seed: int, server_round: int, sampler: Sampler = EVEN, known: Known | None = None
+) -> dict[int, float]:
+    """The round's clients, in their order, each with its chance over that of an even draw.
+
+    Drawn without replacement from a stream of this round alone. known: what was seen of them before (default: nothing).
+    """
+    stream = generator(seed, "sample", server_round)
+    return sampler.draw(stream, np.arange(clients), sampled, known or Known.nothing(clients))
 
 
-def sample_clients(federation: Federation, server_round: int) -> list[int]:
+def sample_clients(federation: Federation, server_round: int, known: Known | None = None) -> dict[int, float]:
     """Of a federation; where whole clients are hidden, its guard draws others instead."""
-    return draw_clients(federation.clients, federation.sampled, federation.seed, server_round)
+    run = federation
+    return draw_clients(run.clients, run.sampled, run.seed, server_round, run.sampler, known)
 
 
 def can_pay(federation: Federation, server_round: int) -> bool:
     """Whether anybody who is to train in a round has enough of the privacy budget left."""
     if federation.virtual is not None:  # who that will be is seen when it is time
         return bool(federation.guard.admitted(range(federation.clients)))
-    return bool(federation.guard.admitted(sample_clients(federation, server_round)))
+    return bool(federation.guard.admitted(list(sample_clients(federation, server_round))))
 
 
-def _cohort(federation: Federation, server_round: int) -> list[int]:
-    """Who trains in a round. It may be nobody, where the guard draws. Raises BudgetSpentError."""
-    clients = sample_clients(federation, server_round)
-    admitted = federation.guard.admitted(clients)
+def _cohort(federation: Federation, server_round: int, known: Known | None) -> dict[int, float]:
+    """Who trains in a round, with their chances. It may be nobody, where the guard draws. Raises BudgetSpentError."""
+    clients = sample_clients(federation, server_round, known)
+    admitted = federation.guard.admitted(list(clients))
     if not admitted:
         raise BudgetSpentError(f"round {server_round}: what it would release is over the privacy budget")
     if left_out := sorted(set(clients) - set(admitted)):
         say(f"round {server_round}: clients {left_out} have spent their privacy budget and sit out")
-    return federation.guard.draw(server_round, admitted)
+    return {client: clients.get(client, 1.0) for client in federation.guard.draw(server_round, admitted)}
 
 
-def _gather(asking: Asking, federation: Federation, clock: Clock) -> Gathered:
+def _gather(asking: Asking, federation: Federation, clock: Clock, known: Known) -> Gathered:
     """What a round has to combine."""
     if federation.virtual is not None:
-        return TimedRound(asking, federation, clock).gather()
-    came = asking.ask(_cohort(federation, asking.number))
+        return TimedRound(asking, federation, clock, known).gather()
+    came = asking.ask(_cohort(federation, asking.number, known))
     return Gathered(came=came, trained=came.good, entries=asking.entries)
 
 
@@ -158,8 +168,8 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
 
     faults = None if state.faults is None else state.faults.next_round()
     asking = Asking(grid, strategy, federation, chain, number, state.arrays, faults)
-    clock = state.clock.copy()
-    gathered = _gather(asking, federation, clock)
+    clock, known = state.clock.copy(), state.known or Known.nothing(federation.clients)
+    gathered = _gather(asking, federation, clock, known)
     came, entries = gathered.came, gathered.entries
     turn, good, failures, norms = came.turn, came.good, came.failures, came.norms
     excused = set() if faults is None else faults.settle(number, good, failures, OF_THE_FLEET)
@@ -194,6 +204,7 @@ def _run_round(grid: Grid, strategy: FlowerStrategy, federation: Federation, sta
     }
     chain.commit(gathered.trained)
     state.arrays, state.round, state.watch, state.clock, state.faults = sent, number, watch, clock, faults
+    state.known = known.after(asking.asked, {reply.client: reply.loss for reply in good})
     if guard.hides_clients:  # who came is not told of either
         log.info("round %d: %s", number, {name: under(row, name) for name in TELLS_WHO_CAME if name in row})
         hidden: dict[str, Any] = {name: None for name in TELLS_WHO_CAME if name in row} | {"failures": {}}

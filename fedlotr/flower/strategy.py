@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlotr.flower.certificate import Product
 from fedlotr.flower.lazy import Decoded
 from fedlotr.flower.link import Reply
+from fedlotr.flower.links.first_loss import first_loss
 from fedlotr.flower.links.objectives import CONTROL, CONTROL_VARIATES
 from fedlotr.flower.links.ranks import block, padded
 from fedlotr.flower.records import ARRAYS, CLIENT, METRICS, Arrays, to_arrays, to_record
@@ -40,6 +41,8 @@ class Update:
     rank: of the leading block that it trained, where ranks differ; the rest of its factors is zero here. None: all.
     control: the change of its control variates, where the strategy has such (`Strategy.controls`).
     staleness: server steps since the model that it was trained on; its arrays are as if trained on the present one.
+    first_loss: on its examples of the model that it was sent, in the unit in which it trains, where the strategy asks
+    for that (`asks`); else None.
     """
 
     client: int
@@ -48,6 +51,7 @@ class Update:
     rank: int | None = None
     control: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     staleness: int = 0
+    first_loss: float | None = None
 
 
 def owned(update: Update, name: str) -> npt.NDArray[np.float64]:
@@ -147,6 +151,7 @@ class Strategy(FlowerStrategy):
                 rank=reply.rank,
                 control=Decoded(reply.records[CONTROL]) if controls else {},
                 staleness=reply.staleness,
+                first_loss=first_loss(reply.records),
             )
             for reply in replies
         ]

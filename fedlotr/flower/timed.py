@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord
 
 from fedlotr.communication.ledger import Entry, total
 from fedlotr.errors import FedlotrError
+from fedlotr.fleet.draws import Known
 from fedlotr.fleet.fleet import Fleet
 from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.flower.asking import Asking, Came
@@ -48,7 +49,8 @@ class NobodyThereError(FedlotrError):
 class Flight:
     """A message to a client, and what comes of it.
 
-    job: its number in the run. round: whose model it trains from. asked, ends: virtual seconds at which it is sent and
+    job: its number in the run. round: whose model it trains from. chance: of the client to be drawn, over that of an
+    even draw. asked, ends: virtual seconds at which it is sent and
     at which its update has arrived, or is known to be lost. computing: seconds of it. trouble: why no update is used.
     reply: what arrives. norm: of its update. basis: version of the bases that it is between. down: bytes of the
     message. entries: the ledger's, of what goes up.
@@ -59,6 +61,7 @@ class Flight:
     round: int
     asked: float
     ends: float
+    chance: float = 1.0
     computing: float = 0.0
     trouble: Failure | None = None
     reply: Reply | None = None
@@ -172,12 +175,15 @@ class Gathered:
 
 
 class TimedRound:
-    """One round of a run in virtual time. It decides, as the `Way` of what is sent, when and whether that arrives."""
+    """One round of a run in virtual time. It decides, as the `Way` of what is sent, when and whether that arrives.
 
-    def __init__(self, asking: Asking, federation: Federation, clock: Clock) -> None:
+    known: what has been seen of clients before.
+    """
+
+    def __init__(self, asking: Asking, federation: Federation, clock: Clock, known: Known) -> None:
         plan = federation.virtual
         assert plan is not None
-        self._asking, self._run, self._plan, self._clock = asking, federation, plan, clock
+        self._asking, self._run, self._plan, self._clock, self._known = asking, federation, plan, clock, known
         self._sent: dict[int, Flight] = {}
         """By client, what the present asking sends."""
         self._asked: set[int] = set()
@@ -194,7 +200,7 @@ class TimedRound:
             self._until_buffered()
         else:
             self._whole()
-        came = self._came or self._asking.ask([], self)
+        came = self._came or self._asking.ask({}, self)
         return self._gathered(came)
 
     # One asking, and a moment at which the round is over.
@@ -202,10 +208,9 @@ class TimedRound:
     def _whole(self) -> None:
         plan, run = self._plan, self._run
         if len(there := self._wait_for_somebody()):
-            size = min(plan.asked, len(there))
-            drawn = generator(run.seed, "sample", self._asking.number).choice(there, size, replace=False).tolist()
+            drawn = self._draw("sample", self._asking.number, there, plan.asked)
             self._close = self._in_time
-            self._ask([self._flight(client) for client in run.guard.admitted(sorted(drawn))])
+            self._ask([self._flight(client, drawn[client]) for client in run.guard.admitted(list(drawn))])
             if not plan.stale:
                 self._forget_late()
         self._arrive(self._due())
@@ -276,9 +281,8 @@ class TimedRound:
             room = plan.asked - len(clock.under_way) - len(waiting)
             idle = self._idle()
             if room and len(idle):
-                drawn = generator(self._run.seed, "asked", clock.jobs)
-                chosen = drawn.choice(idle, min(room, len(idle)), replace=False).tolist()
-                waiting += [self._flight(client) for client in sorted(chosen)]
+                chosen = self._draw("asked", clock.jobs, idle, room)
+                waiting += [self._flight(client, chance) for client, chance in chosen.items()]
                 self._asked.update(chosen)
                 room -= len(chosen)
             ahead = min((flight.ends for flight in clock.under_way), default=math.inf)
@@ -309,7 +313,12 @@ class TimedRound:
 
     # What both have in common.
 
-    def _flight(self, client: int) -> Flight:
+    def _draw(self, purpose: str, number: int, there: npt.NDArray[np.int64], wanted: int) -> dict[int, float]:
+        """So many of who is there, or all, from a stream of their own."""
+        stream = generator(self._run.seed, purpose, number)
+        return self._run.sampler.draw(stream, there, min(wanted, len(there)), self._known)
+
+    def _flight(self, client: int, chance: float) -> Flight:
         """A message that is sent now."""
         clock, plan, faults = self._clock, self._plan, self._asking.faults
         clock.jobs += 1
@@ -320,6 +329,7 @@ class TimedRound:
             round=self._asking.number,
             asked=clock.now,
             ends=clock.now,
+            chance=chance,
             computing=plan.fleet.compute_seconds(client, plan.operations[client]) * slower,
             basis=self._fold,
         )
@@ -330,7 +340,7 @@ class TimedRound:
         if self._came is not None:
             self._asking.chain.commit(self._came.good)  # what links know of clients, before they go on
         self._sent = {flight.client: flight for flight in flights}
-        self._came = came = self._asking.ask(list(self._sent), self)
+        self._came = came = self._asking.ask({flight.client: flight.chance for flight in flights}, self)
         updates = {reply.client: reply for reply in came.good}
         for client, flight in self._sent.items():
             flight.reply, flight.trouble = updates.get(client), came.failures.get(client)

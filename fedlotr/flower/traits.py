@@ -51,7 +51,7 @@ class StrategyTraits:
     restarts: whether the factors of one round are not those of the next, but drawn or turned anew, so that nothing a
     client keeps of them can be added to its next update.
     asks: what clients are to do besides plain training: keys of the train message's config with their values; which
-    there are is said in `fedlotr.flower.links.objectives` and `links.draws`.
+    there are is said in `fedlotr.flower.links.objectives`, `links.first_loss` and `links.draws`.
     ranks: client -> the rank that it is to train from now on, where that is below its own; None: it changes no ranks.
     merges: ranks of a round's clients -> the rank that they add to a layer's carried term; `doctor` reckons by it.
     fewest: the clients that a round needs at least for what the strategy promises, and why; None: any number goes.

@@ -1,7 +1,7 @@
 """What the round loop is told of a run: clients, rates, bases, and how the certificate reads the trained tensors."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,9 +16,11 @@ from fedlotr.communication.links import read_links
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.errors import InputError
 from fedlotr.evaluation.generation import stop_ids
+from fedlotr.fleet.draws import Sampler
 from fedlotr.fleet.faults import read_faults
 from fedlotr.fleet.fleet import Fleet, read_fleet
 from fedlotr.fleet.modes import DEFAULT_STALENESS, Staleness, read_staleness
+from fedlotr.fleet.sampling import read_sampling
 from fedlotr.fleet.virtual_time import VirtualTime
 from fedlotr.flower.certificate import layers_of
 from fedlotr.flower.federation import Federation, Weights
@@ -113,7 +115,13 @@ def federation(config: SimulationConfig, prepared: Prepared, guard: NoGuard | No
         watched=config.baseline is None,
         virtual=virtual_time(config, prepared),
         faults=None if config.fault is None else read_faults(config.fault),
+        sampler=sampler_of(config, checked.parts),
     )
+
+
+def sampler_of(config: SimulationConfig, parts: Sequence[Rows]) -> Sampler:
+    """How clients are drawn. parts: the rows of each."""
+    return Sampler(sampling=read_sampling(config.sampling), sizes=[len(part) for part in parts])
 
 
 def virtual_time(config: SimulationConfig, prepared: Prepared) -> VirtualTime | None:

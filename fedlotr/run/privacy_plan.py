@@ -188,7 +188,7 @@ def _plan(checked: Checked, rounds: int) -> Promise:
         # Who takes part is drawn from the seed, which hides nothing: every client pays for all the rounds it is in.
         taken = np.zeros(len(parts), np.int64)
         for server_round in range(1, rounds + 1):
-            taken[draw_clients(len(parts), config.clients_per_round, config.seed, server_round)] += 1
+            taken[list(draw_clients(len(parts), config.clients_per_round, config.seed, server_round))] += 1
         planned = [int(count) * own for count, own in zip(taken, steps, strict=True)]
     return Promise(
         "client" if config.privacy == "client" else "example",

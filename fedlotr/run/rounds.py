@@ -16,6 +16,7 @@ from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
 from fedlotr.files import finite
+from fedlotr.fleet.draws import Known
 from fedlotr.flower.blame import blaming
 from fedlotr.flower.chain import Chain
 from fedlotr.flower.faults import Faults
@@ -49,6 +50,8 @@ CLOCK = "clock"
 """Of a checkpoint, where virtual time stands; the arrays that are under way have names that begin so."""
 FAULTS = "faults"
 """The same of what faults on purpose bring again."""
+KNOWN = "known"
+"""The same of what decides whom the next round asks."""
 
 
 class Rounds:
@@ -136,7 +139,8 @@ class Rounds:
         clock = Clock()
         if CLOCK in checkpoint.extra:
             clock = Clock.restored(unpack(checkpoint.extra[CLOCK], checkpoint.arrays))
-        return State(to_record(trained), checkpoint.round, state.chain, watch, clock, self._faults(checkpoint))
+        known = Known(**unpack(checkpoint.extra[KNOWN], checkpoint.arrays)) if KNOWN in checkpoint.extra else None
+        return State(to_record(trained), checkpoint.round, state.chain, watch, clock, self._faults(checkpoint), known)
 
     def _faults(self, checkpoint: Checkpoint) -> Faults | None:
         """What those on purpose had come to, in a run that has some."""
@@ -375,6 +379,8 @@ class Rounds:
             extra[CLOCK] = pack(state.clock.state(), every, CLOCK)
         if state.faults is not None:
             extra[FAULTS] = pack(state.faults.state(), every, FAULTS)
+        if state.known is not None and self.federation.sampler.remembers:
+            extra[KNOWN] = pack(state.known.state(), every, KNOWN)
         before_harm = set() if state.watch.first is None else {state.watch.first - 1}
         keep = before_harm | self._best_rounds()
         self.directory.write_checkpoint(state.round, every, self.history, self.ledger, extra, keep)

@@ -17,6 +17,7 @@ from fedlotr.adapters import CoreConfig
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.evaluation.scores import evaluate
+from fedlotr.fleet.draws import EVEN
 from fedlotr.flower.link import Reply
 from fedlotr.flower.links.moments import MOMENTS, Moments
 from fedlotr.flower.round import Federation, sample_clients
@@ -56,8 +57,8 @@ def options(tiny_bert: Path, animals: Path) -> dict[str, Any]:
 def asked(seed: int) -> list[list[int]]:
     """The clients of each round, as a run of that seed samples them."""
     values: Any = dict.fromkeys(Federation.__dataclass_fields__)
-    run = Federation(**{**values, "clients": CLIENTS, "sampled": 2, "seed": seed})
-    return [sample_clients(run, number) for number in range(1, ROUNDS + 1)]
+    run = Federation(**{**values, "clients": CLIENTS, "sampled": 2, "seed": seed, "sampler": EVEN})
+    return [list(sample_clients(run, number)) for number in range(1, ROUNDS + 1)]
 
 
 def returns(seed: int) -> set[int]:

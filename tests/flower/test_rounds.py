@@ -187,9 +187,10 @@ def test_too_many_failures_stop_the_run_and_leave_the_state_as_it_was() -> None:
 
 def test_a_round_samples_its_clients_from_its_own_stream() -> None:
     here = federation(clients=50, sampled=10)
-    first = sample_clients(here, 1)
-    assert first == sample_clients(here, 1) == sorted(set(first)) and len(first) == 10
-    assert first != sample_clients(here, 2) and first != sample_clients(federation(clients=50, sampled=10, seed=1), 1)
+    first = list(sample_clients(here, 1))
+    assert first == list(sample_clients(here, 1)) == sorted(set(first)) and len(first) == 10
+    assert first != list(sample_clients(here, 2))
+    assert first != list(sample_clients(federation(clients=50, sampled=10, seed=1), 1))
 
 
 def test_the_ledger_has_a_row_for_every_record_of_every_message(tmp_path: Path) -> None:

@@ -204,8 +204,10 @@ class Mortal(ExactAverage):
         CODED,
         {**CODED, "mode": "deadline", "buffer": None, "deadline": 0.1005, "late": "use"},
         {**CODED, "rebase": "2:svd", "method": "lora-xs"},
+        {**CODED, "sampling": "loss"},
+        {"sampling": "availability"},
     ],
-    ids=["plain numbers", "coded", "late", "moving bases"],
+    ids=["plain numbers", "coded", "late", "moving bases", "by loss", "by availability"],
 )
 def test_a_run_that_was_killed_goes_on_with_what_was_under_way(
     tiny_bert: Path,
