@@ -260,7 +260,8 @@ TABLE = {
     "client_eval:zero method:personal": "clients with factors of their own can only be scored on rows of their own",
     "method:personal engine=flower": NO_CLIENT_STATE,
     "baseline method:personal": ALONE,
-    "baseline client_eval (method:shared)": ALONE,
+    "baseline=central client_eval (method:shared)": "its one client holds the rows of all, and nobody has rows of its "
+    "own; leave it out, or choose --baseline local",
     "rebase method:moving": "this method trains its factors in turn, with a core, or apart, and no frozen ones are "
     "left to move; choose one that freezes them, such as fed-sb, lora-xs or ffa-lora, or lora",
     "rebase:wayless method:turning": "by itself that is {c.rebase_every}:gradient, and this method moves otherwise, "

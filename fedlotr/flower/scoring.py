@@ -1,7 +1,7 @@
 """The server's own work between rounds: the model scored on the held-out examples, or each client's on its own rows."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +17,8 @@ from fedlotr.flower.federation import Federation
 from fedlotr.flower.links.personal import OWN_ROWS
 from fedlotr.flower.records import OF
 from fedlotr.flower.replies import first_line
-from fedlotr.models.kinds import ATTACK_SUCCESS, METRICS, decisive
-from fedlotr.reporting.documents import ClientEvaluation, Spread
+from fedlotr.models.kinds import ATTACK_SUCCESS, decisive
+from fedlotr.reporting.documents import ClientScore
 
 log = logging.getLogger("fedlotr")
 
@@ -76,32 +76,55 @@ def _cut(part: dict[str, Any]) -> list[list[int]]:
 
 
 def evaluate_clients(
-    grid: Grid, arrays: ArrayRecord, held_back: Sequence[int], beside: Records = NONE, *, task: str
-) -> ClientEvaluation:
-    """Every client's own model on its own rows.
+    grid: Grid,
+    arrays: ArrayRecord | Callable[[int], ArrayRecord],
+    held_back: Sequence[int],
+    beside: Records = NONE,
+    *,
+    task: str,
+    number: int = 0,
+) -> list[ClientScore]:
+    """Every client's own model on its own rows, by client.
 
-    held_back: each client's number of such rows; who has none is left out. beside: as for `evaluate`.
-    The metric is the task's decisive one. Raises FedlotrError where a client fails.
+    arrays: of all, or of each. held_back: each client's number of such rows; who has none is left out. beside: as for
+    `evaluate`. number: of the round. The metric is the task's decisive one. Raises FedlotrError where a client fails.
     """
     asked = [
         (client, {OWN_ROWS: True}, f"evaluation of client {client} on its own rows")
         for client, rows in enumerate(held_back)
         if rows
     ]
-    found = [_scores(answer) for answer in _ask(grid, asked, arrays, beside)]
-    metric = decisive(task)
-    scores = [getattr(one, metric) for one in found]
-    return summary_of(metric, [one.mean_loss for one in found], scores)
+    found, metric = [_scores(answer) for answer in _ask(grid, asked, arrays, beside)], decisive(task)
+    return [
+        {
+            "round": number,
+            "client": client,
+            "rows": held_back[client],
+            "loss": one.mean_loss,
+            "metric": metric,
+            "score": getattr(one, metric),
+        }
+        for (client, _, _), one in zip(asked, found, strict=True)
+    ]
 
 
 def _ask(
-    grid: Grid, asked: Sequence[tuple[int, dict[str, Any], str]], arrays: ArrayRecord, beside: Records
+    grid: Grid,
+    asked: Sequence[tuple[int, dict[str, Any], str]],
+    arrays: ArrayRecord | Callable[[int], ArrayRecord],
+    beside: Records,
 ) -> list[Any]:
     """What comes of evaluate messages, in their order: (client, config, what it is called where it fails) of each."""
     nodes = nodes_by_client(grid)
     messages = [
         Message(
-            RecordDict({"arrays": arrays, "config": ConfigRecord(config), **beside}),
+            RecordDict(
+                {
+                    "arrays": arrays if isinstance(arrays, ArrayRecord) else arrays(client),
+                    "config": ConfigRecord(config),
+                    **beside,
+                }
+            ),
             nodes[client],
             MessageType.EVALUATE,
         )
@@ -121,28 +144,3 @@ def _scores(answer: Any) -> Scores:
     found = answer["metrics"]
     moments = tuple(map(float, found["moments"]))
     return Scores(float(found["loss"]), int(found["units"]), int(found["correct"]), moments)
-
-
-def worst_tenth(scores: Sequence[float], *, larger_is_worse: bool) -> float:
-    """The mean of the worst tenth of the clients' scores: of ⌈n/10⌉ of n, so never of fewer than a tenth, nor of none.
-
-    This is what "worst tenth" means wherever a run says it.
-    """
-    ordered = sorted(scores, reverse=larger_is_worse)
-    return float(np.mean(ordered[: -(-len(ordered) // 10)]))
-
-
-def spread_of(metric: str, scores: Sequence[float]) -> Spread:
-    """How far scores are apart. metric: which they are."""
-    larger_is_worse = not METRICS[metric].higher_is_better
-    return {
-        "mean": float(np.mean(scores)),
-        "spread": float(np.std(scores)),
-        "worst_tenth": worst_tenth(scores, larger_is_worse=larger_is_worse),
-    }
-
-
-def summary_of(metric: str, losses: Sequence[float], scores: Sequence[float]) -> ClientEvaluation:
-    """Of scores by client. metric: which they are."""
-    loss = float(np.mean(losses))
-    return {"metric": metric, "clients": len(scores), "loss": loss, **spread_of(metric, scores)}

@@ -17,6 +17,7 @@ from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import under
 from fedlotr.reporting.escaping import cell, cells, markdown
 from fedlotr.reporting.fitting import show_table
+from fedlotr.reporting.gains import COLUMNS, compared
 from fedlotr.reporting.grid_table import spending
 from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
 from fedlotr.reporting.report import flat
@@ -24,6 +25,7 @@ from fedlotr.reporting.run_record import RunRecord, points, read_run
 from fedlotr.reporting.svg import COLOURS, Series, line_plot, short
 from fedlotr.reporting.virtual import OVER, reached, seconds
 
+GAINS = "What each client gains"
 REPORTS_ONLY = ("workers", "threads", "cohort", "tensorboard", "mlflow", "wandb")
 """Keys that change how fast a run is, or who is told of it, not what it comes to (beyond the last bits): no reason for
 another group."""
@@ -287,11 +289,13 @@ def tables(found: Comparison) -> dict[str, Table]:
         titles += ["epsilon", "on the frontier over epsilon"]
         for row, group in zip(pareto, found.groups, strict=True):
             row += [group.epsilon, "yes" if group.name in found.private_frontier else "no"]
-    return {
+    shown = {
         "Runs": Table(columns, [[row[key] for key in columns] for row in found.rows]),
         "Seeds together, and the Pareto frontier": Table(titles, pareto),
         "What differs": Table(["key", *found.runs], [[key, *values] for key, values in found.differing.items()]),
     }
+    gained = list(compared(found.runs))
+    return shown | ({GAINS: Table(COLUMNS, gained)} if gained else {})
 
 
 def show_tables(found: Comparison, console: Console) -> None:
@@ -323,8 +327,8 @@ def as_page(found: Comparison) -> str:
     """One self-contained page."""
     metric = found.metric
     shown = tables(found)
-    (runs, groups, differing) = shown.values()
-    (_, together, _) = shown
+    (runs, groups, differing, *gained) = shown.values()
+    (_, together, *_) = shown
     figures = []
     if metric is not None:
         figures = [_frontier_plot(found, metric, "bytes", groups)]
@@ -359,6 +363,7 @@ def as_page(found: Comparison) -> str:
             [Figure("differing", "Configurations", table=differing, open=True, wide=True)] if found.differing else (),
             "" if found.differing else "Nothing: the configurations are the same.",
         ),
+        *(Section(GAINS, [Figure("gains", GAINS, table=table, open=True, wide=True)]) for table in gained),
     ]
     names = ", ".join(found.runs)
     return render(

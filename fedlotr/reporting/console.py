@@ -527,6 +527,9 @@ def _result_rows(summary: Summary) -> list[tuple[str, str]]:
             )
         )
         rows.append(("  of their worst tenth", form.format(own["worst_tenth"])))
+        if (gain := own.get("gain")) is not None:
+            text = f"{form.format(gain['mean'])}, worst tenth {form.format(gain['worst_tenth'])}, {gain['worse']} lose"
+            rows.append(("  gain over the start", text))
     return rows
 
 

@@ -67,6 +67,25 @@ class Spread(TypedDict):
     """The mean over the worst tenth of them."""
 
 
+class Gain(Spread):
+    """What clients gained over the model before the first round, or over another; more is always better."""
+
+    worse: int
+    """Clients that lost."""
+
+
+class ClientScore(TypedDict):
+    """A line of client_scores.jsonl: the model that a client has after a round, on the rows that it holds back."""
+
+    round: int
+    """0: before the first."""
+    client: int
+    rows: int
+    loss: float
+    metric: str
+    score: float
+
+
 class ClientEvaluation(Spread):
     """Every client's own model on rows that it holds back."""
 
@@ -75,6 +94,8 @@ class ClientEvaluation(Spread):
     clients: int
     loss: float
     """Mean, in the unit of `Judged`."""
+    gain: NotRequired[Gain]
+    """Of the same clients over the model before the first round, in the metric's unit; not there before it."""
 
 
 class OverGroups(Spread):

@@ -17,6 +17,7 @@ from fedlotr.flower.plugins import built_in
 from fedlotr.models.kinds import BESIDE, METRICS, TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
+from fedlotr.reporting.gains import of_clients
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, number, points, read_run
 from fedlotr.reporting.samples import TITLE, about, name, texts
@@ -63,6 +64,7 @@ def report_page(run: RunRecord) -> str:
         _learning(run),
         *in_virtual_time(run, traffic),
         *_scores(run),
+        *of_clients(run),
         *_samples(run),
         _communication(run, traffic),
         *_bill(run),

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedlotr.evaluation.spreads import worst_tenth
 from fedlotr.flower import Strategy, Update, weighted_mean
 from fedlotr.flower.records import to_record
 from fedlotr.flower.round import Round
-from fedlotr.flower.scoring import worst_tenth
 from fedlotr.reporting.documents import MetricsRow
 from fedlotr.training.cohort import LocalTraining
 from fedlotr.training.packing import Rows

@@ -22,7 +22,7 @@ from fedlotr.communication.ledger import part_path
 from fedlotr.errors import FedlotrError, InputError
 from fedlotr.files import as_json, finite, write_atomically
 from fedlotr.flower.workplace import work_folder
-from fedlotr.reporting.documents import Arrival, Facts, MetricsRow, Summary
+from fedlotr.reporting.documents import Arrival, ClientScore, Facts, MetricsRow, Summary
 from fedlotr.said import say
 
 log = logging.getLogger("fedlotr")
@@ -88,6 +88,12 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    if lines:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(as_json(line) + "\n" for line in lines)
+
+
 class RunDirectory:
     """Paths of a run and how they are written."""
 
@@ -101,6 +107,7 @@ class RunDirectory:
         self.log = path / "log.txt"
         self.metrics = path / "metrics.jsonl"
         self.arrivals = path / "arrivals.jsonl"
+        self.scores = path / "client_scores.jsonl"
         self.saved = 0
         """The last round that is safe on disk."""
 
@@ -175,17 +182,26 @@ class RunDirectory:
 
     def append_arrivals(self, arrivals: Sequence[Arrival]) -> None:
         """Further lines of arrivals.jsonl, which is there in virtual time alone."""
-        if arrivals:
-            with open(self.arrivals, "a", encoding="utf-8") as file:
-                file.writelines(as_json(arrival) + "\n" for arrival in arrivals)
+        _append(self.arrivals, arrivals)
 
-    def _cut_arrivals(self) -> None:
-        """Without those of rounds that do not count, and a line that was cut off."""
-        if self.arrivals.is_file():
-            lines = self.arrivals.read_text(encoding="utf-8").splitlines(keepends=True)
+    def append_client_scores(self, scores: Sequence[ClientScore]) -> None:
+        """Further lines of client_scores.jsonl, which is there where clients hold rows back."""
+        _append(self.scores, scores)
+
+    def client_scores(self, number: int) -> list[ClientScore]:
+        """Those after a round."""
+        if not self.scores.is_file():
+            return []
+        lines = map(json.loads, self.scores.read_text(encoding="utf-8").splitlines())
+        return [line for line in lines if line["round"] == number]
+
+    def _cut(self, path: Path, *, all_of_it: bool = False) -> None:
+        """Without the lines of rounds that do not count, and one that was cut off."""
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= self.saved]
-            if kept != lines:
-                write_atomically(self.arrivals, "".join(kept))
+            if all_of_it or kept != lines:
+                write_atomically(path, "" if all_of_it else "".join(kept))
 
     def write_checkpoint(
         self,
@@ -225,7 +241,7 @@ class RunDirectory:
         for folder in (self.ledger, self.checkpoints, self.adapter):
             if folder.exists() and not folder.is_dir():
                 yield f"--resume: {folder} is a file, expected a folder: move it away"
-        files = [self.metrics, self.arrivals, self.path / "config.yaml", self.path / "summary.json"]
+        files = [self.metrics, self.arrivals, self.scores, self.path / "config.yaml", self.path / "summary.json"]
         files += [file for folder in (self.ledger, self.checkpoints) for file in folder.glob("round-*")]
         for file in files:
             if file.is_dir() and (file.parent == self.path or _round_of(file)):
@@ -325,7 +341,8 @@ class RunDirectory:
         lines = "".join(as_json(row) + "\n" for row in (checkpoint.metrics if checkpoint else [])).encode()
         if not self.metrics.exists() or self.metrics.read_bytes() != lines:
             write_atomically(self.metrics, lines)
-        self._cut_arrivals()
+        self._cut(self.arrivals)
+        self._cut(self.scores, all_of_it=checkpoint is None)
         for folder in (self.checkpoints, self.ledger):  # a checkpoint without its ledger would count as damaged
             for file in folder.glob("round-*"):
                 if (_round_of(file) or 0) > self.saved and file.is_file():

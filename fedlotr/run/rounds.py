@@ -4,10 +4,13 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlotr.communication.ledger import Totals, read_parts, write_part
@@ -15,6 +18,7 @@ from fedlotr.communication.links import read_links, round_time
 from fedlotr.config.configuration import SimulationConfig
 from fedlotr.engines.base import Engine
 from fedlotr.engines.flower import FlowerGrid
+from fedlotr.evaluation.spreads import summary_of
 from fedlotr.files import finite
 from fedlotr.fleet.draws import Known
 from fedlotr.flower.blame import blaming
@@ -32,7 +36,7 @@ from fedlotr.flower.timed import Clock, deserted
 from fedlotr.machine import kept_waiting
 from fedlotr.privacy.guard import NoGuard
 from fedlotr.reporting.callbacks import TrainedEvent
-from fedlotr.reporting.documents import Evaluation, MetricsRow, Summary
+from fedlotr.reporting.documents import ClientScore, Evaluation, MetricsRow, Summary
 from fedlotr.run.baselines import Alone, over_clients, without_wire
 from fedlotr.run.callbacks import Audience, evaluated, finished
 from fedlotr.run.directory import Checkpoint, RunDirectory
@@ -78,6 +82,8 @@ class Rounds:
         self.saved_clients = SavedClients()
         self.busy = False
         self.initial: Evaluation
+        self.first_scores: Sequence[ClientScore] = ()
+        """Of each client by itself before the first round."""
         self.links = None if config.link is None else read_links(config.link, config.clients, config.seed)
         self.federation = federation(config, prepared, guard)
         self.contents = prepared.checked.contents
@@ -118,6 +124,7 @@ class Rounds:
         for part in read_parts(self.directory.ledger):
             self.totals.add(part)
         self.initial = checkpoint.extra["initial"]
+        self.first_scores = self.directory.client_scores(0)
         self.started -= checkpoint.extra["seconds"]
         trained = {name: checkpoint.arrays[name] for name in state.arrays}
         self.heard.before(checkpoint.extra.get("warnings", []))
@@ -326,17 +333,26 @@ class Rounds:
         Where factors stay with the clients there is no common model, and what counts is the clients' mean. Where each
         client has a model of its own (strategy: a baseline's), all are tested on the test split: mean and spread.
         """
-        if isinstance(strategy, Alone):
-            models = (strategy.of(client, state.arrays) for client in range(self.config.clients))
-            higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
-            means, spread = over_clients([evaluate(self.grid, self.federation, arrays) for arrays in models], higher)
-            return cast(Evaluation, {**means, "over_clients": spread})
         personal, beside = self.prepared.model.personal, state.chain.the(CarriedTerm).newest()
-        found: dict[str, Any] = {} if personal else evaluate(self.grid, self.federation, state.arrays, beside)
+        models: ArrayRecord | Callable[[int], ArrayRecord] = state.arrays
+        found: dict[str, Any] = {}
+        if isinstance(strategy, Alone):
+            models = partial(strategy.of, start=state.arrays)
+            higher = [name for name, better in metrics_of(self.prepared).items() if better is max]
+            each = [evaluate(self.grid, self.federation, models(client)) for client in range(self.config.clients)]
+            means, spread = over_clients(each, higher)
+            found = {**means, "over_clients": spread}
+        elif not personal:
+            found = evaluate(self.grid, self.federation, state.arrays, beside)
         held_back = [len(rows) for rows in self.prepared.checked.held_back]
         if any(held_back):
-            clients = evaluate_clients(self.grid, state.arrays, held_back, beside, task=self.federation.task)
-            found = {"loss": clients["loss"], clients["metric"]: clients["mean"], **found, "client_evaluation": clients}
+            of = {"task": self.federation.task, "number": state.round}
+            scores = evaluate_clients(self.grid, models, held_back, beside, **of)  # type: ignore[arg-type]
+            self.directory.append_client_scores(scores)
+            if not state.round:
+                self.first_scores = scores
+            own = summary_of(scores, self.first_scores if state.round else ())
+            found = {"loss": own["loss"], own["metric"]: own["mean"], **found, "client_evaluation": own}
         return cast(Evaluation, found)
 
     def _keep(self, done: Round, state: State, strategy: FlowerStrategy) -> None:

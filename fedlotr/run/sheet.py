@@ -19,7 +19,8 @@ from fedlotr.errors import InputError, nearest
 from fedlotr.evaluation.marks import Chosen, Marks, Said, mean_and_error, whole_and_error
 from fedlotr.evaluation.results import Evaluated
 from fedlotr.evaluation.scorers import check_library, extract_of
-from fedlotr.flower.scoring import TRIGGERED, spread_of
+from fedlotr.evaluation.spreads import spread_of
+from fedlotr.flower.scoring import TRIGGERED
 from fedlotr.models.kinds import METRICS, TASK_KINDS, Metric
 from fedlotr.reporting.documents import OverGroups
 from fedlotr.run.examples import style_of

@@ -17,11 +17,11 @@ from fedlotr.adapters import CoreConfig
 from fedlotr.communication.ledger import read_ledger
 from fedlotr.errors import InputError
 from fedlotr.evaluation.scores import evaluate
+from fedlotr.evaluation.spreads import spread_of
 from fedlotr.fleet.draws import EVEN
 from fedlotr.flower.link import Reply
 from fedlotr.flower.links.moments import MOMENTS, Moments
 from fedlotr.flower.round import Federation, sample_clients
-from fedlotr.flower.scoring import summary_of
 from fedlotr.flower.serialize import unpack
 from fedlotr.flower.state import load_clients
 from fedlotr.run.checking import check, hold_back
@@ -333,10 +333,10 @@ def test_a_share_of_each_clients_rows_is_held_back() -> None:
 
 def test_the_worst_tenth_are_the_lowest_accuracies_and_the_largest_perplexities() -> None:
     scores = [float(k) for k in range(20)]
-    assert summary_of("accuracy", scores, scores)["worst_tenth"] == 0.5
-    found = summary_of("perplexity", scores, scores)
-    assert (found["worst_tenth"], found["metric"], found["mean"]) == (18.5, "perplexity", 9.5)
-    assert summary_of("accuracy", [1.0], [0.3])["worst_tenth"] == 0.3
+    assert spread_of("accuracy", scores)["worst_tenth"] == 0.5
+    found = spread_of("perplexity", scores)
+    assert (found["worst_tenth"], found["mean"]) == (18.5, 9.5)
+    assert spread_of("accuracy", [0.3])["worst_tenth"] == 0.3
 
 
 @pytest.mark.parametrize(

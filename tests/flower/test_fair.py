@@ -1,6 +1,7 @@
 """Fairness: whom a round asks, in runs; q-FedAvg; and what each client gains."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedlotr.flower.link import Refused, Reply, Turn
 from fedlotr.flower.links.first_loss import FIRST_LOSS, FirstLoss, recorded
 from fedlotr.flower.plugins import load_strategy
 from fedlotr.flower.records import to_record
+from fedlotr.reporting.comparison import compare, tables
 from fedlotr.run.simulation import check_all, resolve
 from tests.flower.test_client_state import options
 from tests.support import read_run
@@ -150,9 +152,71 @@ def test_who_was_asked_before_decides_who_is_next(
     assert len(third) == 3
 
 
+def scores_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "client_scores.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_clients_gain_is_told_client_by_client(tiny_bert: Path, animals: Path, tmp_path: Path) -> None:
+    """Beside no training in one run, beside a model of its own in two; and so where a run was cut off."""
+    given = small(tiny_bert, animals, client_eval=0.4, max_examples=16, lr=0.05)
+    run_simulation(SimulationConfig(**given, out=tmp_path / "together"))
+    summary, rows = read_run(tmp_path / "together")
+    scores = scores_of(tmp_path / "together")
+    clients = summary["client_evaluation"]["clients"]
+    assert len(scores) == 4 * clients and [one["round"] for one in scores[::clients]] == [0, 1, 2, 3]
+    first, last = scores[:clients], scores[-clients:]
+    gained = [one["score"] - before["score"] for one, before in zip(last, first, strict=True)]
+    gain = rows[-1]["client_evaluation"]["gain"]
+    assert gain["mean"] == pytest.approx(np.mean(gained)) and gain["spread"] == pytest.approx(np.std(gained))
+    assert gain["worst_tenth"] == min(gained) and gain["worse"] == sum(one < 0 for one in gained)
+    assert (
+        "gain" not in summary["initial"]["client_evaluation"]
+        and summary["client_evaluation"] == (rows[-1]["client_evaluation"])
+    )
+    page = (tmp_path / "together" / "report.html").read_text(encoding="utf-8")
+    assert "Each client by itself" in page and f"{gain['worse']:,} lose." in page
+
+    shutil.copytree(tmp_path / "together", tmp_path / "again")
+    for path in [*(tmp_path / "again" / "checkpoints").glob("round-00003*"), tmp_path / "again" / "summary.json"]:
+        path.unlink()
+    run_simulation(SimulationConfig(**given, out=tmp_path / "again", resume=True))
+    whole, again = tmp_path / "together" / "client_scores.jsonl", tmp_path / "again" / "client_scores.jsonl"
+    assert again.read_bytes() == whole.read_bytes()
+    assert read_run(tmp_path / "again")[1][-1]["client_evaluation"] == rows[-1]["client_evaluation"]
+
+    alone = {**given, "baseline": "local", "sampling": "uniform"}
+    run_simulation(SimulationConfig(**alone, out=tmp_path / "alone"))
+    own = scores_of(tmp_path / "alone")
+    assert own[:clients] == first, "before the first round it is the same model"
+    assert {(one["client"], one["rows"]) for one in own} == {(one["client"], one["rows"]) for one in scores}
+    found = {row["over"]: row for row in gains_of(tmp_path / "together", tmp_path / "alone")}
+    over_own = [one["score"] - theirs["score"] for one, theirs in zip(last, own[-clients:], strict=True)]
+    assert found["one's own (alone)"]["mean gain"] == pytest.approx(np.mean(over_own))
+    assert found["one's own (alone)"]["clients that lose"] == sum(one < 0 for one in over_own)
+    assert found["no training"]["worst tenth"] == pytest.approx(gain["worst_tenth"])
+
+
+def gains_of(*folders: Path) -> list[dict[str, Any]]:
+    """As `fedlotr compare` has them, of the first of these runs."""
+    table = tables(compare(folders))["What each client gains"]
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    return [row for row in rows if row["run"] == folders[0].name]
+
+
+def test_gains_are_of_the_same_clients_and_rows_alone(tiny_bert: Path, animals: Path, tmp_path: Path) -> None:
+    given = small(tiny_bert, animals, client_eval=0.4, rounds=1)
+    run_simulation(SimulationConfig(**given, out=tmp_path / "one"))
+    run_simulation(SimulationConfig(**{**given, "seed": 5}, baseline="local", out=tmp_path / "other"))
+    assert [row["over"] for row in gains_of(tmp_path / "one", tmp_path / "other")] == ["no training"]
+    (tmp_path / "one" / "client_scores.jsonl").write_text('{"round": 1}\n[]\nnothing', encoding="utf-8")
+    (tmp_path / "other" / "client_scores.jsonl").write_bytes(b"\xff" * 10)
+    assert "What each client gains" not in tables(compare([tmp_path / "one", tmp_path / "other"]))
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"baseline": "central", "client_eval": 0.2}, "nobody has rows of its own"),
         ({"sampling": "size", "privacy": "example", "epsilon": 8.0}, "even draws"),
         ({"sampling": "loss", "sample": 8}, "none to choose from"),
         ({"sampling": "availability", "baseline": "local"}, "nobody to choose from"),

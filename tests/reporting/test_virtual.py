@@ -17,6 +17,7 @@ from fedlotr.commands import simulate
 from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.flower.timed import OF_THE_FLEET, USED
 from fedlotr.reporting import arrivals
+from fedlotr.reporting import lines as lines_of_files
 from fedlotr.reporting.console import readable_seconds
 from fedlotr.reporting.grid_table import Line, as_csv, as_markdown
 from fedlotr.reporting.report import report_page, write_report
@@ -213,7 +214,7 @@ def test_damaged_arrivals_are_a_gap_and_a_note(
     elif damage == "short":
         path.write_bytes(b"".join(lines[:-2]))
     elif damage == "huge":
-        monkeypatch.setattr(arrivals, "MOST_BYTES", 10)
+        monkeypatch.setattr(lines_of_files, "MOST_BYTES", 10)
     else:
         path.unlink()
         if damage == "folder":
