@@ -70,6 +70,11 @@ STALENESS = {
 DEFAULT_STALENESS = "polynomial"
 
 
+def is_built_in(words: str) -> bool:
+    """Whether words about staleness name a function of ours, or none at all."""
+    return words.partition(":")[0] in ("", *STALENESS)
+
+
 def check_staleness(words: str) -> str:
     """Raises ValueError for words that `read_staleness` cannot read; a caller's function is looked for later."""
     _built_in(words)

@@ -27,6 +27,17 @@ PIPELINES = {
 """What a hub calls the tasks of ours."""
 
 
+CIRCUMSTANCES = {
+    "sampling": "clients drawn by",
+    "mode": "a round waits for",
+    "fleet": "clients in virtual time",
+    "fault": "faults on purpose",
+    "attack": "hostile clients",
+}
+"""Keys of a configuration that say what a federation was like -> what a card calls them."""
+USUAL = ("uniform", "sync")
+
+
 class Card:
     """What is said of a run after one of its rounds."""
 
@@ -80,6 +91,7 @@ class Card:
             "batch_size": config.get("batch_size"),
             "learning_rate": config.get("lr"),
             "partition": config.get("partition"),
+            **{name: self._told(config[name]) for name in CIRCUMSTANCES if config.get(name) not in (None, *USUAL)},
             "seed": config["seed"],
             "trained_numbers": summary.get("trained_numbers"),
             "update_bytes": (summary.get("communication") or {}).get("upload_payload_bytes_per_client_round"),
@@ -143,6 +155,7 @@ class Card:
             ("data", ", ".join(filter(None, [self.data, str(run.facts.get("splits", ""))]))),
             ("method", f"{facts['method']}{rank}{by}"),
             ("rounds", f"{facts['rounds']}, {taking}"),
+            *((title, str(facts.get(name, ""))) for name, title in CIRCUMSTANCES.items()),
             ("bytes", f"{each}{readable_bytes(wire)} on the wire in all rounds" if wire else ""),
             ("certificate", self._certified()),
             ("privacy", self._promised()),

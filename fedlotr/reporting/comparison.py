@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from fedlotr.errors import InputError, shorten
+from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.models.kinds import ATTACK_SUCCESS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import under
@@ -195,7 +196,8 @@ def _row(name: str, run: RunRecord, metric: str | None, common: float | None, *,
     row |= {"loss": last.get("loss"), "bytes": _bytes(run) if told_of else None}
     ways = {name: sum(under(line, name) or 0 for line in run.rows) for name in ("bytes_up", "bytes_down")}
     row |= ways if told_of else dict.fromkeys(ways)
-    failed = sum(line.get("failed") or 0 for line in run.rows)
+    kinds = (kind for line in run.rows for kind in (line.get("failures") or {}).values())
+    failed = sum(line.get("failed") or 0 for line in run.rows) - sum(kind in OUTCOMES for kind in kinds)
     row |= {"epsilon": _spent(run), "failed": failed if told_of else None}
     row |= _in_virtual_time(run, metric, common)
     return row | {key.rpartition(".")[2]: told.get(key) for key in TOLD}

@@ -39,6 +39,7 @@ from fedlotr.data import (
 from fedlotr.data.columns import CHAT, TEXT, instead_of_chat
 from fedlotr.data.labels import Labels
 from fedlotr.errors import InputError
+from fedlotr.fleet.modes import is_built_in
 from fedlotr.models.adapted import Adapted, what_is_adapted
 from fedlotr.models.limits import known_tokens, most_positions
 from fedlotr.models.loading import ModelSpec
@@ -122,6 +123,7 @@ class Checked:
             "template": code_content([config.template]),
             "format": code_content([config.format] if config.format else []),
             "fleet": fleet_content(config.fleet),
+            "staleness": {} if is_built_in(config.staleness or "") else code_content([config.staleness or ""]),
         }
         if self.config.eval_data is not None:
             found["eval_data"] = found["data"]

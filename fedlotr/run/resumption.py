@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord
 from fedlotr.config.configuration import SimulationConfig, flag_of
 from fedlotr.config.own import is_own
 from fedlotr.errors import InputError, shorten
+from fedlotr.fleet.modes import is_built_in
 from fedlotr.fleet.presets import FLEETS
 from fedlotr.privacy.ledger import known_again
 from fedlotr.run.contents import Content
@@ -39,7 +40,7 @@ MAY_CHANGE = {
 """What changes nothing in the results."""
 ROWS = ("data", "eval_data")
 """Options of which one hash tells: that of the rows of train and of the test split together."""
-CODE = ("strategy", "add_link", "template", "format")
+CODE = ("strategy", "add_link", "template", "format", "staleness")
 """Options that name classes: their code may be mended as a run goes on, which is said."""
 BY_CONTENT = ("model", *ROWS, "public_data", "init_adapter", "fleet", *CODE)
 """Options that name files. Disks and folders get other names, so what counts is what is in them."""
@@ -78,6 +79,8 @@ def fixed_values(config: SimulationConfig) -> dict[str, Any]:
 def by_content(name: str, before: Any, now: Any) -> bool:
     """Whether two values of an option may be names of the same thing, whose content then says whether they are."""
     if name not in BY_CONTENT or before is None or now is None:
+        return False
+    if name == "staleness" and (is_built_in(before) or is_built_in(now)):
         return False
     if name in CODE:
         classes = [[one.rpartition(":")[1:] for one in value.split(",")] for value in (before, now)]

@@ -320,6 +320,17 @@ def test_a_function_of_ones_own_and_fedasyncs_mixing(tiny_bert: Path, animals: P
     run_simulation(SimulationConfig(**given, buffer=1, mixing=0.6, out=tmp_path / "mixed"))
     for line in arrivals(tmp_path / "mixed"):
         assert line["weight"] == pytest.approx(4 * 0.6 * 0.5 ** line["staleness"])
+    last = tmp_path / "own" / "checkpoints" / "round-00003.json"
+    last.unlink()
+    last.with_suffix(".safetensors").unlink()
+    moved = given | {"buffer": 4, "out": tmp_path / "own", "resume": True, "staleness": f"{tmp_path}/yours.py:half"}
+    (tmp_path / "yours.py").write_text("def half(steps):\n    return 0.4 ** steps\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"--staleness .*yours.py:half: .* its code differs"):
+        run_simulation(SimulationConfig(**moved))
+    (tmp_path / "yours.py").write_bytes((tmp_path / "mine.py").read_bytes())
+    run_simulation(SimulationConfig(**moved))
+    with pytest.raises(InputError, match=r"--staleness hinge:10: the run .* was begun with"):
+        run_simulation(SimulationConfig(**moved | {"staleness": "hinge:10"}))
     with pytest.raises(InputError, match=r"--staleness .*mine.py:third: .* has no third"):
         run_simulation(SimulationConfig(**given | {"staleness": f"{tmp_path}/mine.py:third"}, out=tmp_path / "x"))
 

@@ -18,6 +18,8 @@ from fedlotr.fleet.modes import OUTCOMES
 from fedlotr.flower.timed import OF_THE_FLEET, USED
 from fedlotr.reporting import arrivals
 from fedlotr.reporting import lines as lines_of_files
+from fedlotr.reporting.card import Card
+from fedlotr.reporting.comparison import compare
 from fedlotr.reporting.console import readable_seconds
 from fedlotr.reporting.grid_table import Line, as_csv, as_markdown
 from fedlotr.reporting.report import report_page, write_report
@@ -266,6 +268,10 @@ def test_the_console_says_mode_and_fleet_and_what_was_lost(
         assert shown[kind].startswith(f"{times} of ")
     assert f"{virtual['bytes_in_vain']:,}" in shown["bytes in vain"]
     assert "their mean staleness" in shown
+    card = Card(read_run(tmp_path / "run"), 2, "tiny", base_id=None, notes=())
+    assert (card.facts()["mode"], card.facts()["fleet"]) == ("over-select", "fleet.yaml")
+    assert "| clients in virtual time | fleet.yaml |" in card.body() and "hostile" not in card.body()
+    assert [row["failed"] for row in compare([tmp_path / "run", run]).rows] == [0, 0]
     assert " FAILED" not in said and all(f", {len(row['failures'])} lost" in said for row in rows)
     assert f"at {rows[0]['virtual_seconds']:,.6g} virtual s" in said
 
