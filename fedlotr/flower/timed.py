@@ -382,11 +382,14 @@ class TimedRound:
                 failures[reply.client] = Failure(AWAY, "it went offline while its update was on its way")
             else:
                 in_the_air.append(flight)
-        in_time = self._close(in_the_air)
-        if not self._plan.stale:
-            for flight in in_the_air:
-                if flight.client not in in_time:
-                    failures[flight.client] = Failure(LATE, "the round was over")
+        in_time, now = self._close(in_the_air), self._clock.now
+        for flight in in_the_air:
+            if flight.client in in_time:
+                continue
+            if not self._plan.stale:
+                failures[flight.client] = Failure(LATE, "the round was over")
+            elif flight.ends <= now:  # at the same moment as the last that the round waited for: just after it
+                flight.ends = math.nextafter(now, math.inf)
         return failures
 
     def _link(self, client: int) -> Any:

@@ -269,6 +269,18 @@ def test_of_more_that_are_asked_the_first_are_taken(tiny_bert: Path, animals: Pa
     assert clients == [0, 1, 2, 3, 4] * 3
 
 
+def test_of_those_that_answer_at_the_same_moment_no_more_are_taken(
+    tiny_bert: Path, animals: Path, tmp_path: Path
+) -> None:
+    given = small(tiny_bert, animals, clients=8, sample=4, mode="over-select", over_select=1.5, late="use", rounds=2)
+    run_simulation(SimulationConfig(**given, fleet="even", out=tmp_path / "run"))
+    first = [line for line in arrivals(tmp_path / "run") if line["round"] == 1]
+    assert len({line["ended"] for line in first}) == 1, "all alike, so that all answer at once"
+    assert [line["outcome"] for line in first] == [USED] * 4
+    late = [line for line in arrivals(tmp_path / "run") if line["trained_on"] == 0 and line["round"] == 2]
+    assert [line["staleness"] for line in late if line["outcome"] == USED] == [1, 1]
+
+
 def test_updates_between_bases_that_have_moved_are_dropped_and_counted(
     tiny_bert: Path, animals: Path, tmp_path: Path
 ) -> None:
