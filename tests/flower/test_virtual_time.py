@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,12 @@ BY_HAND: tuple[tuple[float, str], ...] = (
 """Ten clients at a time, a buffer of four: whoever has arrived is asked again for the next model. `!`: lost."""
 
 
-def of_these_speeds(config: SimulationConfig, tmp_path: Path) -> Path:
-    """A fleet in which the clients' training takes SECONDS."""
+def of_these_speeds(config: SimulationConfig, tmp_path: Path, each: Sequence[float] = SECONDS) -> Path:
+    """A fleet in which the clients' training takes so many seconds."""
     checked, _ = check_all(resolve(config.model_copy(update={"fleet": "even"})))
     plan = virtual_time(checked.config, prepare_again(checked, tmp_path / "place"))
     assert plan is not None
-    rows = [f"{client},{plan.operations[client] / seconds!r}" for client, seconds in enumerate(SECONDS)]
+    rows = [f"{client},{plan.operations[client] / seconds!r}" for client, seconds in enumerate(each)]
     (tmp_path / "clients.csv").write_text("client,flops\n" + "\n".join(rows), encoding="utf-8")
     there = [(client, 0, 12 if client == AWAY else 1000) for client in range(10)] + [(AWAY, 20, 1000)]
     lines = "\n".join(f"{client},{start},{end}" for client, start, end in there)
@@ -272,10 +272,11 @@ def test_of_more_that_are_asked_the_first_are_taken(tiny_bert: Path, animals: Pa
 def test_of_those_that_answer_at_the_same_moment_no_more_are_taken(
     tiny_bert: Path, animals: Path, tmp_path: Path
 ) -> None:
-    given = small(tiny_bert, animals, clients=8, sample=4, mode="over-select", over_select=1.5, late="use", rounds=2)
-    run_simulation(SimulationConfig(**given, fleet="even", out=tmp_path / "run"))
+    given = small(tiny_bert, animals, clients=10, sample=4, mode="over-select", over_select=1.5, late="use", rounds=2)
+    fleet = of_these_speeds(SimulationConfig(**given), tmp_path, [2.0] * 10)
+    run_simulation(SimulationConfig(**given, fleet=str(fleet), out=tmp_path / "run"))
     first = [line for line in arrivals(tmp_path / "run") if line["round"] == 1]
-    assert len({line["ended"] for line in first}) == 1, "all alike, so that all answer at once"
+    assert {line["ended"] for line in first} == {2.0}, "all alike, so that all answer at once"
     assert [line["outcome"] for line in first] == [USED] * 4
     late = [line for line in arrivals(tmp_path / "run") if line["trained_on"] == 0 and line["round"] == 2]
     assert [line["staleness"] for line in late if line["outcome"] == USED] == [1, 1]
