@@ -34,6 +34,7 @@ class Figure:
     """A plot with the table behind it, and texts; any may be missing.
 
     note: one sentence under it. open: the table is shown. texts: whole ones, line by line, each under its title.
+    beside: more of these, side by side where there is room.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Figure:
     open: bool = False
     wide: bool = False
     texts: Sequence[tuple[str, str]] = ()
+    beside: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, number, points, read_run
-from fedlotr.reporting.samples import TITLE, about, name, texts
+from fedlotr.reporting.samples import TITLE, about, answers, name, question
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot, spread, spread_note
 from fedlotr.reporting.virtual import in_virtual_time
 
@@ -212,7 +212,13 @@ def _samples(run: RunRecord) -> list[Section]:
     if run.samples is None:
         return []
     figures = [
-        Figure(f"sample-{at}", name(run.samples, at), texts=texts(run.samples, at), wide=True)
+        Figure(
+            f"sample-{at}",
+            name(run.samples, at),
+            texts=question(run.samples, at),
+            beside=answers(run.samples, at),
+            wide=True,
+        )
         for at in range(len(run.samples["prompts"]))
     ]
     return [Section(TITLE, figures, " ".join([about(run.samples), *run.samples["notes"]]))]
