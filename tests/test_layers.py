@@ -106,7 +106,7 @@ INSIDE = {
         "arrivals callbacks escaping run_record samples svg",
         "fitting page",
         "console loggers",
-        "bill card grid_table virtual",
+        "bill card grid_table hints spent virtual",
         "report",
         "comparison",
     ),

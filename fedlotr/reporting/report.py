@@ -9,7 +9,6 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.moves import read_rebase
 from fedlotr.communication.wire_form import coding_in
 from fedlotr.cost.billing import Row, bills
-from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.fleet.modes import OUTCOMES
@@ -17,9 +16,11 @@ from fedlotr.flower.plugins import built_in
 from fedlotr.models.kinds import BESIDE, METRICS, TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
+from fedlotr.reporting.hints import what_to_try
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, number, points, read_run
 from fedlotr.reporting.samples import TITLE, about, answers, name, question
+from fedlotr.reporting.spent import where_it_went
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot, spread, spread_note
 from fedlotr.reporting.virtual import in_virtual_time
 
@@ -64,6 +65,7 @@ def report_page(run: RunRecord) -> str:
         *in_virtual_time(run, traffic),
         *_scores(run),
         *_samples(run),
+        *where_it_went(run, traffic),
         _communication(run, traffic),
         *_bill(run),
         *([] if run.baseline else [_certificate(run)]),
@@ -73,6 +75,7 @@ def report_page(run: RunRecord) -> str:
         _time(run),
         _setup(run),
         _again(run),
+        what_to_try(run, traffic),
     ]
     return render(run.name, f"{subtitle}{config.get('seed')}", sections, warning=warning)
 
@@ -289,12 +292,11 @@ def _bills(run: RunRecord) -> tuple[list[Row], dict[str, str]]:
     facts, config = run.facts or {}, run.config
     if "shapes" not in facts:
         return [], {}
-    shapes = Shapes(tuple(Layer(*layer) for layer in facts["shapes"]["layers"]), tuple(facts["shapes"]["heads"]))
     strategies: dict[str, dict[str, Any]] = {name: {} for name in built_in()}
     if (own := config.get("strategy")) and ":" not in own:  # a class that stands in a file is not run for a page
         strategies[own] = config.get("strategy_arg") or {}
     rank, coding = config["rank"], coding_in(config)
-    asked = shapes, list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
+    asked = run.shapes(), list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
     words = config.get("rebase")
     its_own = METHODS[config["method"]].rebase
     moves = None if words is None or words == its_own else read_rebase(words)
