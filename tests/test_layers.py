@@ -100,7 +100,7 @@ INSIDE = {
         "client_app scoring template",
     ),
     "engines": ("clients endings flower", "base", "broadcast local own_ray", "worker", "head_start", "ray"),
-    "commands": ("door", "compare cost eval export forecast ls report simulate", "doctor grid supervised"),
+    "commands": ("door", "compare cost eval export forecast ls report simulate watch", "doctor grid supervised"),
     "reporting": (
         "documents",
         "arrivals callbacks escaping run_record samples svg",
@@ -108,7 +108,7 @@ INSIDE = {
         "console loggers",
         "bill card grid_table hints spent virtual",
         "report",
-        "comparison",
+        "comparison live",
     ),
     "run": (
         *(

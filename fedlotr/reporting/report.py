@@ -51,17 +51,14 @@ def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], No
 
 def report_page(run: RunRecord) -> str:
     """The page, as HTML."""
-    config = run.config
-    by = f"{run.baseline} baseline" if run.baseline else f"by {config.get('strategy')}"
-    subtitle = f"{config.get('method')} {by}, {config.get('model')} on {config.get('data')}, seed "
     warning = ""
     if not run.finished:
-        warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
+        warning = f"This run is not finished: {len(run.rows)} of {run.config.get('rounds')} rounds are here."
     warning = " ".join(filter(None, [warning, *notes_of(run)]))
     traffic = run.traffic()
     sections = [
         _outcome(run),
-        _learning(run),
+        learning(run),
         *in_virtual_time(run, traffic),
         *_scores(run),
         *_samples(run),
@@ -71,13 +68,20 @@ def report_page(run: RunRecord) -> str:
         *([] if run.baseline else [_certificate(run)]),
         *_privacy(run),
         _clients(run),
-        _failed(run),
+        failed(run),
         _time(run),
         _setup(run),
         _again(run),
         what_to_try(run, traffic),
     ]
-    return render(run.name, f"{subtitle}{config.get('seed')}", sections, warning=warning)
+    return render(run.name, in_a_line(run), sections, warning=warning)
+
+
+def in_a_line(run: RunRecord) -> str:
+    """What is run."""
+    config = run.config
+    by = f"{run.baseline} baseline" if run.baseline else f"by {config.get('strategy')}"
+    return f"{config.get('method')} {by}, {config.get('model')} on {config.get('data')}, seed {config.get('seed')}"
 
 
 def notes_of(run: RunRecord) -> list[str]:
@@ -125,7 +129,8 @@ def _outcome(run: RunRecord) -> Section:
     return Section("Result", figures)
 
 
-def _learning(run: RunRecord) -> Section:
+def learning(run: RunRecord) -> Section:
+    """Metric and losses over rounds, and over bytes where these are told."""
     metric = run.metric
     across = [float(value) for value in run.bytes_so_far]
     loss = [Series("loss, as tested", points(run.rows, "loss"))]
@@ -437,7 +442,8 @@ def _clients(run: RunRecord) -> Section:
     return Section("Data of the clients", figures)
 
 
-def _failed(run: RunRecord) -> Section:
+def failed(run: RunRecord) -> Section:
+    """Who failed, how and when; nothing of hidden clients."""
     if run.hides_clients:
         return Section("Clients that failed", text=NOT_TOLD)
     named = run.client_names()
