@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fedlotr import __version__
-from fedlotr.commands import compare, cost, doctor, eval, export, grid, ls, report, simulate
+from fedlotr.commands import compare, cost, doctor, eval, export, grid, ls, report, simulate, watch
 from fedlotr.commands.door import through
 from fedlotr.errors import nearest
 
@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "cost": (cost.main, "the bill of a model before any run: bytes of every method and strategy"),
     "compare": (compare.main, "put runs side by side: metric, bytes, what differs"),
     "report": (report.main, "make the report of a run again, also of one that is not finished"),
+    "watch": (watch.main, "show a run on a page while it goes on"),
     "export": (export.main, "hand a run's model on: adapter, merged weights, model card, the hub"),
     "eval": (eval.main, "score a run's language model by EleutherAI's harness"),
     "ls": (ls.main, "list the methods, strategies, forms of rows or fleets there are: fedlotr ls methods"),

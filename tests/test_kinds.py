@@ -158,7 +158,7 @@ MEANT = {
     ("reporting.card", "lora"): "a tag on the hub",
     ("run.harness", "random"): "the generator of Python's module of that name",
     ("reporting.console", "update"): "the codec of updates, in summary.json",
-    ("reporting.report", "heads"): "the numbers of the classification head, in facts.json",
+    ("reporting.run_record", "heads"): "the numbers of the classification head, in facts.json",
     ("run.summary", "update"): "the codec of updates, in summary.json",
     ("run.summary", "heads"): "the numbers of the classification head, in facts.json",
     ("flower.serialize", "random"): "the kind of a generator in the state of a strategy",

@@ -101,16 +101,16 @@ INSIDE = {
         "client_app scoring template",
     ),
     "engines": ("clients endings flower", "base", "broadcast local own_ray", "worker", "head_start", "ray"),
-    "commands": ("door", "compare cost eval export forecast ls report simulate", "doctor grid supervised"),
+    "commands": ("door", "compare cost eval export forecast ls report simulate watch", "doctor grid supervised"),
     "reporting": (
         "documents",
         "callbacks escaping lines samples svg",
         "arrivals fitting page",
         "run_record",
         "console loggers",
-        "bill card gains grid_table virtual",
+        "bill card gains grid_table hints spent virtual",
         "report",
-        "comparison",
+        "comparison live",
     ),
     "run": (
         *(

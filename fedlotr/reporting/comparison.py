@@ -20,7 +20,7 @@ from fedlotr.reporting.escaping import cell, cells, markdown
 from fedlotr.reporting.fitting import show_table
 from fedlotr.reporting.gains import COLUMNS, compared
 from fedlotr.reporting.grid_table import spending
-from fedlotr.reporting.page import MISSING, Figure, Section, Table, render
+from fedlotr.reporting.page import MISSING, Figure, Script, Section, Table, render
 from fedlotr.reporting.report import flat
 from fedlotr.reporting.run_record import RunRecord, points, read_run
 from fedlotr.reporting.svg import COLOURS, Series, line_plot, short
@@ -326,10 +326,11 @@ def as_markdown(found: Comparison) -> str:
 
 
 def as_page(found: Comparison) -> str:
-    """One self-contained page."""
+    """One self-contained page, whose script filters and sorts what is there without it."""
     metric = found.metric
     shown = tables(found)
     (runs, groups, differing, *gained) = shown.values()
+    runs = _with_options(runs, found)
     (_, together, *_) = shown
     figures = []
     if metric is not None:
@@ -373,7 +374,15 @@ def as_page(found: Comparison) -> str:
         names if len(names) < 300 else "",
         sections,
         warning=" ".join(found.warnings),
+        script=Script("compare.js"),
     )
+
+
+def _with_options(runs: Table, found: Comparison) -> Table:
+    """The table of runs with what differs in their configurations, so that they can be sorted by it."""
+    keys = [key for key in found.differing if key not in runs.columns]
+    options = zip(*(found.differing[key] for key in keys), strict=True) if keys else [()] * len(runs.rows)
+    return Table([*runs.columns, *keys], [[*row, *more] for row, more in zip(runs.rows, options, strict=True)])
 
 
 def _virtual_curves(found: Comparison, metric: str) -> list[Figure]:

@@ -1,5 +1,7 @@
 """What pages are made of: figures with their tables, numbers that keep their exact value, and the shell around them."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,6 +36,7 @@ class Figure:
     """A plot with the table behind it, and texts; any may be missing.
 
     note: one sentence under it. open: the table is shown. texts: whole ones, line by line, each under its title.
+    beside: more of these, side by side where there is room.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Figure:
     open: bool = False
     wide: bool = False
     texts: Sequence[tuple[str, str]] = ()
+    beside: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,42 @@ def cell(value: Any, kind: str = "") -> Markup:
     return Markup(f'<td class="{kind}">' if kind else "<td>") + shown + Markup("</td>")
 
 
-def render(title: str, subtitle: str, sections: Sequence[Section], *, warning: str = "", language: str = "en") -> str:
-    """One self-contained page: no script, nothing to load. All text is escaped."""
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(title=title, subtitle=subtitle, sections=sections, warning=warning, language=language)
+@dataclass(frozen=True)
+class Script:
+    """A file of `templates` that a page carries, without which it reads in full too.
+
+    every: seconds after which it asks where it came from for the page as it is now, as the page does without it.
+    """
+
+    name: str
+    every: int | None = None
+
+
+def render(
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    *,
+    warning: str = "",
+    language: str = "en",
+    script: Script | None = None,
+) -> str:
+    """One self-contained page: nothing to load, and no script but the one given, known by its hash; text is escaped."""
+    environment = _environment()
+    code = "" if script is None else environment.get_template(script.name).render(every=script.every)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script is not None:
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'" + ("; connect-src 'self'" if script.every else "")
+    return environment.get_template("page.html").render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        warning=warning,
+        language=language,
+        policy=Markup(policy),
+        code=Markup(code),
+        every=None if script is None else script.every,
     )
 
 

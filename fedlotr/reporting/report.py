@@ -9,7 +9,6 @@ from fedlotr.adapters.methods import METHODS
 from fedlotr.adapters.moves import read_rebase
 from fedlotr.communication.wire_form import coding_in
 from fedlotr.cost.billing import Row, bills
-from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError
 from fedlotr.files import write_atomically
 from fedlotr.fleet.modes import OUTCOMES
@@ -18,9 +17,11 @@ from fedlotr.models.kinds import BESIDE, METRICS, TASK_KINDS
 from fedlotr.reporting.console import readable_bytes
 from fedlotr.reporting.documents import kinds_of, under
 from fedlotr.reporting.gains import of_clients
+from fedlotr.reporting.hints import what_to_try
 from fedlotr.reporting.page import Figure, Section, Table, render
 from fedlotr.reporting.run_record import RunRecord, Traffic, number, points, read_run
-from fedlotr.reporting.samples import TITLE, about, name, texts
+from fedlotr.reporting.samples import TITLE, about, answers, name, question
+from fedlotr.reporting.spent import where_it_went
 from fedlotr.reporting.svg import COLOURS, Series, bar_plot, line_plot, spread, spread_note
 from fedlotr.reporting.virtual import in_virtual_time
 
@@ -51,32 +52,38 @@ def write_report(folder: Path, out: Path | None = None, tell: Callable[[str], No
 
 def report_page(run: RunRecord) -> str:
     """The page, as HTML."""
-    config = run.config
-    by = f"{run.baseline} baseline" if run.baseline else f"by {config.get('strategy')}"
-    subtitle = f"{config.get('method')} {by}, {config.get('model')} on {config.get('data')}, seed "
     warning = ""
     if not run.finished:
-        warning = f"This run is not finished: {len(run.rows)} of {config.get('rounds')} rounds are here."
+        warning = f"This run is not finished: {len(run.rows)} of {run.config.get('rounds')} rounds are here."
     warning = " ".join(filter(None, [warning, *notes_of(run)]))
     traffic = run.traffic()
     sections = [
         _outcome(run),
-        _learning(run),
+        learning(run),
         *in_virtual_time(run, traffic),
         *_scores(run),
         *of_clients(run),
         *_samples(run),
+        *where_it_went(run, traffic),
         _communication(run, traffic),
         *_bill(run),
         *([] if run.baseline else [_certificate(run)]),
         *_privacy(run),
         _clients(run),
-        _failed(run),
+        failed(run),
         _time(run),
         _setup(run),
         _again(run),
+        what_to_try(run, traffic),
     ]
-    return render(run.name, f"{subtitle}{config.get('seed')}", sections, warning=warning)
+    return render(run.name, in_a_line(run), sections, warning=warning)
+
+
+def in_a_line(run: RunRecord) -> str:
+    """What is run."""
+    config = run.config
+    by = f"{run.baseline} baseline" if run.baseline else f"by {config.get('strategy')}"
+    return f"{config.get('method')} {by}, {config.get('model')} on {config.get('data')}, seed {config.get('seed')}"
 
 
 def notes_of(run: RunRecord) -> list[str]:
@@ -124,7 +131,8 @@ def _outcome(run: RunRecord) -> Section:
     return Section("Result", figures)
 
 
-def _learning(run: RunRecord) -> Section:
+def learning(run: RunRecord) -> Section:
+    """Metric and losses over rounds, and over bytes where these are told."""
     metric = run.metric
     across = [float(value) for value in run.bytes_so_far]
     loss = [Series("loss, as tested", points(run.rows, "loss"))]
@@ -214,7 +222,13 @@ def _samples(run: RunRecord) -> list[Section]:
     if run.samples is None:
         return []
     figures = [
-        Figure(f"sample-{at}", name(run.samples, at), texts=texts(run.samples, at), wide=True)
+        Figure(
+            f"sample-{at}",
+            name(run.samples, at),
+            texts=question(run.samples, at),
+            beside=answers(run.samples, at),
+            wide=True,
+        )
         for at in range(len(run.samples["prompts"]))
     ]
     return [Section(TITLE, figures, " ".join([about(run.samples), *run.samples["notes"]]))]
@@ -285,12 +299,11 @@ def _bills(run: RunRecord) -> tuple[list[Row], dict[str, str]]:
     facts, config = run.facts or {}, run.config
     if "shapes" not in facts:
         return [], {}
-    shapes = Shapes(tuple(Layer(*layer) for layer in facts["shapes"]["layers"]), tuple(facts["shapes"]["heads"]))
     strategies: dict[str, dict[str, Any]] = {name: {} for name in built_in()}
     if (own := config.get("strategy")) and ":" not in own:  # a class that stands in a file is not run for a page
         strategies[own] = config.get("strategy_arg") or {}
     rank, coding = config["rank"], coding_in(config)
-    asked = shapes, list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
+    asked = run.shapes(), list(METHODS), (rank, rank), facts["clients_per_round"], config["rounds"], coding, strategies
     words = config.get("rebase")
     its_own = METHODS[config["method"]].rebase
     moves = None if words is None or words == its_own else read_rebase(words)
@@ -431,7 +444,8 @@ def _clients(run: RunRecord) -> Section:
     return Section("Data of the clients", figures)
 
 
-def _failed(run: RunRecord) -> Section:
+def failed(run: RunRecord) -> Section:
+    """Who failed, how and when; nothing of hidden clients."""
     if run.hides_clients:
         return Section("Clients that failed", text=NOT_TOLD)
     named = run.client_names()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from fedlotr.communication.ledger import part_path
 from fedlotr.config.yaml_file import read_yaml
+from fedlotr.cost.formulas import Layer, Shapes
 from fedlotr.errors import InputError, shorten
 from fedlotr.files import finite
 from fedlotr.fleet.modes import OUTCOMES
@@ -144,6 +145,11 @@ class RunRecord:
     def client_names(self) -> dict[int, str]:
         """Of the groups under `natural`; otherwise a client's number is its name."""
         return {number: str(held["client"]) for number, held in enumerate(self.facts.get("partition") or ())}
+
+    def shapes(self) -> Shapes:
+        """Of the model, for a bill. Raises one of several errors where facts.json is not as a run writes it."""
+        known = self.facts["shapes"]
+        return Shapes(tuple(Layer(*layer) for layer in known["layers"]), tuple(known["heads"]))
 
     def failures(self) -> dict[str, dict[str, list[int]]]:
         """What went wrong -> client -> the rounds in which it did."""

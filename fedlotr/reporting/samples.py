@@ -81,15 +81,22 @@ def after(samples: Samples, number: int) -> str:
     return f"At the best round ({number})"
 
 
-def texts(samples: Samples, at: int) -> list[tuple[str, str]]:
-    """Of a prompt: itself, how the data go on and what the model says, each under its title."""
+def question(samples: Samples, at: int) -> list[tuple[str, str]]:
+    """Of a prompt: itself and how the data go on, each under its title."""
     asked = samples["prompts"][at]
-    answers = [
-        (f"{after(samples, one['round'])}{_cut(one['said'][at])}", one["said"][at]["text"])
+    return [(f"Prompt{_short(asked)}", _shown(asked["prompt"])), ("In the data", _shown(asked["reference"]))]
+
+
+def answers(samples: Samples, at: int) -> list[tuple[str, str]]:
+    """What the model says to a prompt, before training first, each under its title."""
+    return [
+        (f"{after(samples, one['round'])}{_cut(one['said'][at])}", _shown(one["said"][at]["text"]))
         for one in samples["answers"]
     ]
-    found = [(f"Prompt{_short(asked)}", asked["prompt"]), ("In the data", asked["reference"]), *answers]
-    return [(title, text if text.strip() else NOTHING) for title, text in found]
+
+
+def _shown(text: str) -> str:
+    return text if text.strip() else NOTHING
 
 
 def _short(asked: Asked) -> str:
@@ -110,7 +117,8 @@ def as_markdown(samples: Samples, run: str) -> str:
     parts = [f"# {TITLE}", markdown(run), markdown(about(samples)), *map(markdown, samples["notes"])]
     for at in range(len(samples["prompts"])):
         parts.append(f"## {markdown(name(samples, at))}")
-        parts += [f"{markdown(title)}:\n\n{_block(text)}" for title, text in texts(samples, at)]
+        told = [*question(samples, at), *answers(samples, at)]
+        parts += [f"{markdown(title)}:\n\n{_block(text)}" for title, text in told]
     return "\n\n".join(parts) + "\n"
 
 

@@ -134,7 +134,8 @@ def test_page_and_markdown_show_the_same_and_text_stays_text(
     for row in page.rows("runs"):
         assert row["bytes"] == compare([grid]).runs[row["run"]].bytes_so_far[-1]
         assert f"| {row['accuracy']:.6g} |" in markdown
-    assert "script" not in page.tags and "<script" not in html
+    assert html.count("<script") == page.tags.count("script") == 1, "its own alone"
+    assert "script-src 'sha256-" in html and "connect-src" not in html and 'http-equiv="refresh' not in html
     assert "<script" not in markdown and "\\|&lt;script&gt;" in markdown
     assert evil.name in page.tables["differing"][0]
 
