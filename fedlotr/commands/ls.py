@@ -8,10 +8,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from fedlotr.adapters.methods import METHODS, Method
+from fedlotr.communication.attacks import ATTACKS, AttackKind
+from fedlotr.config.partitions import PARTITIONS
 from fedlotr.cost.formulas import PAIR, SEED_AND_HASH, in_words
 from fedlotr.errors import nearest
 from fedlotr.fleet.devices import DEVICES
+from fedlotr.fleet.faults import FAULTS
+from fedlotr.fleet.modes import MODES
 from fedlotr.fleet.presets import FLEETS
+from fedlotr.fleet.sampling import SAMPLINGS
 from fedlotr.models.kinds import TASK_KINDS
 
 TEMPLATE = Path(__file__).parents[1] / "flower" / "template.py"
@@ -108,6 +113,38 @@ def devices() -> list[Row]:
     ]
 
 
+def faults() -> list[Row]:
+    """One row a fault on purpose."""
+    return [{"fault": name, "what": fault.text} for name, fault in FAULTS.items()]
+
+
+def attacks() -> list[Row]:
+    """One row a thing that hostile clients do; of those that take a number, with its default."""
+    return [
+        {"attack": f"{name}=X" if kind.takes else name, "what": kind.text, "X": _number(kind)}
+        for name, kind in ATTACKS.items()
+    ]
+
+
+def _number(kind: AttackKind) -> str:
+    return f"{kind.takes} (default: {kind.usual:g})" if kind.takes else ""
+
+
+def modes() -> list[Row]:
+    """One row a mode of rounds in virtual time."""
+    return [{"mode": name, "a round waits": mode.text} for name, mode in MODES.items()]
+
+
+def samplings() -> list[Row]:
+    """One row a rule by which a round draws its clients."""
+    return [{"sampling": name, "asks": rule.text} for name, rule in SAMPLINGS.items()]
+
+
+def partitions() -> list[Row]:
+    """One row a rule by which rows are dealt to clients."""
+    return [{"partition": form.form, "what": form.text} for form in PARTITIONS.values()]
+
+
 KINDS = {
     "methods": methods,
     "strategies": strategies,
@@ -115,6 +152,11 @@ KINDS = {
     "metrics": metrics,
     "fleets": fleets,
     "devices": devices,
+    "modes": modes,
+    "samplings": samplings,
+    "partitions": partitions,
+    "faults": faults,
+    "attacks": attacks,
 }
 USAGE = f"usage: fedlotr ls {'|'.join(KINDS)} [--json], or: fedlotr ls strategies --template"
 

@@ -145,7 +145,7 @@ class Console(Callbacks):
         if failed:
             parts.append(f"{failed} FAILED")
         if record.get("virtual_seconds") is not None:
-            parts.append(f"{record.get('used', 0)} updates" + (f", {lost} lost" if lost else ""))
+            parts.append(_count(record.get("used", 0), "update") + (f", {lost} lost" if lost else ""))
         if told:
             parts += [f"{way} {readable_bytes(record.get(f'bytes_{way}') or 0)}" for way in ("up", "down")]
         if record.get("epsilon") is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,14 +26,21 @@ class _LogFile(logging.FileHandler):
             super().close()
 
     def claim(self) -> bool:
-        """False where another process writes this file; it is free again when that has ended, however it did."""
-        if flock is not None and self.stream is not None:
+        """False where another process writes this file; it is free again when that has ended, however it did.
+
+        Who only looks whether it is written, as `fedlotr watch` does, holds it for a moment.
+        """
+        for wait in (0.05, 0.1, 0.2, None) if flock is not None and self.stream is not None else ():
             try:
                 flock(self.stream, LOCK_EX | LOCK_NB)
             except BlockingIOError:
-                return False
+                if wait is None:
+                    return False
+                time.sleep(wait)
             except OSError:  # a file system that has no locks
-                pass
+                break
+            else:
+                break
         return True
 
 
