@@ -43,14 +43,19 @@ def _marked(word: str, to_options: str | None) -> str:
 
 
 def code(text: object) -> str:
-    """A word as code, also within a table."""
-    return f"`{str(text).replace('|', chr(92) + '|')}`"
+    """A word as code."""
+    return f"`{text}`"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Of cells that are Markdown already."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(' '.join(cell.split()) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """On one line; a bar, also in code, is no end of it."""
+    return re.sub(r"(?<!\\)\|", r"\|", " ".join(text.split()))
 
 
 def paragraphs(docstring: str | None) -> list[str]:

@@ -126,10 +126,11 @@ def _section(rule: Rule) -> str:
 
 
 def _entry(rule: Rule) -> str:
-    named = [term for term in rule.terms if term[0] in rule.fields][: len(rule.fields)]
     title = " with ".join(code(_option(name)) for name in dict.fromkeys(rule.fields))
-    conditions = [words for term in dict.fromkeys([*named, *rule.terms]) if (words := in_words(*term))]
-    holds = f"Where {'; '.join(conditions)}.\n\n" if conditions else ""
+    conditions = [
+        words for term in rule.terms if (term[1] or term[0] not in rule.fields) and (words := in_words(*term))
+    ]
+    holds = f"Where {', and '.join(conditions)}.\n\n" if conditions else ""
     return f"### {title} {{ #{slug(rule)} }}\n\n{holds}{markdown(sentence(why(rule)))}\n"
 
 

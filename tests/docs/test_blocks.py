@@ -141,3 +141,10 @@ def test_few_blocks_are_not_run_and_each_says_why() -> None:
     ]
     print("\n".join(left_out))
     assert len(left_out) <= FEW, "\n".join(left_out)
+
+
+def test_the_links_of_readme_lead_somewhere_and_it_is_short() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    places = re.findall(r"\]\(([^)#:\s]+)[^)]*\)", text)
+    assert places and not [place for place in places if not (ROOT / place).exists()]
+    assert len(text.splitlines()) <= 150
