@@ -58,9 +58,9 @@ def _cell(text: str) -> str:
     return re.sub(r"(?<!\\)\|", r"\|", " ".join(text.split()))
 
 
-def paragraphs(docstring: str | None) -> list[str]:
-    """Of a docstring, each on one line."""
-    blocks = re.split(r"\n\s*\n", (docstring or "").strip())
+def paragraphs(docstring: str | None, item: str = "\n") -> list[str]:
+    """Of a docstring, each on one line; lines that begin with `item` are paragraphs too."""
+    blocks = re.split(rf"\n\s*\n|\n(?={re.escape(item)})", (docstring or "").strip())
     return [" ".join(block.split()) for block in blocks if block.strip()]
 
 

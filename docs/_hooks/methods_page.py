@@ -20,10 +20,11 @@ An adapted layer computes
 
 and a method says where B and A come from (its [basis](choices.md#bases)), which layers share them (its
 [tie](choices.md#ties)), what C is (its [core](choices.md#cores)) and which of the three a client trains. `full` has no
-factors: it trains a matrix D of y = W x + D x. s is 1, or alpha / r (`--alpha`).
+factors: it trains a matrix D of y = W x + D x. s is 1, or alpha / r ([`--alpha`](options.md#alpha)).
 
-`--basis`, `--tie` and `--core` put a method on another point of that grid, and `--strategy` has the server combine
-updates otherwise ([Strategies](strategies.md)). Formulas are numbers that one client sends in one round for one adapted
+[`--basis`](options.md#basis), [`--tie`](options.md#tie) and [`--core`](options.md#core) put a method on another point
+of that grid, and [`--strategy`](options.md#strategy) has the server combine updates otherwise
+([Strategies](strategies.md)). Formulas are numbers that one client sends in one round for one adapted
 layer, the head aside; as bytes they are four a number, or what a [codec](choices.md#codecs) makes of them.
 `fedlotr cost` multiplies them out for a model, `fedlotr ls methods` prints this table.
 

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import entry_points
 
 from docs_text import GENERATED, code, markdown, paragraphs, table
+from house_docstrings import listed
 from methods_page import differences
 
 from fedlotr.adapters.methods import METHODS
@@ -12,14 +13,15 @@ from fedlotr.flower.traits import StrategyTraits, traits_of
 
 _OPENING = """# Strategies
 
-A strategy combines the updates of a round's clients on the server. `--strategy NAME` chooses one, `--strategy-arg
-KEY=VALUE` sets its arguments; without, each method has its own. They stand in the folder `strategies/` and are found by
-the entry point group `fedlotr.strategies`, as those of any installed package are; they use nothing that
-[your own](../how-to/own-strategy.md) could not. `fedlotr ls strategies` prints what is installed.
+A strategy combines the updates of a round's clients on the server. [`--strategy`](options.md#strategy) chooses one,
+[`--strategy-arg`](options.md#strategy-arg) KEY=VALUE sets its arguments; without, each method has its own. They stand
+in the folder `strategies/` and are found by the entry point group `fedlotr.strategies`, as those of any installed
+package are; they use nothing that [your own](../how-to/own-strategy.md) could not. `fedlotr ls strategies` prints what
+is installed.
 
 Certified means that the strategy says it publishes the weighted mean of the clients' updates, and that every round's
 `aggregation_error` measures how far it is from that. A robust rule is no mean, so its error is null. Weights p_i are
-the numbers of examples, divided by their sum (`--weights`).
+the numbers of examples, divided by their sum ([`--weights`](options.md#weights)).
 
 Clients of a method send what [Methods](methods.md) says; "beside that" is what a strategy adds to it.
 """
@@ -45,7 +47,7 @@ def strategies_page() -> str:
 
 def _entry(name: str, kind: type) -> str:
     module = paragraphs(sys.modules[kind.__module__].__doc__)
-    about = [*paragraphs(kind.__doc__), *module]
+    about = [*paragraphs(listed(kind.__doc__ or "", set(inspect.signature(kind).parameters)), "- "), *module]
     lines = [f"## `{name}` {{ #{name} }}", "", *(f"{markdown(text)}\n" for text in about)]
     lines += [f"- **{title}** {text}" for title, text in _facts(name, kind)]
     return "\n".join([*lines, "", *differences(name), ""])
