@@ -1,8 +1,9 @@
 """The page of all tables of names besides methods and strategies: bases, cores, codecs, partitions, fleets ..."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
-from docs_text import GENERATED, code, markdown, table
+from docs_text import GENERATED, code, markdown, paragraphs, table
 
 from fedlotr.adapters.kinds import BASES, CORES, TIES
 from fedlotr.adapters.moves import MOVES
@@ -145,5 +146,5 @@ def _sections() -> Iterable[Section]:
         "What happens to an update on its way, in the order in which the server goes through it before it sends. "
         "--add-link puts one of yours before one of these.",
         ["name", "what it does"],
-        ([code(link.name), markdown((link.__doc__ or "").strip().splitlines()[0])] for link in LINKS),
+        ([code(link.name), markdown(paragraphs(sys.modules[link.__module__].__doc__)[0])] for link in LINKS),
     )  # fmt: skip

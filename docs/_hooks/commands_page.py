@@ -23,8 +23,8 @@ _OPENING = """# Commands
 
 Results go to standard output, progress and warnings to standard error. `fedlotr --version` says the version.
 """
-WIDTH = "100"
-"""Columns of the text."""
+WIDTH = "80"
+"""Columns of the text, as many as a page has room for."""
 
 
 def commands_page() -> str:

@@ -10,7 +10,9 @@ from fedlotr.adapters.methods import METHODS, Method
 from fedlotr.commands.ls import one_off
 from fedlotr.cost.formulas import PUBLISHED, in_words, source
 
-PAPERS = Path(__file__).resolve().parents[2] / "PAPERS.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAPERS = ROOT / "PAPERS.md"
+_CITED = re.compile(r'(\w+ et al\. \d{4}),?(?: "[^"]*"| [A-Za-z-]+)?,? \(?(?:arXiv:)?(\d{4}\.\d{5})')
 
 _OPENING = """# Methods
 
@@ -65,7 +67,7 @@ def _choice(section: str, name: str) -> str:
 def _entry(name: str, row: Method) -> str:
     lines = [f"## `{name}` {{ #{name} }}", "", f"{row.title[0].upper()}{row.title[1:]}.", ""]
     if row.paper:
-        lines.append(f"- **Paper** {markdown(row.paper)}")
+        lines.append(f"- **Paper** {markdown(_linked(row.paper))}")
     lines.append(f"- **Trains** {_trained(row)}{_staying(row)}")
     if row.factored:
         lines.append(f"- **Between** {row.basis_kind().text}; {code('--basis')} {_choice('bases', row.basis)}")
@@ -82,6 +84,23 @@ def _entry(name: str, row: Method) -> str:
             note = f" ({markdown(published.note)})" if published.note else ""
             lines.append(f"- **Counted in the figures of Fed-SB**, with {code(strategy)}: {published.text}{note}")
     return "\n".join([*lines, "", *differences(name), ""])
+
+
+def _linked(paper: str) -> str:
+    """With the number that the code cites it by, where it does."""
+    numbers = cited()
+    return "; ".join(
+        f"{one} (arXiv:{number})" if (number := numbers.get(" ".join(one.split()[:4]).rstrip(","))) else one
+        for one in paper.split("; ")
+    )
+
+
+@cache
+def cited() -> dict[str, str]:
+    """Authors and year -> arXiv's number, of the papers that docstrings of adapters and strategies name so."""
+    files = [*(ROOT / "fedlotr" / "adapters").glob("*.py"), *(ROOT / "strategies").glob("*.py")]
+    texts = (" ".join(file.read_text(encoding="utf-8").split()) for file in files)
+    return {who: number for text in texts for who, number in _CITED.findall(text)}
 
 
 def _staying(row: Method) -> str:

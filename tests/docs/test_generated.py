@@ -78,6 +78,7 @@ def test_every_rule_has_an_anchor_of_its_own_and_words() -> None:
 def test_methods_and_strategies_stand_on_their_pages_with_what_differs_from_the_papers() -> None:
     methods, strategies = methods_page(), strategies_page()
     assert all(f"{{ #{name} }}" in methods for name in METHODS)
+    assert "Singhal et al. 2025, Fed-SB ([arXiv:2502.15436](https://arxiv.org/abs/2502.15436))" in methods
     named = {name for names, *_ in papers() for name in names}
     assert {"lora-xs", "fed-sb", "flora", "multi-krum", "fedadam"} <= named
     for name in named:
