@@ -481,7 +481,7 @@ def test_a_custom_strategy_of_one_method_reads_like_its_formula(tmp_path: Path) 
 
 def test_the_readmes_strategy_runs_and_keeps_its_momentum_over_a_crash(tmp_path: Path) -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(# momentum.py\n.*?)```", readme, re.DOTALL)
+    code = re.search(r'```python title="momentum.py"\n(# momentum.py\n.*?)```', readme, re.DOTALL)
     assert code is not None and len(code[1].splitlines()) <= 20
     (tmp_path / "momentum.py").write_text(code[1])
 
