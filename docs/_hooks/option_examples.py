@@ -7,6 +7,7 @@ option needs another one to stand beside it, both are there.
 EXAMPLES = {
     "clients": "--clients 200",
     "sample": "--sample 0.1",
+    "sampling": "--sampling loss:3",
     "rounds": "--rounds 30",
     "max_examples": "--max-examples none",
     "weights": "--weights uniform",

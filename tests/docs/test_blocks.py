@@ -9,7 +9,6 @@ lines `$ command`, which must end with 0 or with what stands in front of the blo
 import json
 import os
 import re
-import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -18,13 +17,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forks
+
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FEW = 5
 """Blocks that may go without being run, of all pages together."""
-DRIVER = Path(__file__).with_name("run_blocks.py")
+DRIVER = "import sys; from tests.docs.run_blocks import main; main()"
 FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,})[ \t]*(?P<info>[^`\n]*)$")
 COMMENT = re.compile(r"<!-- *(?P<key>not run|exit): *(?P<value>.+?) *-->")
 TEXT = {"text", "mermaid"}
@@ -124,12 +125,11 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(todo), encoding="utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, DRIVER, plan], cwd=place, env=env, capture_output=True, text=True, timeout=SECONDS
-    )
-    print(done.stdout)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    run = forks.server(*forks.RUN).start(DRIVER, plan, cwd=place, PATH=path, HF_HUB_OFFLINE="1")
+    code = run.wait(SECONDS)
+    said, wrong = run.said()
+    print(said)
+    assert code == 0, f"{said[-3000:]}\n{wrong[-6000:]}"
 
 
 def test_few_blocks_are_not_run_and_each_says_why() -> None:
