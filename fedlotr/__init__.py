@@ -6,8 +6,8 @@ Flower nor Ray.
 
 import logging
 import os
+import warnings
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 # Flower reads these as it is imported: quiet, and off the network. Here, because this runs before any other module of
@@ -19,6 +19,8 @@ os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # PEFT imports bitsandbytes where it is installed, which warns of lacking a kernel that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# In a notebook without ipywidgets tqdm warns of its bars, which are not shown here.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis
@@ -61,6 +63,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
+        from importlib.metadata import version  # half of what importing this module took
+
         return version("fedlotr")
     if name not in _HOMES:
         raise AttributeError(f"module 'fedlotr' has no attribute '{name}'")
