@@ -51,9 +51,9 @@ BAR_WIDTH = 12
 
 NOTEBOOK_LINES = 100
 """First and last lines of a run that a notebook goes on showing."""
-NOTEBOOK_WIDTH = 110
+NOTEBOOK_WIDTH = 120
 """Columns there: a round is a line, and a cell on a small screen has room for it."""
-CELL_STYLE = "white-space: pre; overflow-x: auto; line-height: 1.2; font-family: 'DejaVu Sans Mono', Menlo, monospace"
+CELL_STYLE = "white-space: pre; overflow-x: auto; font: 12px/1.2 'DejaVu Sans Mono', Menlo, 'Courier New', monospace"
 """JupyterLab gives `pre` the font of its text, in which no table holds together."""
 
 Known = Callable[[str, str], str | None]
