@@ -6,13 +6,8 @@ Flower nor Ray.
 
 import logging
 import os
-import sys
-from collections.abc import Sequence
+import warnings
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.metadata import version
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 # Flower reads these as it is imported: quiet, and off the network. Here, because this runs before any other module of
@@ -24,6 +19,8 @@ os.environ.setdefault("FLWR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # PEFT imports bitsandbytes where it is installed, which warns of lacking a kernel that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# In a notebook without ipywidgets tqdm warns of its bars, which are not shown here.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from fedlotr.adapters import CoreConfig, CoreModel, initialize_basis
@@ -63,46 +60,11 @@ _HOMES = {
     "run_simulation": "fedlotr.run.simulation",
 }
 
-_MOVED = {
-    "fedlotr.architectures": "fedlotr.cost.architectures",
-    "fedlotr.billing": "fedlotr.cost.billing",
-    "fedlotr.callbacks": "fedlotr.reporting.callbacks fedlotr.run.callbacks",
-    "fedlotr.configuration": "fedlotr.config.configuration",
-    "fedlotr.flower.carried": "fedlotr.flower.links.carry",
-    "fedlotr.flower.loop": "fedlotr.flower.round",
-    "fedlotr.flower.personal": "fedlotr.flower.links.personal",
-    "fedlotr.flower.ranks": "fedlotr.flower.links.ranks",
-    "fedlotr.flower.terms": "fedlotr.flower.links.objectives",
-    "fedlotr.formulas": "fedlotr.cost.formulas",
-    "fedlotr.rounds": "fedlotr.run.rounds",
-    "fedlotr.simulation": "fedlotr.run.simulation",
-    "fedlotr.training.evaluation": "fedlotr.evaluation.scores",
-    "fedlotr.training.models": "fedlotr.training.model fedlotr.models.loading",
-    "fedlotr.training.results": "fedlotr.evaluation.results",
-    "fedlotr.wire_form": "fedlotr.communication.wire_form",
-}
-"""Modules that people may have imported from, and where their names are now; the old places go with version 0.2."""
-
-
-class _Moved(MetaPathFinder, Loader):
-    """Finds the names of a module that has moved also in its old place."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, origin=_MOVED[name]) if name in _MOVED else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        def get(name: str) -> object:
-            homes = [import_module(home) for home in _MOVED[module.__name__].split()]
-            return getattr(next((home for home in homes if hasattr(home, name)), homes[0]), name)
-
-        module.__dict__["__getattr__"] = get
-
-
-sys.meta_path.append(_Moved())
-
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
+        from importlib.metadata import version  # half of what importing this module took
+
         return version("fedlotr")
     if name not in _HOMES:
         raise AttributeError(f"module 'fedlotr' has no attribute '{name}'")

@@ -7,6 +7,7 @@ clients that add seeded noise; the round loop is the real one, and a dense oracl
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -249,6 +250,19 @@ class _Case:
         return done
 
 
+@contextmanager
+def _dropped_in_silence() -> Iterator[None]:
+    """Without a warning of each client that is dropped on purpose."""
+    log = logging.getLogger("fedlotr")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@_dropped_in_silence()
 def check_strategy(
     name: str,
     arguments: Mapping[str, Any] | None = None,

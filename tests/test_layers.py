@@ -1,7 +1,6 @@
 """The house stands as it is drawn: imports only point downward, and Flower's private names stay in one module."""
 
 import ast
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -204,32 +203,6 @@ def test_no_file_imports_itself_over_others() -> None:
 def test_nothing_but_doors_and_the_ground_lies_at_the_top() -> None:
     files = [path.name for path in (ROOT / "fedlotr").iterdir() if path.is_file()]
     assert len(files) <= TOP, files
-
-
-@pytest.mark.parametrize(
-    ("old", "names"),
-    [
-        ("architectures", "read_architecture"),
-        ("billing", "bills"),
-        ("callbacks", "Callbacks RoundEvent EvaluateEvent ClientEvent"),
-        ("configuration", "SimulationConfig load"),
-        ("flower.carried", "carry_records"),
-        ("flower.loop", "Federation State run_round"),
-        ("flower.personal", "personal"),
-        ("flower.ranks", "client_ranks"),
-        ("flower.terms", "TERMS"),
-        ("formulas", "bill one_off"),
-        ("rounds", "Rounds"),
-        ("simulation", "SimulationResult run_simulation check_all"),
-        ("training.evaluation", "evaluate"),
-        ("training.models", "ModelSpec TrainableModel adaptable_layers load_base"),
-        ("training.results", "Results"),
-        ("wire_form", "read_form"),
-    ],
-)
-def test_names_that_moved_are_also_where_they_were(old: str, names: str) -> None:
-    for name in names.split():
-        assert hasattr(importlib.import_module(f"fedlotr.{old}"), name)
 
 
 def test_a_run_without_privacy_does_not_wait_for_the_accountants() -> None:

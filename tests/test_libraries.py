@@ -67,3 +67,11 @@ torch._dynamo.reset()
 assert "torch._dynamo.utils" in sys.modules and torch._dynamo.disable(plain) is not plain
 """
     run(program, tmp_path)
+
+
+def test_importing_fedlotr_loads_nothing_but_itself_and_the_standard_library(tmp_path: Path) -> None:
+    """Its names load what they need when they are first used; `benchmarks/startup.py` has the seconds."""
+    names = "print(*sys.modules)"
+    added = set(run(f"import sys, fedlotr\n{names}", tmp_path)) - set(run(f"import sys\n{names}", tmp_path))
+    assert {name for name in added if name.startswith("fedlotr")} == {"fedlotr"}
+    assert {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names) == {"fedlotr"}

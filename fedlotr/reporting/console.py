@@ -51,6 +51,10 @@ BAR_WIDTH = 12
 
 NOTEBOOK_LINES = 100
 """First and last lines of a run that a notebook goes on showing."""
+NOTEBOOK_WIDTH = 120
+"""Columns there: a round is a line, and a cell on a small screen has room for it."""
+CELL_STYLE = "white-space: pre; overflow-x: auto; font: 12px/1.2 'DejaVu Sans Mono', Menlo, 'Courier New', monospace"
+"""JupyterLab gives `pre` the font of its text, in which no table holds together."""
 
 Known = Callable[[str, str], str | None]
 """A form and the name of a fact or an option -> its value in this form; None where it has none."""
@@ -81,7 +85,7 @@ class Console(Callbacks):
             file=out, quiet=quiet, highlight=False, markup=False, emoji=False, force_jupyter=False, **plain
         )
         if not self._out.is_terminal:
-            self._out.width = columns_of(out, PLAIN_WIDTH)
+            self._out.width = columns_of(out, PLAIN_WIDTH if self._cell is None else NOTEBOOK_WIDTH)
 
     def __enter__(self) -> Self:
         return self
@@ -268,10 +272,10 @@ class _Cell(io.StringIO):
         text = self._lines + self._under
         if not text:
             return
-        page = f'<pre style="white-space: pre; overflow-x: auto; line-height: 1.2">{html.escape(text)}</pre>'
+        page = f'<pre style="{CELL_STYLE}">{html.escape(text)}</pre>'
         forms = {"text/plain": text, "text/html": page}
         if self._handle is None:
-            self._handle = display(forms, raw=True, display_id=True)
+            self._handle = display(forms, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(forms, raw=True)
 

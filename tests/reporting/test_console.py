@@ -356,6 +356,7 @@ def test_a_notebook_has_one_output_that_is_renewed(monkeypatch: pytest.MonkeyPat
         "round 2/2",
     ]
     assert "reading &lt;data&gt;" in last["text/html"] and "Result" in last["text/html"]
+    assert "monospace" in last["text/html"], "tables hold together whatever font the page has"
     shown.clear()
     with Console(quiet=True) as console:
         start(console, SimulationConfig(rounds=2), FACTS)
