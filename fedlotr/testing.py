@@ -276,19 +276,10 @@ def check_strategy(
     (equal bytes), layers tied and untied, a base in bfloat16. Where it says that it `averages`: the certificate equals
     a dense oracle, and is at most 1e-6 where one factor moves or the strategy says that it is `exact`. Where it merges
     into the carried term: ten rounds with absent clients. ranks: of the clients, in turn, where they are to differ.
-    Clients are dropped on purpose, so the log is silent meanwhile.
     """
-    log = logging.getLogger("fedlotr")
-    disabled, log.disabled = log.disabled, True
-    try:
-        _conform(name, dict(arguments or {}), method, ranks)
-    finally:
-        log.disabled = disabled
 
-
-def _conform(name: str, arguments: dict[str, Any], method: str, ranks: Sequence[int] | None) -> None:
     def make(clients: int) -> Any:
-        return load_strategy(name, arguments, clients)
+        return load_strategy(name, dict(arguments or {}), clients)
 
     for model in _models(method):
         here, turned = (_Case(make, method, model, CLIENTS, ranks=ranks) for _ in range(2))

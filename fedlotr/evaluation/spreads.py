@@ -37,7 +37,7 @@ def summary_of(scores: Sequence[ClientScore], before: Sequence[ClientScore] = ()
         "metric": metric,
         "clients": len(scores),
         "loss": float(np.mean([one["loss"] for one in scores])),
-        **spread_of(metric, [one["score"] for one in scores]),
+        **spread_of(metric, [one["score"] for one in scores]),  # type: ignore[typeddict-item]
     }
     if (each := gains(scores, before)) is not None:
         found["gain"] = gain_of(each)

@@ -30,9 +30,12 @@ class _LogFile(logging.FileHandler):
 
         Who only looks whether it is written, as `fedlotr watch` does, holds it for a moment.
         """
-        for wait in (0.05, 0.1, 0.2, None) if flock is not None and self.stream is not None else ():
+        stream = self.stream
+        if flock is None or stream is None:
+            return True
+        for wait in (0.05, 0.1, 0.2, None):
             try:
-                flock(self.stream, LOCK_EX | LOCK_NB)
+                flock(stream, LOCK_EX | LOCK_NB)
             except BlockingIOError:
                 if wait is None:
                     return False
