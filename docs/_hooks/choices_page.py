@@ -17,6 +17,7 @@ from fedlotr.fleet.faults import FAULTS
 from fedlotr.fleet.kinds import AVAILABILITY
 from fedlotr.fleet.modes import DEFAULT_STALENESS, MODES, OUTCOMES, STALENESS
 from fedlotr.fleet.presets import FLEETS
+from fedlotr.fleet.sampling import SAMPLINGS
 from fedlotr.flower.chain import LINKS
 from fedlotr.models.kinds import TASK_KINDS
 
@@ -101,6 +102,10 @@ def _sections() -> Iterable[Section]:
             [code(name), f"{link.up / 1e6:g} Mbit/s", f"{link.down / 1e6:g} Mbit/s", f"{link.latency * 1e3:g} ms"]
             for name, link in PROFILES.items()
         ),
+    )  # fmt: skip
+    yield (
+        "Samplings", "samplings", "Whom a round asks (--sampling).", ["form", "who"],
+        ([code(rule.form), markdown(rule.text)] for rule in SAMPLINGS.values()),
     )  # fmt: skip
     yield (
         "Modes", "modes", "What a round waits for, in virtual time (--mode).", ["name", "waits"],

@@ -137,7 +137,7 @@ def modes() -> list[Row]:
 
 def samplings() -> list[Row]:
     """One row a rule by which a round draws its clients."""
-    return [{"sampling": name, "asks": rule.text} for name, rule in SAMPLINGS.items()]
+    return [{"sampling": rule.form, "asks": rule.text} for rule in SAMPLINGS.values()]
 
 
 def partitions() -> list[Row]:

@@ -81,11 +81,7 @@ class Fields(BaseModel):
     )
     sampling: Annotated[str, AfterValidator(check_sampling)] = Field(
         default=DEFAULT_SAMPLING,
-        description="whom a round asks: "
-        + "; ".join(
-            f"{name}{rule.text}" if rule.text.startswith("[") else f"{name}: {rule.text}"
-            for name, rule in SAMPLINGS.items()
-        ),
+        description="whom a round asks: " + "; ".join(f"{rule.form}: {rule.text}" for rule in SAMPLINGS.values()),
     )
     rounds: int = Field(default=14, ge=1, le=MAX_ROUNDS, description="rounds of training and averaging")
     max_examples: int | None = Field(

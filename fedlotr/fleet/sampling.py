@@ -8,13 +8,15 @@ from fedlotr.errors import nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """text: in words. by_size: drawn with chances that go with clients' examples, and weighed against these chances.
+    """form: how it is written. text: in words. by_size: drawn with chances that go with clients' examples, and weighed
+    against these chances.
 
     first: what decides between those that were drawn, where there are more of them than a round asks: "loss", the
     larger first, or "asked", the fewer times first; None: all that were drawn are asked. candidates: times as many as a
     round asks that are drawn for that, unless the words say otherwise; None: whoever is there.
     """
 
+    form: str
     text: str
     by_size: bool = False
     first: str | None = None
@@ -27,15 +29,17 @@ class Rule:
 
 
 SAMPLINGS = {
-    "uniform": Rule(text="whoever is there, evenly"),
-    "size": Rule(text="by their examples, each then weighed by its share over its chance", by_size=True),
+    "uniform": Rule(form="uniform", text="whoever is there, evenly"),
+    "size": Rule(form="size", text="by their examples, each then weighed by its share over its chance", by_size=True),
     "loss": Rule(
-        text="[:D] those with the largest training loss, as last told, of D times as many drawn by size (D = 2)",
+        form="loss[:D]",
+        text="those with the largest training loss, as last told, of D times as many drawn by size (D = 2)",
         by_size=True,
         first="loss",
         candidates=2.0,
     ),
     "availability": Rule(
+        form="availability",
         text="those that were asked least often so far, so that who is seldom there counts as much",
         first="asked",
         candidates=None,
