@@ -5,7 +5,10 @@ has to be there; code comes from this environment's own folder, or it ends.
 """
 
 import json
+import signal
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +76,30 @@ def begin() -> None:
     Path("seen.yaml").write_text(TASK, encoding="utf-8")
 
 
+def watch() -> None:
+    """The page of a run, which is shown until it is interrupted."""
+    words = [sys.executable, "-c", "import sys; from fedlotr.cli import main; sys.exit(main(['watch', 'talked']))"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert "Finished: 1 of 1 rounds." in page.read().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+
+
 def main() -> None:
     """Run them."""
     assert fedlotr.__version__ == sys.argv[1], fedlotr.__version__
     for package in (fedlotr, fedlotr.strategies):
         assert Path(str(package.__file__)).is_relative_to(sys.prefix), package.__file__
-    assert {line[0] for line in LINES} == set(cli.COMMANDS), "a command that is not tried"
+    assert {line[0] for line in LINES} | {"watch"} == set(cli.COMMANDS), "a command that is not tried"
     begin()
     for line in LINES:
         print("$ fedlotr", *line, flush=True)
         code = cli.main(line)
         assert code == 0, f"{line}: exit code {code}"
+    watch()
     assert all(Path(name).exists() for name in LEFT), "a command left nothing"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedlotr.config.own import bring_again, is_own
 from fedlotr.config.values import BUILT_IN_DATA, is_data_id
-from fedlotr.errors import nearest
+from fedlotr.errors import closest, nearest
 from fedlotr.files import GGUF
 
 
@@ -84,7 +84,8 @@ def _data_problems(data: str) -> Iterator[str]:
         return
     path = expanded(data)
     if data not in BUILT_IN_DATA and not path.exists() and not is_data_id(data):
-        hint = sibling(path) or ("" if "/" in data else nearest(data, BUILT_IN_DATA))
+        built_in = "" if "/" in data else nearest(data, BUILT_IN_DATA)
+        hint = built_in if built_in and closest(data, BUILT_IN_DATA) else sibling(path) or built_in
         yield f"no such data set, folder or file (nor a hub id, org/name){hint}"
 
 

@@ -158,6 +158,7 @@ def test_the_chain_is_in_order_and_every_link_has_a_name_of_its_own() -> None:
     assert names == [
         *(
             "personal parts",
+            "first loss",
             "objectives",
             "moments",
             "carry",

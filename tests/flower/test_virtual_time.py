@@ -205,7 +205,7 @@ class Mortal(ExactAverage):
         {**CODED, "mode": "deadline", "buffer": None, "deadline": 0.1005, "late": "use"},
         {**CODED, "rebase": "2:svd", "method": "lora-xs"},
         {**CODED, "sampling": "loss"},
-        {"sampling": "availability"},
+        {**CODED, "sampling": "availability"},
     ],
     ids=["plain numbers", "coded", "late", "moving bases", "by loss", "by availability"],
 )

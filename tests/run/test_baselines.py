@@ -11,7 +11,7 @@ import yaml
 
 from fedlotr import SimulationConfig, cli, run_simulation, simulate
 from fedlotr.evaluation.scores import evaluate
-from fedlotr.flower.scoring import summary_of
+from fedlotr.evaluation.spreads import spread_of
 from fedlotr.run.baselines import over_clients, pooled
 from fedlotr.run.checking import check
 from fedlotr.run.directory import RunDirectory
@@ -128,8 +128,8 @@ def test_the_worst_tenth_is_the_same_clients_wherever_it_is_told(clients: int, w
     _, spread = over_clients([{"accuracy": score, "loss": score} for score in scores])
     lowest, largest = (worst - 1) / 2, clients - 1 - (worst - 1) / 2
     assert (spread["accuracy_worst_tenth"], spread["loss_worst_tenth"]) == (lowest, largest)
-    assert summary_of("accuracy", scores, scores)["worst_tenth"] == lowest
-    assert summary_of("perplexity", scores, scores)["worst_tenth"] == largest
+    assert spread_of("accuracy", scores)["worst_tenth"] == lowest
+    assert spread_of("perplexity", scores)["worst_tenth"] == largest
 
 
 @pytest.mark.parametrize("baseline", ["central", "local"])
