@@ -82,7 +82,7 @@ CODED = (
     ("ffa-lora", "geometric-median", "int4", "delta+int8", True),
     ("loldu", "norm-clip", "int8", "bfloat16", True),
     ("lora", "fltrust", "int8", "delta+int8", True),
-    ("lora-xs", "q-fedavg", "int4", "delta+int8", True),
+    ("lora", "q-fedavg", "int4", "delta+int8", True),
     ("full", "exact-average", "top-k:0.1", "delta+int8", True),
     ("lora", "flexlora", "int8", "delta+int8", False),
     ("lora", "hetlora", "int4", "float32", False),
