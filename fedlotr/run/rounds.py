@@ -346,8 +346,8 @@ class Rounds:
             found = evaluate(self.grid, self.federation, state.arrays, beside)
         held_back = [len(rows) for rows in self.prepared.checked.held_back]
         if any(held_back):
-            of = {"task": self.federation.task, "number": state.round}
-            scores = evaluate_clients(self.grid, models, held_back, beside, **of)  # type: ignore[arg-type]
+            task, number = self.federation.task, state.round
+            scores = evaluate_clients(self.grid, models, held_back, beside, task=task, number=number)
             self.directory.append_client_scores(scores)
             if not state.round:
                 self.first_scores = scores
