@@ -130,14 +130,21 @@ def _packed(flight: Flight) -> dict[str, Any]:
             "examples": update.examples,
             "loss": update.loss,
             "says": dict(update.identity),
+            "records": {name: {key: value(array) for key, array in one.items()} for name, one in _beside(update)},
         }
     return found
+
+
+def _beside(update: Reply) -> list[tuple[str, ArrayRecord]]:
+    """The tensors that came beside an update, such as a first loss, by the names of their records."""
+    return [(name, one) for name, one in update.records.items() if isinstance(one, ArrayRecord)]
 
 
 def _unpacked(found: Mapping[str, Any]) -> Flight:
     trouble, update = found["trouble"], found["reply"]
     if update is not None:
         said = {**update, "arrays": to_record(update["arrays"])}
+        said["records"] = {name: to_record(one) for name, one in update.get("records", {}).items()}
         update = Reply(client=found["client"], identity=said.pop("says"), **said)
     entries = [Entry(**entry) for entry in found["entries"]]
     return Flight(
@@ -460,8 +467,12 @@ class TimedRound:
 
 def _kept(update: Reply) -> Reply:
     """As a checkpoint could hold it too: with nothing that lies in files of the engine's."""
-    arrays = update.arrays
-    return replace(update, arrays=arrays.plain() if isinstance(arrays, LazyRecord) else arrays, origin=None)
+
+    def plain(record: ArrayRecord) -> ArrayRecord:
+        return record.plain() if isinstance(record, LazyRecord) else record
+
+    beside = {name: plain(one) for name, one in _beside(update)}
+    return replace(update, arrays=plain(update.arrays), records={**update.records, **beside}, origin=None)
 
 
 def _moved(trained: ArrayRecord, here: Mapping[str, Array], start: Tensors, factor: float) -> ArrayRecord:

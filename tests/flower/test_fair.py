@@ -140,6 +140,25 @@ def test_a_run_by_size_weighs_all_alike(
     assert all(row["aggregation_error"] is None or row["aggregation_error"] < 1e-6 for row in rows) and whole
 
 
+def test_a_first_loss_that_is_under_way_survives_a_kill(
+    tiny_bert: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits in a checkpoint has all that came with it: updates of round 2 are combined in round 3."""
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    given = small(tiny_bert, animals, sample=6, mode="async", buffer=2, strategy="own.py:Noting")
+    run_simulation(SimulationConfig(**given, out=tmp_path / "run"))
+    noted = (tmp_path / "noted.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(noted) == 6 and read_run(tmp_path / "run")[1][-1]["staleness_mean"] > 0, "or this shows nothing"
+    kept = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    for path in (tmp_path / "run" / "checkpoints").glob("round-00003*"):
+        path.unlink()
+    run_simulation(SimulationConfig(**given, out=tmp_path / "run", resume=True))
+    again = (tmp_path / "noted.jsonl").read_text(encoding="utf-8").splitlines()
+    assert again[6:] == noted[4:] and "null" not in "".join(again)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == kept
+
+
 @pytest.mark.parametrize("sampling", ["loss", "availability"])
 def test_who_was_asked_before_decides_who_is_next(
     tiny_bert: Path, animals: Path, tmp_path: Path, sampling: str

@@ -33,7 +33,7 @@ def recorded(loss: float) -> ArrayRecord:
 
 def first_loss(records: Mapping[str, Any]) -> float | None:
     """Of a reply's records; None where there is none."""
-    return float(value(records[FIRST_LOSS][LOSS])) if FIRST_LOSS in records else None
+    return float(value(records[FIRST_LOSS][LOSS]).item()) if FIRST_LOSS in records else None
 
 
 class FirstLoss(Link):
