@@ -64,7 +64,7 @@ def read_sampling(words: str) -> Sampling:
     if name not in SAMPLINGS:
         raise ValueError(f"no such rule{nearest(name, SAMPLINGS)}")
     rule = SAMPLINGS[name]
-    if not given and ":" not in words:
+    if ":" not in words:
         return Sampling(rule, rule.candidates)
     if not rule.candidates or rule.candidates == 1:
         raise ValueError(f"{name} takes no number")
